@@ -1,0 +1,349 @@
+"""ConversionPlan: which layer becomes what. describe(): what that costs, from a model's config alone.
+
+Layers are counted from 0. As data a plan is `{"version": 1, "layers": [{spec fields} | null, ...]}`; this is also
+what `config.kernelize` of a converted checkpoint holds. People write plans in recipes (`Recipe.kernel`, `keep` and
+`layers`), or as a pattern.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .runtime.spec import KernelSpec, choose
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from .recipe import Recipe
+
+VERSION = 1
+KERNEL, SOFTMAX = "K", "S"
+LENGTHS = (512, 2048, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """One `KernelSpec` a layer, or None where softmax attention is kept."""
+
+    layers: tuple[KernelSpec | None, ...]
+
+    def __post_init__(self) -> None:
+        if not any(self.layers):
+            raise InputError(f"the plan keeps softmax in all {len(self.layers)} layers; nothing would be converted")
+
+    @classmethod
+    def uniform(cls, spec: KernelSpec, count: int, keep: Collection[int] = ()) -> ConversionPlan:
+        """`spec` in each of `count` layers but those of `keep`."""
+        for layer in keep:
+            _check_layer(layer, count)
+        return cls(tuple(None if i in keep else spec for i in range(count)))
+
+    @classmethod
+    def from_pattern(cls, pattern: str, spec: KernelSpec, count: int) -> ConversionPlan:
+        """`pattern`, a word of K (kernelized) and S (softmax) such as "KKKS", repeated over `count` layers."""
+        return cls.uniform(spec, count, kept_by_pattern(pattern, count))
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, count: int) -> ConversionPlan:
+        """The recipe's choice for a model of `count` layers."""
+        return cls(recipe.specs(count))
+
+    def override(self, changes: Mapping[int, Mapping[str, Any]]) -> ConversionPlan:
+        """Changes fields of single layers: {18: {"slots": 512}}."""
+        layers = list(self.layers)
+        for i, fields in changes.items():
+            _check_layer(i, len(layers))
+            spec = layers[i]
+            if spec is None:
+                raise InputError(f"layer {i} keeps softmax; it has no fields to change")
+            layers[i] = KernelSpec.from_dict({**spec.to_dict(), **fields})
+        return ConversionPlan(tuple(layers))
+
+    @property
+    def converted(self) -> dict[int, KernelSpec]:
+        """Layer index -> spec, of the layers that change."""
+        return {i: spec for i, spec in enumerate(self.layers) if spec is not None}
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Layers that keep softmax attention."""
+        return tuple(i for i, spec in enumerate(self.layers) if spec is None)
+
+    def to_dict(self) -> dict:
+        """JSON-ready, the inverse of `from_dict`."""
+        return {"version": VERSION, "layers": [spec and spec.to_dict() for spec in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ConversionPlan:
+        """Strict: refuses unknown fields, and versions that this release does not know."""
+        for field in data:
+            choose("plan field", field, ("version", "layers"))
+        choose("plan version", data.get("version"), (VERSION,))
+        layers = data.get("layers")
+        if not isinstance(layers, list | tuple):
+            raise InputError(f"a plan's layers are a list with one entry a layer, not {type(layers).__name__}")
+        return cls(tuple(None if spec is None else KernelSpec.from_dict(spec) for spec in layers))
+
+    def to_yaml(self) -> str:
+        """The same data as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> ConversionPlan:
+        """The inverse of `to_yaml`."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise InputError(f"the plan is not valid YAML: {' '.join(str(e).split())}") from e
+        if not isinstance(data, dict):
+            raise InputError(f"a plan is a mapping of fields, not {type(data).__name__}")
+        return cls.from_dict(data)
+
+
+def kept_by_pattern(pattern: str, count: int) -> tuple[int, ...]:
+    """The layers that `pattern`, repeated over `count` layers, keeps softmax: (3, 7) for "KKKS" over 8."""
+    if not pattern or set(pattern) - {KERNEL, SOFTMAX}:
+        raise InputError(f"pattern={pattern!r} is not a word of K (kernelized) and S (softmax)")
+    return tuple(i for i in range(count) if pattern[i % len(pattern)] == SOFTMAX)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """(0, 7, 12, 13) from "0,7,12-13"; a layer that is named twice is refused."""
+    found = [i for part in text.split(",") if part.strip() for i in _range(part.strip())]
+    twice = sorted(i for i in set(found) if found.count(i) > 1)
+    if twice:
+        raise InputError(f"layers {text!r} name layer {twice[0]} twice")
+    return tuple(found)
+
+
+def _range(part: str) -> range:
+    first, dash, last = part.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise InputError(f"{part!r} is neither a layer ('3') nor a range ('3-7')")
+    return range(int(first), int(last or first) + 1)
+
+
+def _check_layer(layer: int, count: int) -> None:
+    if not 0 <= layer < count:
+        raise InputError(f"the plan names layer {layer}; the model has 0 to {count - 1}")
+
+
+# --- what a plan costs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What sizes depend on: read from a config, the same for every layer."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    dtype: str  # torch's name, e.g. "bfloat16"
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, dtype: str | None = None) -> AttentionShape:
+        """From any decoder's config; `dtype` (torch's name) where the config says nothing or something else."""
+        text = config.get_text_config(decoder=True)
+        fields = text.to_dict()
+        heads = text.num_attention_heads
+        return cls(
+            layers=text.num_hidden_layers,
+            heads=heads,
+            kv_heads=fields.get("num_key_value_heads") or heads,
+            head_dim=fields.get("head_dim") or text.hidden_size // heads,
+            context=text.max_position_embeddings,
+            dtype=dtype or (str(text.dtype).removeprefix("torch.") if text.dtype else "float32"),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        dtype = vars(torch).get(self.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype={self.dtype!r} is not a dtype of torch, such as float32 or bfloat16")
+        return dtype
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the key-value cache of one softmax layer."""
+        return 2 * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    def softmax_flops(self, seen: float) -> float:
+        """FLOPs (2 a multiply-add) of one layer for one query that sees `seen` tokens: q·k and the sum of v."""
+        return 4.0 * self.heads * self.head_dim * seen
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The constants of one converted layer: a sequence's bytes, and FLOPs a token."""
+
+    new_parameters: int
+    state_bytes: int
+    positions: int
+    memory_flops: int
+
+    @classmethod
+    def of(cls, spec: KernelSpec, shape: AttentionShape) -> LayerCost:
+        new = _new_parameters(spec, shape)
+        return cls(new, _state_bytes(spec, shape), spec.positions, _memory_flops(spec, shape, new))
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a plan: its spec or None, the parameters that conversion adds, a sequence's state in bytes."""
+
+    layer: int
+    spec: KernelSpec | None
+    new_parameters: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class LengthRow:
+    """The whole model at one length, after the plan and (`teacher_`) before.
+
+    Bytes are those of the cache of one sequence. FLOPs are those of attention without its projections: the mean of
+    a token in a prefill of `length` tokens, and the one token that is decoded at that length.
+    """
+
+    length: int
+    cache_bytes: int
+    teacher_cache_bytes: int
+    prefill_flops: float
+    teacher_prefill_flops: float
+    decode_flops: float
+    teacher_decode_flops: float
+
+    @classmethod
+    def of(cls, length: int, kernels: Sequence[LayerCost], shape: AttentionShape) -> LengthRow:
+        kept, kv = shape.layers - len(kernels), length * shape.kv_bytes_per_token
+        memory = sum(cost.memory_flops for cost in kernels)
+        first, last = (length + 1) / 2, float(length)
+        return cls(
+            length,
+            cache_bytes=kept * kv + sum(cost.state_bytes for cost in kernels),
+            teacher_cache_bytes=shape.layers * kv,
+            prefill_flops=memory
+            + shape.softmax_flops(kept * first + sum(_mean_seen(length, cost.positions) for cost in kernels)),
+            teacher_prefill_flops=shape.softmax_flops(shape.layers * first),
+            decode_flops=memory
+            + shape.softmax_flops(kept * last + sum(min(length, cost.positions) for cost in kernels)),
+            teacher_decode_flops=shape.softmax_flops(shape.layers * last),
+        )
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `describe` found; from the break-even lengths on, a converted layer takes less than softmax did."""
+
+    shape: AttentionShape
+    layers: tuple[LayerRow, ...]
+    lengths: tuple[LengthRow, ...]
+    break_even_bytes: int
+    break_even_flops: int
+
+    @property
+    def new_parameters(self) -> int:
+        return sum(row.new_parameters for row in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes a sequence of all converted layers, whatever its length."""
+        return sum(row.state_bytes for row in self.layers)
+
+    def to_dict(self) -> dict:
+        """JSON-ready."""
+        sums = {"new_parameters": self.new_parameters, "state_bytes": self.state_bytes}
+        return {**dataclasses.asdict(self), **sums}
+
+
+def describe(
+    plan: ConversionPlan,
+    config: PretrainedConfig,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    dtype: str | None = None,
+) -> PlanReport:
+    """Parameters, state and FLOPs of `plan` on a model of this config; no weights are needed.
+
+    Raises InputError when the plan is for another number of layers.
+    """
+    shape = AttentionShape.of(config, dtype)
+    if len(plan.layers) != shape.layers:
+        raise InputError(f"the plan has {len(plan.layers)} layers, the model {shape.layers}")
+    costs = {spec: LayerCost.of(spec, shape) for spec in set(plan.converted.values())}
+    kernels = [costs[spec] for spec in plan.converted.values()]
+    return PlanReport(
+        shape=shape,
+        layers=tuple(_layer_row(i, spec, costs) for i, spec in enumerate(plan.layers)),
+        lengths=tuple(LengthRow.of(length, kernels, shape) for length in lengths),
+        break_even_bytes=_break_even_bytes(kernels, shape),
+        break_even_flops=_break_even_flops(kernels, shape),
+    )
+
+
+def _layer_row(layer: int, spec: KernelSpec | None, costs: Mapping[KernelSpec, LayerCost]) -> LayerRow:
+    if spec is None:
+        return LayerRow(layer, None, 0, 0)
+    return LayerRow(layer, spec, costs[spec].new_parameters, costs[spec].state_bytes)
+
+
+def _mean_seen(length: int, positions: int) -> float:
+    """Mean of min(t, positions) over t = 1 … length: the exact positions a token of a prefill sees."""
+    short = min(length, positions)
+    return (short * (short + 1) / 2 + (length - short) * positions) / length
+
+
+def _new_parameters(spec: KernelSpec, shape: AttentionShape) -> int:
+    """Counted on the layer's own module, laid out without storage."""
+    import torch
+
+    from .runtime.attention import KernelAttention
+
+    with torch.device("meta"):
+        kernel = KernelAttention(spec, shape.heads, shape.kv_heads, shape.head_dim)
+    return sum(p.numel() for p in kernel.parameters())
+
+
+def _state_bytes(spec: KernelSpec, shape: AttentionShape) -> int:
+    """Counted on the state itself, laid out without storage."""
+    import torch
+
+    from .runtime.state import empty_state
+
+    kv = torch.empty(1, shape.kv_heads, 1, shape.head_dim, device="meta", dtype=shape.torch_dtype)
+    return empty_state(spec, kv, kv).nbytes
+
+
+def _memory_flops(spec: KernelSpec, shape: AttentionShape, map_weights: int) -> int:
+    """Of one token: both maps, reading the memory, taking the slot holders out of it, folding a token in."""
+    if not spec.has_memory:
+        return 0
+    D, F, H, Hk = shape.head_dim, spec.feature_dim, shape.heads, shape.kv_heads
+    read = H * F * (D + 1) + H * spec.slots * (F + D + 1)
+    fold = Hk * F * (D + 1)
+    return 2 * (map_weights + read + fold)
+
+
+def _break_even_bytes(kernels: Sequence[LayerCost], shape: AttentionShape) -> int:
+    """The first length at which the converted layers' state takes fewer bytes than their key-value cache would."""
+    return sum(cost.state_bytes for cost in kernels) // (shape.kv_bytes_per_token * len(kernels)) + 1
+
+
+def _break_even_flops(kernels: Sequence[LayerCost], shape: AttentionShape) -> int:
+    """The first length at which decoding a token takes the converted layers fewer FLOPs than softmax would."""
+    exact = shape.softmax_flops(sum(cost.positions for cost in kernels))
+    memory = sum(cost.memory_flops for cost in kernels)
+    return int((exact + memory) // shape.softmax_flops(len(kernels))) + 1
