@@ -1,0 +1,325 @@
+"""Recipes: a whole run (source, kernels, stages, evaluation) as frozen data, checked before a weight is loaded."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+
+from .errors import InputError
+from .runtime.spec import KernelSpec, SpecError, choose
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+DATA_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".parquet")
+BUILTIN_DATA = ("self", "sample")
+
+Item = TypeVar("Item")
+Sequence = Annotated[tuple[Item, ...], Strict(False)]  # YAML has lists only
+
+
+class _Strict(BaseModel):
+    """Frozen; no type is coerced; an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                choose("key", key, tuple(cls.model_fields))
+        return data
+
+
+class DataSource(_Strict):
+    """Where documents come from: a local file, a Hub dataset, or a builtin.
+
+    `self` is text that the teacher writes, `sample` the public-domain text shipped with the package. `weight`
+    is the share of documents drawn from here. `text_field` names the column of text; rows without it may have
+    the columns prompt and response instead. `split` serves datasets.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    builtin: Literal["self", "sample"] | None = None
+    weight: float = Field(default=1.0, gt=0)
+    split: str = "train"
+    text_field: str = "text"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, data: Any) -> Any:
+        return cls.fields_of(data) if isinstance(data, str) else data
+
+    @staticmethod
+    def fields_of(name: str) -> dict[str, str]:
+        """`self` and `sample` are builtins, what ends like a data file is a path, all else is a Hub dataset."""
+        if name in BUILTIN_DATA:
+            return {"builtin": name}
+        return {"path": name} if name.endswith(DATA_SUFFIXES) else {"dataset": name}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSource:
+        if sum(origin is not None for origin in (self.path, self.dataset, self.builtin)) != 1:
+            raise ValueError("give exactly one of path, dataset, builtin")
+        return self
+
+    @property
+    def name(self) -> str:
+        return str(self.path or self.dataset or self.builtin)
+
+
+class Lora(_Strict):
+    """Low-rank updates (arXiv 2106.09685), merged into the weights when the stage ends.
+
+    `targets` are endings of module names; None is every linear layer but the LM head.
+    """
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: Sequence[str] | None = None
+
+
+class TransferWeights(_Strict):
+    """Weights of a layer's errors: attention output, the out-of-window part alone, and that part's mass."""
+
+    output: float = Field(default=1.0, ge=0)
+    far: float = Field(default=1.0, ge=0)
+    mass: float = Field(default=0.1, ge=0)
+
+
+class DistilWeights(_Strict):
+    """Weights of the divergence from the teacher's distribution and of the next token's cross-entropy."""
+
+    kl: float = Field(default=1.0, ge=0)
+    ce: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Stage(_Strict):
+    """One part of the training: what trains, on what, for how long.
+
+    Lengths and batches count tokens; `micro_batch` counts sequences that one process holds at once and never
+    changes the result. Exactly one of `tokens` (a budget, rounded up to whole steps) and `steps` is given.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    kind: Literal["transfer", "distil"]
+    tokens: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    sequence_length: int = Field(default=1024, ge=2)
+    batch_tokens: int = Field(default=65536, ge=2)
+    micro_batch: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
+    clip: float = Field(default=1.0, gt=0)
+    trainable: Literal["new", "new+lora", "all"] = "new"
+    lora: Lora | None = None
+    transfer: TransferWeights | None = None
+    distil: DistilWeights | None = None
+    window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    data: Sequence[DataSource] = Field(min_length=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{betas} is not within [0, 1)")
+        return betas
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give exactly one of tokens, steps")
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is no multiple of sequence_length={self.sequence_length}"
+            )
+        if self.lora and self.trainable != "new+lora":
+            raise ValueError(f"lora needs trainable='new+lora', not {self.trainable!r}")
+        if self.kind == "transfer" and self.trainable != "new":
+            raise ValueError(f"a transfer stage trains 'new' only, not {self.trainable!r}")
+        if (self.kind == "transfer" and self.distil) or (self.kind == "distil" and self.transfer):
+            raise ValueError(f"a {self.kind} stage takes its loss weights under the key {self.kind!r}")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Sequences in a global batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or -(-(self.tokens or 0) // self.batch_tokens)
+
+
+class Evaluation(_Strict):
+    """What the evaluation beside the teacher uses: the longest text in tokens, texts, and passkey trials a length."""
+
+    length: int = Field(default=8192, ge=2)
+    texts: int = Field(default=6, ge=1)
+    passkey_lengths: Sequence[int] = (512, 1024, 2048, 4096)
+    trials: int = Field(default=40, ge=1)
+
+
+class Recipe(_Strict):
+    """A whole run.
+
+    `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
+    or an inclusive range ("3-7"); the layers in `keep` stay softmax.
+    """
+
+    name: str = Field(min_length=1)
+    description: str
+    source: str | None = None
+    kernel: dict[str, Any] = {}
+    keep: Sequence[Annotated[int, Field(ge=0)]] = ()
+    layers: dict[str, dict[str, Any]] = {}
+    stages: Sequence[Stage] = ()
+    seed: int = Field(default=0, ge=0)
+    checkpoint_steps: int = Field(default=200, ge=1)
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _text_keys(cls, layers: Any) -> Any:
+        return {str(key): fields for key, fields in layers.items()} if isinstance(layers, dict) else layers
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages share a name: {', '.join(names)}")
+        KernelSpec.from_dict(self.kernel)
+        for fields in self.layers.values():
+            KernelSpec.from_dict(self.kernel | fields)
+        if twice := set(self._overrides) & set(self.keep):
+            raise ValueError(f"layers {sorted(twice)} stand in keep and in layers")
+        return self
+
+    @cached_property
+    def _overrides(self) -> dict[int, dict[str, Any]]:
+        overrides: dict[int, dict[str, Any]] = {}
+        for key, fields in self.layers.items():
+            for index in _layer_range(key):
+                if index in overrides:
+                    raise ValueError(f"layers names layer {index} twice")
+                overrides[index] = fields
+        return overrides
+
+    def specs(self, layer_count: int) -> tuple[KernelSpec | None, ...]:
+        """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there."""
+        for index in (*self.keep, *self._overrides):
+            if index >= layer_count:
+                raise InputError(f"recipe {self.name!r} names layer {index}; the model has 0 to {layer_count - 1}")
+        return tuple(self._spec(index) for index in range(layer_count))
+
+    def _spec(self, index: int) -> KernelSpec | None:
+        if index in self.keep:
+            return None
+        return KernelSpec.from_dict(self.kernel | self._overrides.get(index, {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without what equals its default."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "recipe") -> Recipe:
+        """InputError with the first thing that is wrong; `where` says in which file or option."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"{where}: {_first_problem(error)}") from error
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
+        return cls.from_dict(_parse(text, where), where)
+
+
+def _layer_range(key: str) -> range:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    if match is None:
+        raise ValueError(f"layers key {key!r} is neither a layer ('3') nor a range ('3-7')")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"layers range {key!r} is empty")
+    return range(first, last + 1)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+    else:
+        message = f"{problem['msg']}, not {problem['input']!r}"
+    return f"{place}: {message}" if place else message
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a duplicate key is an error and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, wants a dot in a float: without this 1e-3 is text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _shipped() -> dict[str, Traversable]:
+    folder = resources.files("kernelize.configs")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file for file in files}
+
+
+def recipes() -> list[dict[str, str]]:
+    """Name and description of every shipped recipe."""
+    parsed = (_parse(file.read_text("utf-8"), file.name) for file in _shipped().values())
+    return [{"name": data["name"], "description": data["description"]} for data in parsed if isinstance(data, dict)]
+
+
+def load_recipe(path_or_name: str | Path) -> Recipe:
+    """Reads a YAML file, or the shipped recipe of that name. InputError for anything that is wrong with it."""
+    name = str(path_or_name)
+    if name.endswith((".yaml", ".yml")):
+        return Recipe.from_yaml(_read(Path(name)), name)
+    shipped = _shipped()
+    try:
+        choose("recipe", name, tuple(shipped))
+    except SpecError as error:
+        raise InputError(f"{error} (a file must end in .yaml)") from error
+    return Recipe.from_yaml(shipped[name].read_text("utf-8"), name)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
