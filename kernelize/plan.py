@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
@@ -83,7 +84,8 @@ class ConversionPlan:
         """Strict: refuses unknown fields, and versions that this release does not know."""
         for field in data:
             choose("plan field", field, ("version", "layers"))
-        choose("plan version", data.get("version"), (VERSION,))
+        if data.get("version") != VERSION:
+            raise InputError(f"plan version {data.get('version')!r} is not known; this release reads {VERSION}")
         layers = data.get("layers")
         if not isinstance(layers, list | tuple):
             raise InputError(f"a plan's layers are a list with one entry a layer, not {type(layers).__name__}")
@@ -154,14 +156,14 @@ class AttentionShape:
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: str | None = None) -> AttentionShape:
         """From any decoder's config; `dtype` (torch's name) where the config says nothing or something else."""
+        from .runtime.modeling import head_dim_of, kv_heads_of
+
         text = config.get_text_config(decoder=True)
-        fields = text.to_dict()
-        heads = text.num_attention_heads
         return cls(
             layers=text.num_hidden_layers,
-            heads=heads,
-            kv_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=fields.get("head_dim") or text.hidden_size // heads,
+            heads=text.num_attention_heads,
+            kv_heads=kv_heads_of(text),
+            head_dim=head_dim_of(text),
             context=text.max_position_embeddings,
             dtype=dtype or (str(text.dtype).removeprefix("torch.") if text.dtype else "float32"),
         )
@@ -343,7 +345,11 @@ def _break_even_bytes(kernels: Sequence[LayerCost], shape: AttentionShape) -> in
 
 
 def _break_even_flops(kernels: Sequence[LayerCost], shape: AttentionShape) -> int:
-    """The first length at which decoding a token takes the converted layers fewer FLOPs than softmax would."""
-    exact = shape.softmax_flops(sum(cost.positions for cost in kernels))
-    memory = sum(cost.memory_flops for cost in kernels)
-    return int((exact + memory) // shape.softmax_flops(len(kernels))) + 1
+    """The first length at which decoding a token takes the converted layers fewer FLOPs than softmax would.
+
+    At length n softmax spends Σ max(0, n − positions) more on tokens; the largest sum over the first j layers, sorted
+    by positions, is that sum, so the first n at which it exceeds the memories' cost is the least over j.
+    """
+    memory = sum(cost.memory_flops for cost in kernels) / shape.softmax_flops(1)
+    sums = accumulate(sorted(cost.positions for cost in kernels))
+    return min(int((memory + total) // j) + 1 for j, total in enumerate(sums, 1))
