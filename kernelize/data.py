@@ -203,14 +203,14 @@ class Documents:
     def __call__(self, position: dict[str, Any] | None = None) -> Iterator[tuple[Document, dict[str, Any]]]:
         start = position or {"buffer": 0, "offset": 0, "stream": self.stream.state_dict()}
         self.stream.load_state_dict(start["stream"])
-        documents, number, offset = iter(self.stream), start["buffer"], start["offset"]
+        documents, number, offset, state = iter(self.stream), start["buffer"], start["offset"], start["stream"]
         while True:
-            state = json.loads(json.dumps(self.stream.state_dict()))
             held = self._fill(documents)
+            after = self.stream.state_dict()
             order = np.random.default_rng([self.seed, number]).permutation(len(held))
             for index in range(offset, len(held)):
                 yield held[order[index]], {"buffer": number, "offset": index, "stream": state}
-            number, offset = number + 1, 0
+            number, offset, state = number + 1, 0, after
 
     def _fill(self, documents: Iterator[Document]) -> list[Document]:
         held: list[Document] = []
