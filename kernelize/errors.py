@@ -1,0 +1,13 @@
+"""The two failures that reach a user: one line each, no traceback."""
+
+
+class KernelizeError(Exception):
+    """Something went wrong while working; the command ends with exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(KernelizeError):
+    """What the user gave cannot be used; names the thing, its value and what is allowed. Exit code 2."""
+
+    exit_code = 2

@@ -1,0 +1,146 @@
+"""The state of a kernelized layer as a cache layer of Transformers: constant size, roll-back by snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from .state import State
+
+
+class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """One layer's `State`. Both mixins: a cache of such layers alone must know its length, and masks must skip them."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, static: bool = False):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionCacheLayerMixin.__init__(self)
+        self.static = static  # keep the tensors where they are (CUDA graphs), at the price of a copy
+        self.state: State | None = None
+        self.length: Tensor | int = 0  # tokens, padding included
+        self.mask_peer: CacheLayerMixin | None = None  # a softmax layer of the same cache: masks are shared
+
+    def advance(self, state: State, tokens: int) -> None:
+        """Takes over the state after `tokens` more tokens."""
+        if self.state is None or not self.static or torch.is_grad_enabled():
+            self.state = state
+        else:
+            for old, new in zip(self.state, state, strict=True):
+                old.copy_(new)
+        if not self.is_initialized:
+            self.device, self.dtype, self.batch_size = state.keys.device, state.keys.dtype, state.keys.shape[0]
+            self.length = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.is_initialized = True
+        self.length = self.length + tokens
+        self.has_previous_state[0] = True
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.state is None else self.state.nbytes
+
+    def get_seq_length(self) -> int:
+        return self.length  # type: ignore[return-value]  # a 0-d tensor, as in StaticLayer: an int would recompile
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.mask_peer is not None:
+            return self.mask_peer.get_mask_sizes(query_length)
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a kernelized layer initialises its own state")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("a kernelized layer's attention updates the state itself; nothing may call cache.update")
+
+    update_conv_state = update_recurrent_state = update  # type: ignore[assignment]
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _map(self, f: Any) -> None:
+        if self.state is not None:
+            self.state = self.state.map(f)
+            self.batch_size = self.state.keys.shape[0]
+
+    def reset(self) -> None:
+        """Forgets everything; the next token is the first one."""
+        self.state, self.length, self.is_initialized = None, 0, False
+        self.has_previous_state[0] = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    # --- roll-back ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def snapshot(self) -> tuple[State | None, Tensor | int]:
+        """A copy to which `restore` can return; the roll-back that a recurrent state otherwise lacks."""
+        return None if self.state is None else self.state.map(torch.clone), self.length
+
+    def restore(self, snapshot: tuple[State | None, Tensor | int]) -> None:
+        state, length = snapshot
+        if state is None:
+            self.reset()
+            return
+        self.state, self.length = state.map(torch.clone), length
+        self.batch_size = state.keys.shape[0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): a kernelized state cannot forget tokens; take a snapshot() and restore() it"
+            )
+
+
+def kernel_layers(cache: Cache) -> list[KernelState]:
+    return [layer for layer in cache.layers if isinstance(layer, KernelState)]
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes that the cache holds now: kernelized states and, in a hybrid, the keys and values of the rest."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, KernelState):
+            total += layer.nbytes
+        elif layer.is_initialized:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
+def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
+    """Puts `KernelState` at the indices `layers` of a cache, whoever made it; its layers there must be empty."""
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= max(layers):
+        cache.layers.append(cache.layer_class_to_replicate())
+    missing = [i for i in layers if not isinstance(cache.layers[i], KernelState)]
+    if not missing:
+        return
+    for i in missing:
+        if cache.layers[i].is_initialized and cache.layers[i].get_seq_length() > 0:
+            raise ValueError(f"layer {i} of the cache already holds keys and values of softmax attention")
+        cache.layers[i] = KernelState(static=cache.layers[i].is_compileable)
+    softmax = [x for x in cache.layers if isinstance(x, CacheLayerMixin) and not isinstance(x, KernelState)]
+    peer = next((x for x in softmax if not x.is_sliding), None)
+    for layer in kernel_layers(cache):
+        layer.mask_peer = peer

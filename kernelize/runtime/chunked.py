@@ -1,0 +1,590 @@
+"""The operation as matmuls: any device, differentiable, memory linear in the length.
+
+Same signature as `reference.attend`. A sequence is taken in segments; inside one everything is parallel:
+
+1. rows are aligned to their own block grid (`align`);
+2. the window's scores give the mass that every token receives (`local_attention`);
+3. scores give every token's *lifetime*: it holds a slot from `arrive` until `death` (`lifetimes`);
+4. the exact branch reads sinks, window and slots (`exact_branch`);
+5. the memory is a linear attention over the tokens *in the order in which they died* (`memory_branch`).
+
+A tile is a multiple of the block; all arithmetic runs on tiles. Blocks are numbered from the row's first unfinished
+one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import self_recall, take
+from .spec import KernelSpec
+from .state import (
+    EMPTY,
+    AttentionOutput,
+    Kernel,
+    State,
+    add_sink_logits,
+    empty_state,
+    features,
+    logits,
+    merge,
+    wide,
+    with_ones,
+)
+
+SEGMENT = 2048  # tokens: what is held at once
+TILE = 64  # tokens: the side of the largest score matrix
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None = None, valid: Tensor | None = None
+) -> tuple[AttentionOutput, State]:
+    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
+    fresh = state is None
+    state = empty_state(kernel.spec, k, v) if state is None else state
+    outs = []
+    for start in range(0, q.shape[2], SEGMENT):
+        now = slice(start, start + SEGMENT)
+        keep = None if valid is None else valid[:, now]
+        aligned = fresh and valid is None and SEGMENT % tile_of(kernel.spec) == 0
+        out, state = segment(q[:, :, now], k[:, :, now], v[:, :, now], kernel, state, keep, aligned)
+        outs.append(out)
+    if len(outs) == 1:
+        return outs[0], state
+    return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*outs, strict=True))), state
+
+
+def tile_of(spec: KernelSpec) -> int:
+    return spec.block * max(1, TILE // spec.block)
+
+
+def segment(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, aligned: bool
+) -> tuple[AttentionOutput, State]:
+    grid = align(q, k, v, kernel, state, valid, aligned)
+    local = local_attention(grid, kernel)
+    mass = received(grid, local, kernel.spec)
+    life = live(grid, mass, kernel)
+    exact, lse = exact_branch(grid, local, life, kernel)
+    total = memory_branch(grid, life, kernel) if kernel.spec.has_memory else None
+    out = merge(exact, lse, total, kernel.log_gate)
+    out = AttentionOutput(out.y.to(q.dtype), *out[1:])
+    return AttentionOutput(*(grid.unalign(x) for x in out)), final_state(grid, life, mass, kernel)
+
+
+# --- 1. rows on their own block grid ------------------------------------------------------------------------
+
+
+class Grid(NamedTuple):
+    """A segment in aligned coordinates: 0 is the start of the row's first unfinished block.
+
+    `front` positions before 0 hold what the ring still has; `n` tiles of `tile` tokens follow.
+    """
+
+    q: Tensor  # [B, H, n·tile, D]
+    k: Tensor  # [B, Hk, front + n·tile, D]
+    v: Tensor  # [B, Hk, front + n·tile, D]
+    pos: Tensor  # [B, front + n·tile] position of an entry of k and v, EMPTY where there is none (sinks: EMPTY)
+    mass: Tensor  # [B, Hk, front] mass that the ring's tokens have received so far
+    sink_k: Tensor  # [B, Hk, sinks, D]
+    sink_v: Tensor  # [B, Hk, sinks, D]
+    sink_pos: Tensor  # [B, sinks]
+    base: Tensor  # [B] position of coordinate 0
+    last: Tensor  # [B] the last block that has begun when the segment ends (−1: none of this segment)
+    seen: Tensor  # [B] valid tokens when it ends
+    source: Tensor | None  # [B, T] coordinate of every input token; None: token t stands at t
+    length: int  # T
+    state: State  # before the segment
+    front: int
+    tile: int
+
+    @property
+    def n(self) -> int:
+        return self.q.shape[2] // self.tile
+
+    def unalign(self, x: Tensor) -> Tensor:  # [B, H, n·tile, ...] -> [B, H, T, ...]
+        if self.source is None:
+            return x[:, :, : self.length]
+        return take_time(x, self.source)
+
+
+def take_time(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, X, ...] at index [B, T] -> [B, H, T, ...]."""
+    index = index.view(index.shape[0], 1, index.shape[1], *[1] * (x.ndim - 3))
+    return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
+
+
+def align(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, aligned: bool) -> Grid:
+    spec, (B, _, T, _), device = kernel.spec, q.shape, q.device
+    tile = tile_of(spec)
+    base = state.seen // spec.block * spec.block
+    offset = state.seen - base
+    room = T if aligned else T + spec.block - 1
+    width = -(-room // tile) * tile
+    count = torch.full_like(state.seen, T) if valid is None else valid.sum(1)
+    seen = state.seen + count
+    front = max(spec.ring, -(-spec.back * spec.block // tile) * tile)
+
+    coordinate = torch.arange(width, device=device)
+    rank = coordinate - offset[:, None]  # [B, width] which new token stands there
+    new = (rank >= 0) & (rank < count[:, None])
+    if aligned:
+        source = None
+        pad = (0, 0, 0, width - T)
+        q, k, v = (torch.nn.functional.pad(x, pad) for x in (q, k, v))
+    else:
+        order = (
+            torch.arange(T, device=device).expand(B, T) if valid is None else (~valid).int().argsort(dim=1, stable=True)
+        )
+        index = order.gather(1, rank.clamp(0, T - 1))
+        q, k, v = (take_time(x, index) for x in (q, k, v))
+        nth = torch.arange(T, device=device).expand(B, T) if valid is None else valid.cumsum(1) - 1
+        source = (offset[:, None] + nth).clamp(0, width - 1)
+
+    old = base[:, None] + torch.arange(-front, spec.block, device=device)  # [B, front + C] what the ring may hold
+    entry = spec.sinks + old % spec.ring
+    in_ring = (old >= 0) & (state.pos[:, 0].gather(1, entry) == old)
+    ring_k, ring_v, ring_mass = (take_time(x, entry) for x in (state.keys, state.values, state.mass))
+
+    def join(ring: Tensor, fresh: Tensor) -> Tensor:  # the ring's part, then the new tokens
+        body = torch.where(new[:, None, :, None], fresh, 0.0)
+        head = torch.where(in_ring[:, None, :, None], ring, 0.0)
+        begun = torch.nn.functional.pad(head[:, :, front:], (0, 0, 0, width - spec.block))
+        return torch.cat([head[:, :, :front], body + begun], 2)
+
+    pos = torch.where(new, base[:, None] + coordinate, EMPTY)
+    begun = torch.nn.functional.pad(torch.where(in_ring, old, EMPTY), (0, width - spec.block), value=EMPTY)
+    pos = torch.cat([begun[:, :front], torch.maximum(pos, begun[:, front:])], 1)
+    grid_k, grid_v = join(ring_k, k), join(ring_v, v)
+    mass = torch.nn.functional.pad((ring_mass * in_ring[:, None]), (0, width - spec.block))
+
+    sink_pos = torch.arange(spec.sinks, device=device).expand(B, -1)
+    at = (sink_pos - base[:, None] + front).clamp(0, grid_k.shape[2] - 1)
+    had = sink_pos < state.seen[:, None]
+
+    def sinks(stored: Tensor, x: Tensor) -> Tensor:
+        return torch.where(had[:, None, :, None], stored[:, :, : spec.sinks], take_time(x, at))
+
+    sink_k, sink_v = sinks(state.keys, grid_k), sinks(state.values, grid_v)
+    return Grid(
+        q=q, k=grid_k, v=grid_v, pos=torch.where(pos < spec.sinks, EMPTY, pos), mass=mass,
+        sink_k=sink_k, sink_v=sink_v, sink_pos=torch.where(sink_pos < seen[:, None], sink_pos, EMPTY),
+        base=base, last=(seen - 1) // spec.block - base // spec.block, seen=seen,
+        source=source, length=T, state=state, front=front, tile=tile,
+    )  # fmt: skip
+
+
+# --- 2. the window ------------------------------------------------------------------------------------------
+
+
+class Local(NamedTuple):
+    """Scores of every tile's queries on the sinks and on the positions that their windows reach."""
+
+    query: Tensor  # [B, Hk, n, G·tile, D]
+    sinks: Tensor  # [B, Hk, n, G·tile, sinks], −inf where not visible
+    window: Tensor  # [B, Hk, n, G·tile, reach], not masked
+    inside: Tensor  # [B, n, tile, reach] visible through the window
+    reach: int
+
+
+def tiles(x: Tensor, size: int, step: int, dim: int) -> Tensor:
+    """Overlapping pieces [..., n, size, ...] of `dim`, as a view."""
+    return x.unfold(dim, size, step).movedim(-1, dim + 1)
+
+
+def query_rows(grid: Grid, x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, n·tile, D] -> [B, Hk, n, G·tile, D]: the queries of a group stand under each other."""
+    B, H, _, D = x.shape
+    x = x.view(B, kv_heads, H // kv_heads, grid.n, grid.tile, D)
+    return x.transpose(2, 3).reshape(B, kv_heads, grid.n, -1, D)
+
+
+def time_rows(grid: Grid, x: Tensor) -> Tensor:
+    """[B, Hk, n, G·tile, ...] -> [B, H, n·tile, ...], the inverse of `query_rows`."""
+    B, Hk, n = x.shape[:3]
+    x = x.view(B, Hk, n, -1, grid.tile, *x.shape[4:]).transpose(2, 3)
+    return x.reshape(B, -1, n * grid.tile, *x.shape[5:])
+
+
+def grouped(mask: Tensor, rows: int) -> Tensor:
+    """[B, ..., n, tile, X] -> [B, ..., n, G·tile, X]: the same mask for every query head of a group."""
+    group = rows // mask.shape[-2]
+    return mask.repeat(*[1] * (mask.ndim - 2), group, 1)
+
+
+def window_reach(grid: Grid, spec: KernelSpec) -> tuple[int, int]:
+    """(first entry of the first tile's reach, its length): whole tiles back to the first visible block."""
+    back = -(-spec.back * spec.block // grid.tile) * grid.tile
+    return grid.front - back, back + grid.tile
+
+
+def local_attention(grid: Grid, kernel: Kernel) -> Local:
+    spec, acc = kernel.spec, wide(grid.q.dtype)
+    Hk, (first, reach) = grid.k.shape[1], window_reach(grid, spec)
+    query = query_rows(grid, grid.q.to(acc), Hk)
+    keys = tiles(grid.k[:, :, first:].to(acc), reach, grid.tile, 2)
+    query_pos = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=keys.device)).view(-1, grid.n, grid.tile)
+    key_pos = tiles(grid.pos[:, first:], reach, grid.tile, 1)[:, :, None]  # [B, n, 1, reach]
+    at = query_pos[..., None]
+    inside = (key_pos != EMPTY) & (key_pos <= at) & (at // spec.block - key_pos // spec.block <= spec.back)
+    sink_pos = grid.sink_pos[:, None, None]
+    seen = grouped((sink_pos != EMPTY) & (sink_pos <= at), query.shape[3])
+    sinks = logits(query, grid.sink_k.to(acc)[:, :, None], kernel).masked_fill(~seen[:, None], -torch.inf)
+    return Local(query, sinks, logits(query, keys, kernel), inside, reach)
+
+
+@torch.no_grad()
+def received(grid: Grid, local: Local, spec: KernelSpec) -> Tensor:
+    """Attention mass [B, Hk, front + n·tile] from the queries of later blocks, under sinks and window alone."""
+    if all(name != "attention" for name, _ in spec.shares) or not spec.slots:
+        return grid.mass
+    first, reach = window_reach(grid, spec)
+    block = torch.arange(grid.n * grid.tile, device=grid.k.device) // spec.block
+    query_block = block.view(grid.n, grid.tile, 1)
+    key_block = (torch.arange(reach, device=block.device) - (reach - grid.tile)) // spec.block
+    key_block = key_block + torch.arange(grid.n, device=block.device).view(-1, 1, 1) * (grid.tile // spec.block)
+    is_query = (block <= grid.last[:, None]).view(-1, grid.n, grid.tile, 1)
+    is_query &= (grid.base[:, None] + torch.arange(len(block), device=block.device) < grid.seen[:, None]).view_as(
+        is_query
+    )
+    is_query &= (
+        grid.base[:, None] + torch.arange(len(block), device=block.device) >= grid.state.seen[:, None]
+    ).view_as(is_query)
+    rows = local.query.shape[3]
+    window = local.window.masked_fill(~grouped(local.inside, rows)[:, None], -torch.inf)
+    lse = torch.cat([local.sinks, window], -1).logsumexp(-1, keepdim=True)
+    counts = local.inside & is_query & (key_block < query_block)
+    p = torch.where(grouped(counts, rows)[:, None], (window - lse).exp(), 0.0).sum(3)  # [B, Hk, n, reach]
+    mass = grid.mass.clone()
+    for part in range(reach // grid.tile):  # overlap-add: a tile of keys is in the reach of several tiles of queries
+        start = first + part * grid.tile
+        piece = p[..., part * grid.tile : (part + 1) * grid.tile].flatten(2)
+        mass[:, :, start : start + piece.shape[2]] += piece
+    return mass
+
+
+# --- 3. lifetimes -------------------------------------------------------------------------------------------
+
+
+class Life(NamedTuple):
+    """The store of all tokens that may hold a slot or be folded in this segment: old slots, then the leaving tokens.
+
+    A token holds a slot during the blocks arrive <= b < death.
+    """
+
+    key: Tensor  # [B, Hk, X, D]
+    value: Tensor  # [B, Hk, X, D]
+    pos: Tensor  # [B, Hk, X]
+    score: Tensor  # [B, Hk, X, shares]
+    arrive: Tensor  # [B, Hk, X] block at which it leaves the window; `never` where there is no token
+    rejected: tuple[Tensor, ...]  # a share: [B, Hk, X] block from which that share does not hold it any more
+    clock: Tensor  # [B, Hk, X] log decay is clock_end(b) − clock
+    clock_end: Tensor  # [B, Hk, n·tile/block] the clock when block b's predecessors have been folded
+    phi: Tensor | None  # [B, Hk, X, F]
+
+    @property
+    def death(self) -> Tensor:
+        return self.rejected[-1]
+
+
+def live(grid: Grid, mass: Tensor, kernel: Kernel) -> Life:
+    spec, state, blocks = kernel.spec, grid.state, grid.n * grid.tile // kernel.spec.block
+    B, Hk = grid.k.shape[:2]
+    start = grid.front - spec.ring  # the block that leaves when block 0 begins
+    leaving = slice(start, start + grid.n * grid.tile)
+    slot = slice(spec.sinks + spec.ring, spec.positions)
+    key = torch.cat([state.keys[:, :, slot], grid.k[:, :, leaving]], 2)
+    value = torch.cat([state.values[:, :, slot], grid.v[:, :, leaving]], 2)
+    left = grid.pos[:, None, leaving].expand(B, Hk, -1)
+    pos = torch.cat([state.pos[:, :, slot], left], 2)
+    block = torch.arange(left.shape[2], device=left.device) // spec.block
+    arrive = torch.cat([torch.full_like(state.pos[:, :, slot], -1), block.expand_as(left)], 2)
+    arrive = torch.where(pos == EMPTY, blocks, arrive)
+
+    log_decay = grid.mass.new_zeros(B, Hk, left.shape[2])
+    if kernel.log_decay is not None:
+        log_decay = log_decay + kernel.log_decay.to(log_decay.dtype)[:, None]
+    clock = (log_decay * (left != EMPTY)).cumsum(2)
+    clock_end = clock[:, :, spec.block - 1 :: spec.block]
+    phi = None
+    if kernel.map_k is not None and spec.has_memory:
+        phi = features(kernel, kernel.map_k, key, pos)
+    clock = torch.cat([-state.decay[:, :, slot], clock], 2)
+    score = store_scores(grid, mass[:, :, leaving], value, phi, pos, clock, clock_end, kernel)
+    rejected = lifetimes(spec, score, arrive, blocks)
+    return Life(key, value, pos, score, arrive, rejected, clock, clock_end, phi)
+
+
+@torch.no_grad()
+def store_scores(
+    grid: Grid,
+    mass: Tensor,
+    value: Tensor,
+    phi: Tensor | None,
+    pos: Tensor,
+    clock: Tensor,
+    clock_end: Tensor,
+    kernel: Kernel,
+) -> Tensor:
+    """[B, Hk, X, shares]: what the holders brought along, and the scores of those who leave in this segment."""
+    spec, columns = kernel.spec, []
+    if not spec.slots:
+        return mass.new_zeros(*pos.shape, len(spec.shares))
+    fresh = value[:, :, spec.slots :]
+    for name, _ in spec.shares:
+        if name == "attention":
+            columns.append(mass)
+        elif name == "value":
+            columns.append(fresh.to(mass.dtype).norm(dim=-1))
+        else:
+            assert phi is not None
+            columns.append(recall_errors(grid, value, phi, pos, clock, clock_end, kernel))
+    return torch.cat([grid.state.score, torch.stack(columns, -1)], 2)
+
+
+def recall_errors(
+    grid: Grid, value: Tensor, phi: Tensor, pos: Tensor, clock: Tensor, clock_end: Tensor, kernel: Kernel
+) -> Tensor:
+    """‖v − answer‖ [B, Hk, leaving] of the memory of *all* blocks before a token's own, to that token's key."""
+    spec, slots = kernel.spec, kernel.spec.slots
+    acc = phi.dtype
+    known = pos != EMPTY
+    phi = phi * known[..., None]
+    v1 = with_ones(value.to(acc))
+    held = phi[:, :, :slots] * (-clock[:, :, :slots, None]).exp()
+    start = grid.state.memory + held.transpose(-1, -2) @ v1[:, :, :slots]  # everything that has left so far
+    phi, v1, clock = phi[:, :, slots:], v1[:, :, slots:], clock[:, :, slots:]
+    n, tile, per = grid.n, grid.tile, grid.tile // spec.block
+    phi, v1 = phi.unflatten(2, (n, tile)), v1.unflatten(2, (n, tile))
+    clock = clock.unflatten(2, (n, tile))
+    end = clock_end[:, :, per - 1 :: per]  # [B, Hk, n] the clock at the end of a tile
+    before = torch.cat([torch.zeros_like(end[:, :, :1]), end], 2)  # [B, Hk, n + 1]
+    gain = (phi * (end[..., None] - clock).exp()[..., None]).transpose(-1, -2) @ v1
+    memory = scan(start, gain, before)[:, :, :-1]  # [B, Hk, n, F, D + 1] at the start of every tile
+    # inside the tile: earlier blocks only; a token's memory ends with the block before its own
+    block_start = torch.cat([before[:, :, :1], clock_end], 2)[:, :, :-1].repeat_interleave(spec.block, 2)
+    block_start = block_start.unflatten(2, (n, tile))
+    index = torch.arange(tile, device=phi.device) // spec.block
+    earlier = index[:, None] > index
+    weight = (block_start[..., :, None] - clock[..., None, :]).masked_fill(~earlier, -torch.inf).exp()
+    near = ((phi @ phi.transpose(-1, -2)) * weight) @ v1
+    total = near + (phi @ memory) * (block_start - before[:, :, :-1, None]).exp()[..., None]
+    return self_recall(total.flatten(2, 3), value[:, :, slots:])
+
+
+def scan(start: Tensor, gain: Tensor, clock: Tensor) -> Tensor:
+    """M_0 = start, M_{i+1} = exp(clock_{i+1} − clock_i) M_i + gain_i, all at once.
+
+    start [B, Hk, F, D], gain [B, Hk, n, F, D], clock [B, Hk, n + 1] -> [B, Hk, n + 1, F, D]. One small [n, n] matrix of
+    decays instead of n steps.
+    """
+    steps = torch.cat([start[:, :, None], gain], 2)
+    weight = (clock[..., :, None] - clock[..., None, :]).tril().exp().tril()
+    return (weight @ steps.flatten(3)).view_as(steps)
+
+
+@torch.no_grad()
+def lifetimes(spec: KernelSpec, score: Tensor, arrive: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """A share: the first block at which it does not hold the token, [B, Hk, X] (arrive itself: never held).
+
+    A place is only ever lost to a better token, so a token is held during b while fewer than `capacity` of those
+    that had applied by then are better.
+    """
+    rejected, applies, start = [], arrive, 0
+    entry = torch.arange(arrive.shape[2], device=arrive.device)
+    for s, (_, capacity) in enumerate(spec.shares):
+        # holders of a later share were rejected by this one before
+        past = (entry >= start + capacity) & (entry < spec.slots)
+        candidate = torch.where(past, blocks, applies)
+        death = torch.maximum(candidate, outlives(score[..., s], candidate, capacity, blocks))
+        rejected.append(torch.where(past, applies, death))
+        applies, start = rejected[-1], start + capacity
+    return tuple(rejected)
+
+
+def outlives(score: Tensor, arrive: Tensor, capacity: int, blocks: int) -> Tensor:
+    """The first block by which `capacity` better tokens have arrived, [B, Hk, X]; `blocks` if none."""
+    if not capacity:
+        return torch.zeros_like(arrive)
+    order = score.masked_fill(arrive >= blocks, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ordered = arrive.gather(-1, order)
+    slots = torch.arange(blocks, device=arrive.device)
+    here = ordered[..., None].clamp(min=0) == slots  # [B, Hk, X, blocks]
+    better = here.int().cumsum(2) - here.int()
+    held = (better.cumsum(-1) < capacity).sum(-1)  # counts only grow, so this is the first block that fails
+    return torch.empty_like(arrive).scatter_(-1, order, held)
+
+
+def table(member: Tensor, width: int) -> Tensor:
+    """Indices of the members of a row, packed to the left: [..., X] bool -> [..., width], X where a place is free."""
+    X = member.shape[-1]
+    place = torch.where(member, member.cumsum(-1) - 1, width)
+    index = torch.arange(X, device=member.device).expand_as(place)
+    out = torch.full((*member.shape[:-1], width + 1), X, device=member.device)
+    return out.scatter_(-1, place, index)[..., :width]
+
+
+def pick(x: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
+    """x [B, Hk, X, ...] at index [B, Hk, n, Y] -> [B, Hk, n, Y, ...]; index X gives `blank`."""
+    B, Hk, n, Y = index.shape
+    padded = torch.cat([x, x.new_full((B, Hk, 1, *x.shape[3:]), blank)], 2)
+    return take(padded, index.flatten(2)).unflatten(2, (n, Y))
+
+
+# --- 4. the exact branch ------------------------------------------------------------------------------------
+
+
+def query_blocks(grid: Grid, spec: KernelSpec) -> Tensor:  # [n, tile]
+    return (torch.arange(grid.n * grid.tile, device=grid.q.device) // spec.block).view(grid.n, grid.tile)
+
+
+def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Softmax over sinks, window and slots -> (exact [B, H, n·tile, D], lse [B, H, n·tile])."""
+    spec, acc, rows = kernel.spec, local.query.dtype, local.query.shape[3]
+    first, reach = window_reach(grid, spec)
+    values = tiles(grid.v[:, :, first:].to(acc), reach, grid.tile, 2)
+    visible = grouped(local.inside, rows)[:, None]
+    if spec.slots:
+        visible = grouped(local.inside[:, None] | holding_in_reach(grid, life, spec), rows)
+    scores = [local.sinks, local.window.masked_fill(~visible, -torch.inf)]
+    if spec.slots:
+        first_block = query_blocks(grid, spec)[:, :1]  # [n, 1]
+        holder = (life.arrive[:, :, None] <= first_block) & (life.death[:, :, None] > first_block)
+        index = table(holder, spec.slots)  # [B, Hk, n, slots]
+        death = pick(life.death, index, EMPTY)[:, :, :, None]
+        alive = death > query_blocks(grid, spec)[..., None]  # [B, Hk, n, tile, slots]
+        slot_k, slot_v = pick(life.key, index).to(acc), pick(life.value, index).to(acc)
+        scores.append(logits(local.query, slot_k, kernel).masked_fill(~grouped(alive, rows), -torch.inf))
+    widths = [s.shape[-1] for s in scores]
+    joined = torch.cat(scores, -1)
+    lse = joined.logsumexp(-1)
+    lse = torch.where(lse == -torch.inf, 0.0, lse)  # rows of padding see nothing
+    p = (joined - lse[..., None]).exp().split(widths, -1)
+    exact = p[0] @ grid.sink_v.to(acc)[:, :, None] + p[1] @ values
+    if spec.slots:
+        exact = exact + p[2] @ slot_v
+    return add_sink_logits(time_rows(grid, exact), time_rows(grid, lse), kernel)
+
+
+def holding_in_reach(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
+    """[B, Hk, n, tile, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
+    first, reach = window_reach(grid, spec)
+    lead = first - (grid.front - spec.ring)  # entries between the first leaving token and the first reach
+
+    def over(x: Tensor, blank: int) -> Tensor:  # the leaving tokens' x, laid over the reach of every tile
+        x = x[:, :, spec.slots :]
+        x = x[:, :, lead:] if lead >= 0 else torch.nn.functional.pad(x, (-lead, 0), value=blank)
+        need = reach + (grid.n - 1) * grid.tile
+        x = torch.nn.functional.pad(x, (0, max(0, need - x.shape[2])), value=blank)
+        return tiles(x, reach, grid.tile, 2)[:, :, :, None]
+
+    block = query_blocks(grid, spec)[..., None]
+    arrive = over(life.arrive, torch.iinfo(torch.int64).max)
+    inside_tile = arrive > query_blocks(grid, spec)[:, :1, None]  # earlier ones stand in the slot table
+    return inside_tile & (arrive <= block) & (over(life.death, EMPTY) > block)
+
+
+# --- 5. the memory ------------------------------------------------------------------------------------------
+
+
+def memory_branch(grid: Grid, life: Life, kernel: Kernel) -> Tensor:
+    """Numerator and normaliser [B, H, n·tile, D + 1] of everything that has lost its place.
+
+    The tokens stand in the order of their deaths: those that die in (first block of tile i−1, first block of tile i]
+    are group i, and at most a tile's worth, since a place is lost only to somebody who comes.
+    """
+    spec, per = kernel.spec, grid.tile // kernel.spec.block
+    assert kernel.map_q is not None
+    assert life.phi is not None
+    acc = life.phi.dtype
+    Hk = grid.k.shape[1]
+    group = torch.where(life.death < 0, 0, -(-life.death // per))  # [B, Hk, X]
+    gone = (life.pos != EMPTY) & (life.death < grid.n * per)
+    groups = torch.arange(grid.n + 1, device=group.device)[:, None]
+    index = table((group[:, :, None] == groups) & gone[:, :, None], grid.tile)  # [B, Hk, n + 1, tile]
+    phi, v1 = pick(life.phi, index), with_ones(pick(life.value.to(acc), index))
+    clock, death = pick(life.clock, index), pick(life.death, index, torch.iinfo(torch.int64).max)
+
+    at = life.clock_end[:, :, ::per]  # [B, Hk, n] the clock at a tile's first block
+    gain = (phi[:, :, :-1] * (at[..., None] - clock[:, :, :-1]).clamp(max=0).exp()[..., None]).transpose(-1, -2) @ v1[
+        :, :, :-1
+    ]
+    memory = scan(grid.state.memory, gain, torch.cat([torch.zeros_like(at[:, :, :1]), at], 2))[:, :, 1:]
+
+    pos = grid.base[:, None] + torch.arange(grid.n * grid.tile, device=group.device)
+    phi_q = query_rows(grid, features(kernel, kernel.map_q, grid.q, pos[:, None]), Hk)
+    now = life.clock_end.repeat_interleave(spec.block, 2).unflatten(2, (grid.n, grid.tile))  # [B, Hk, n, tile]
+    weight = (now[..., None] - clock[:, :, 1:, None]).clamp(max=0).exp()
+    weight = weight * (death[:, :, 1:, None] <= query_blocks(grid, spec)[..., None])  # died inside the tile, before
+    rows = phi_q.shape[3]
+    near = ((phi_q @ phi[:, :, 1:].transpose(-1, -2)) * grouped(weight, rows)) @ v1[:, :, 1:]
+    far = (phi_q @ memory) * grouped((now - at[..., None]).exp()[..., None], rows)
+    return time_rows(grid, near + far)
+
+
+# --- the state afterwards -----------------------------------------------------------------------------------
+
+
+def final_state(grid: Grid, life: Life, mass: Tensor, kernel: Kernel) -> State:
+    spec, state = kernel.spec, grid.state
+    B, Hk = grid.k.shape[:2]
+    last = grid.last[:, None, None]  # [B, 1, 1]
+    begun = grid.last >= 0
+    end = life.clock_end.gather(2, last.clamp(min=0).expand(B, Hk, 1)) * begun[:, None, None]  # [B, Hk, 1]
+
+    places, entry = [], torch.arange(life.pos.shape[2], device=life.pos.device)
+    applies, start = life.arrive, 0
+    for (_, capacity), death in zip(spec.shares, life.rejected, strict=True):
+        others = (entry < spec.slots) & (entry >= start + capacity)  # places of later shares
+        places.append(table((applies <= last) & (death > last) & ~others, capacity))
+        applies, start = death, start + capacity
+    index = torch.cat(places, 2)  # [B, Hk, slots]
+
+    # the ring: the last begun block and the `back` blocks before it, each at its own place
+    newest = (grid.base // spec.block + grid.last) * spec.block + spec.block - 1  # [B]
+    r = torch.arange(spec.ring, device=newest.device)
+    p = newest[:, None] - (newest[:, None] - r) % spec.ring  # [B, ring] the position that belongs at entry r
+    at = (p - grid.base[:, None] + grid.front).clamp(0, grid.k.shape[2] - 1)
+    here = grid.pos.gather(1, at)
+    held = (here == p) & (p >= 0)
+
+    def assemble(sinks: Tensor, ring: Tensor, slots: Tensor) -> Tensor:
+        return torch.cat([sinks, ring, slots], 2)
+
+    def ring(x: Tensor) -> Tensor:
+        got = take_time(x, at)
+        return got * held.view(B, 1, -1, *[1] * (got.ndim - 3))
+
+    def slots(x: Tensor, blank: float = 0.0) -> Tensor:
+        return pick(x, index[:, :, None], blank)[:, :, 0]
+
+    zeros = state.mass[:, :, : spec.sinks] * 0
+    rate = (
+        torch.zeros_like(end)
+        if kernel.log_decay is None
+        else kernel.log_decay.to(end.dtype).view(1, -1, 1).expand_as(end)
+    )
+    memory = state.memory
+    if spec.has_memory:
+        assert life.phi is not None
+        lost = (life.pos != EMPTY) & (life.death <= last) & (life.arrive <= last)
+        weight = (end - life.clock).clamp(max=0).exp() * lost
+        memory = memory * end[..., None].exp()
+        memory = memory + (life.phi * weight[..., None]).transpose(-1, -2) @ with_ones(life.value.to(memory.dtype))
+    alive = slots(life.pos, EMPTY) != EMPTY
+    sink_pos = grid.sink_pos[:, None].expand(B, Hk, -1)
+    ring_pos = torch.where(held, p, EMPTY)[:, None].expand(B, Hk, -1)
+    sink_here = (sink_pos != EMPTY)[..., None]
+    return State(
+        keys=assemble(grid.sink_k * sink_here, ring(grid.k), slots(life.key)),
+        values=assemble(grid.sink_v * sink_here, ring(grid.v), slots(life.value)),
+        pos=assemble(sink_pos, ring_pos, slots(life.pos, EMPTY)),
+        decay=assemble(zeros, rate * held[:, None], (end - slots(life.clock)).clamp(max=0) * alive),
+        mass=assemble(zeros, ring(mass), slots(life.clock) * 0),
+        score=slots(life.score),
+        memory=memory,
+        seen=grid.seen,
+    )

@@ -1,0 +1,72 @@
+"""What a batch looks like: which tokens are padding, which belong to one document. Computed once a forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of the T new tokens of a batch. Both None: rows of T tokens of one document each."""
+
+    valid: Tensor | None = None  # [B, T] bool, False at padding
+    documents: Tensor | None = None  # [B, T] int64, index of a token's document in its row
+    pieces: tuple[tuple[Tensor, Tensor], ...] = ()  # documents of like length as rows, see `split_documents`
+
+
+def layout_of(
+    length: int, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, has_cache: bool
+) -> Layout | None:
+    """From the 2-D mask [B, past + T], or from positions [B, T] that restart inside a row (packed documents).
+
+    Positions count only where there is neither a mask nor a cache: the rule of Transformers itself.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2:
+        valid = attention_mask[:, -length:].bool()
+        skippable = length > 1 and not torch.compiler.is_compiling()
+        return None if skippable and bool(valid.all()) else Layout(valid=valid)
+    if attention_mask is None and position_ids is not None and not has_cache and length > 1:
+        return packed(position_ids.expand(batch, -1))
+    return None
+
+
+def packed(position_ids: Tensor) -> Layout | None:
+    """position_ids [B, T] -> the layout of its documents, or None where every row is one document."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    if bool(starts[:, 1:].any()):
+        return Layout(documents=starts.cumsum(1) - 1, pieces=split_documents(starts))
+    return None
+
+
+def split_documents(starts: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Groups the documents that begin at `starts` [B, T] by length, so that padding at most doubles the work.
+
+    Each piece is (index [n, L], inside [n, L]): flat indices into [B·T] of n documents, and where they are real.
+    """
+    T = starts.shape[1]
+    begin = starts.flatten().nonzero()[:, 0].cpu()
+    length = torch.diff(begin, append=torch.tensor([starts.numel()]))
+    bucket = (length.clamp(min=64) - 1).double().log2().floor().long()
+    assert int(length.max()) <= T  # every row starts a document
+    pieces = []
+    for b in bucket.unique():
+        first, size = begin[bucket == b, None], length[bucket == b, None]
+        offset = torch.arange(int(size.max()))
+        index = first + torch.minimum(offset, size - 1)
+        pieces.append((index.to(starts.device), (offset < size).to(starts.device)))
+    return tuple(pieces)
+
+
+def gather_documents(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, T, D] at flat token indices [n, L] -> [n, H, L, D]."""
+    return x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
+
+
+def scatter_documents(out: Tensor, piece: Tensor, index: Tensor, inside: Tensor) -> Tensor:
+    """Writes piece [n, H, L, D] back to out [B, T, H, D] at the indices [n, L] that are `inside`."""
+    flat = out.flatten(0, 1).index_put((index[inside],), piece.transpose(1, 2)[inside])
+    return flat.view_as(out)

@@ -1,0 +1,125 @@
+"""The operation's types: what a layer computes with, its state of constant size, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import KernelSpec
+
+EMPTY = -1  # the position of an entry that holds no token
+
+
+class Kernel(NamedTuple):
+    """One layer's arithmetic: the spec and the tensors it works with."""
+
+    spec: KernelSpec
+    scaling: float
+    map_q: Callable[[Tensor, Tensor], Tensor] | None  # (x [B, H, T, D], pos [B, 1 or H, T]) -> [B, H, T, F]
+    map_k: Callable[[Tensor, Tensor], Tensor] | None  # the same on the Hk key heads
+    log_gate: Tensor | None  # [H], log of the memory's weight
+    log_decay: Tensor | None  # [Hk], log of the factor a folded token puts on all earlier ones, <= 0
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sink_logits: Tensor | None = None  # [H], logits that only the normaliser sees
+
+
+class AttentionOutput(NamedTuple):
+    """y and its two branches; y = w exact + (1 − w) memory with w = sigmoid(exact_lse − memory_lse)."""
+
+    y: Tensor  # [B, H, T, D]
+    exact: Tensor  # [B, H, T, D], softmax over the exact set alone
+    exact_lse: Tensor  # [B, H, T]
+    memory: Tensor  # [B, H, T, D], the memory alone, normalised; zero where it is empty
+    memory_lse: Tensor  # [B, H, T], −inf where it is empty
+
+
+class State(NamedTuple):
+    """What a layer remembers. P = ring + sinks + slots positions, laid out as [sinks | ring | slots].
+
+    The ring holds the token of position p at p mod ring. Slots stand in the order of `spec.shares`.
+    """
+
+    keys: Tensor  # [B, Hk, P, D]
+    values: Tensor  # [B, Hk, P, D]
+    pos: Tensor  # [B, Hk, P] int64, EMPTY where no token is held
+    decay: Tensor  # [B, Hk, P] ring: the token's own log decay; slots: log decay accumulated since it left the window
+    mass: Tensor  # [B, Hk, P] ring: attention received so far
+    score: Tensor  # [B, Hk, slots, shares] the scores that slot holders hold their places by
+    memory: Tensor  # [B, Hk, F, D + 1] the last column is the normaliser
+    seen: Tensor  # [B] int64, valid tokens so far
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> State:
+        return State(*map(f, self))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state and normaliser: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_state(spec: KernelSpec, key: Tensor, value: Tensor) -> State:
+    """The state before the first token, for keys [B, Hk, T, D] and values [B, Hk, T, D]."""
+    B, Hk, _, D = key.shape
+    P, Dv, acc = spec.positions, value.shape[-1], wide(key.dtype)
+    features = spec.feature_dim if spec.has_memory else 0
+    return State(
+        keys=key.new_zeros(B, Hk, P, D),
+        values=value.new_zeros(B, Hk, P, Dv),
+        pos=torch.full((B, Hk, P), EMPTY, device=key.device),
+        decay=key.new_zeros(B, Hk, P, dtype=acc),
+        mass=key.new_zeros(B, Hk, P, dtype=acc),
+        score=key.new_zeros(B, Hk, spec.slots, len(spec.shares), dtype=acc),
+        memory=key.new_zeros(B, Hk, features, Dv + 1, dtype=acc),
+        seen=torch.zeros(B, dtype=torch.int64, device=key.device),
+    )
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[..., D] -> [..., D + 1]: the normaliser is one more value channel."""
+    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
+
+
+def merge(exact: Tensor, exact_lse: Tensor, total: Tensor | None, log_gate: Tensor | None) -> AttentionOutput:
+    """One normaliser over both branches.
+
+    exact [B, H, T, D], exact_lse [B, H, T]; total [B, H, T, D + 1] is the memory's numerator and normaliser.
+    """
+    if total is None:
+        return AttentionOutput(
+            exact, exact, exact_lse, torch.zeros_like(exact), exact_lse.new_full(exact_lse.shape, -torch.inf)
+        )
+    assert log_gate is not None
+    tiny = torch.finfo(total.dtype).tiny
+    norm = total[..., -1]
+    filled = norm > tiny
+    safe = torch.where(filled, norm, 1.0)
+    memory = torch.where(filled[..., None], total[..., :-1] / safe[..., None], 0.0)
+    memory_lse = torch.where(filled, safe.log() + log_gate[:, None].to(total.dtype), -torch.inf)
+    weight = torch.sigmoid(exact_lse - memory_lse)[..., None]
+    return AttentionOutput(weight * exact + (1 - weight) * memory, exact, exact_lse, memory, memory_lse)
+
+
+def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
+    """Scaled, capped scores [..., X, Y] of q [..., X, D] and k [..., Y, D]."""
+    s = (q @ k.transpose(-1, -2)) * kernel.scaling
+    return s if kernel.softcap is None else kernel.softcap * torch.tanh(s / kernel.softcap)
+
+
+def add_sink_logits(exact: Tensor, lse: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Lets `sink_logits` take their part of the normaliser (GPT-OSS); exact [B, H, T, D], lse [B, H, T]."""
+    if kernel.sink_logits is None:
+        return exact, lse
+    sink = kernel.sink_logits.to(lse.dtype)[:, None]
+    return exact * torch.sigmoid(lse - sink)[..., None], torch.logaddexp(lse, sink)
+
+
+def features(kernel: Kernel, mapping: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor) -> Tensor:
+    """phi of x [B, H, T, D], scaled so that its target is exp(q·k·scaling); pos [B, 1 or H, T] -> [B, H, T, F]."""
+    return mapping(x.to(wide(x.dtype)) * kernel.scaling**0.5, pos)
