@@ -187,22 +187,21 @@ def test_a_layers_error_does_not_reach_another_layer():
     assert any(name.startswith("model.layers.1.self_attn.kernelize") for name in reached)
 
 
-def test_training_the_terms_lowers_them():
+@pytest.mark.parametrize(("term", "share"), [("output", 0.98), ("far", 0.9), ("mass", 0.5)])
+def test_training_a_term_lowers_it(term, share):
     model, probes = probed_model()
     new = [parameter for name, parameter in model.named_parameters() if ".kernelize." in name]
-    optimizer = torch.optim.AdamW(new, lr=5e-2)
+    optimizer = torch.optim.AdamW(new, lr=3e-2, weight_decay=0)
     ids, positions = batch(False)
     seen = []
-    for _ in range(40):
+    for _ in range(30):
         model(ids, position_ids=positions, use_cache=False)
-        terms = [torch.stack(probe.terms) for probe in probes.values()]
+        loss = sum(probe.terms._asdict()[term] for probe in probes.values())
         optimizer.zero_grad()
-        sum(terms).sum().backward()
+        loss.backward()
         optimizer.step()
-        seen.append(sum(terms).detach())
-    ratios = seen[-1] / seen[0]
-    assert (ratios < 0.98).all(), ratios
-    assert ratios[2] < 0.2, ratios  # the mass
+        seen.append(loss.item())
+    assert seen[-1] < share * seen[0], (seen[0], seen[-1])
 
 
 # --- distil -----------------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_the_divergence_is_the_dense_one_with_its_gradients(monkeypatch, held):
 def test_the_teacher_itself_has_no_divergence():
     student, _, labels, head, _ = heads_and_features()
     got = distillation(student, student.detach(), labels, head, head, DistilWeights(), 19)
-    assert abs(float(got.loss)) < 1e-12
+    assert abs(got.loss.item()) < 1e-12
     assert all(grad.abs().max() < 1e-12 for grad in torch.autograd.grad(got.loss, (student, head.weight)))
 
 
@@ -256,4 +255,4 @@ def test_logits_of_all_tokens_are_never_held(monkeypatch):
 def test_a_batch_without_targets_is_zero():
     student, teacher, labels, student_head, teacher_head = heads_and_features()
     got = distillation(student, teacher, labels * 0 - 100, student_head, teacher_head, DistilWeights(), 19)
-    assert float(got.loss) == 0
+    assert got.loss.item() == 0
