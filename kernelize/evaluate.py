@@ -31,6 +31,7 @@ from transformers import DynamicCache
 from . import __version__
 from .errors import InputError, KernelizeError
 from .recall import DEPTHLESS, TASKS, Prompt, Writer, encode, start_ids
+from .runtime.cache import state_bytes
 from .runtime.spec import SpecError, choose
 
 log = logging.getLogger("kernelize")
@@ -205,21 +206,6 @@ def greedy(model, ids: Tensor, count: int, chunk: int) -> Tensor:
 def likeliest(model, ids: Tensor, chunk: int) -> Tensor:
     """The likeliest next token at every position of ids [B, T]: [B, T]."""
     return torch.cat([logits.argmax(-1) for logits, _ in stream(model, ids, chunk)], dim=1)
-
-
-def cache_bytes(cache) -> int:
-    """Bytes of all tensors that a Transformers cache holds, softmax and kernelized layers alike."""
-    return sum(_nbytes(vars(layer)) for layer in cache.layers)
-
-
-def _nbytes(value: object) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_nbytes, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_nbytes, value))
-    return 0
 
 
 # --- intervals ------------------------------------------------------------------------------------------------
@@ -405,7 +391,7 @@ class _Tally:
         bucket = torch.bucketize(position, self.edges, right=True)
         self.sums.index_add_(1, bucket, torch.stack([nll, kl, torch.ones_like(nll)]))
         if seen in self.edges:
-            self.bytes.append((seen, cache_bytes(cache)))
+            self.bytes.append((seen, state_bytes(cache)))
 
     def record(self) -> Record:
         nll, kl, count = self.sums.tolist()

@@ -1,0 +1,337 @@
+"""Laws of the evaluation: the streamed numbers are the plain ones, prompts are exact, a killed run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from kernelize.errors import InputError, KernelizeError
+from kernelize.evaluate import (
+    METRICS,
+    Generation,
+    Passkey,
+    Perplexity,
+    Recall,
+    bootstrap,
+    evaluate,
+    greedy,
+    load_rows,
+    make_suite,
+    parse_length,
+    parse_lengths,
+    read_text,
+    sample_text,
+    save_rows,
+    wilson,
+)
+from kernelize.recall import TASKS, Writer
+
+TOKENIZER = byte_tokenizer()
+WORDS = [f"{a}{b}{c}e" for a in "bcdfghjk" for b in "aeiou" for c in "lmnrst"]
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def writer(novel) -> Writer:
+    return Writer(TOKENIZER, read_text(novel))
+
+
+def pair(seed: int = 0):
+    return tiny_llama(seed), TOKENIZER
+
+
+def value(rows, model, metric, length=None, depth=None):
+    (row,) = [r for r in rows if (r.model, r.metric, r.length, r.depth) == (model, metric, length, depth)]
+    return row.value
+
+
+def logits_of(model, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+# --- perplexity
+
+
+def test_perplexity_is_that_of_one_plain_forward(novel):
+    suite = Perplexity(lengths=(100, 200), text=novel, pieces=3, chunk=33)
+    model, _ = pair()
+    rows = evaluate({"a": (model, TOKENIZER)}, [suite])
+    nll = []
+    for unit in suite.units(TOKENIZER):
+        scores = logits_of(model, unit.ids[0])
+        nll.append([-scores[i - 1, token].item() for i, token in enumerate(unit.ids[0]) if i])
+    for metric, length, first in (("ppl", 200, 1), ("ppl", 100, 1), ("ppl_at", 200, 128), ("ppl_at", 128, 100)):
+        expected = torch.tensor([piece[first - 1 : length - 1] for piece in nll]).double().mean().exp().item()
+        assert value(rows, "a", metric, length) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_is_that_of_plain_forwards_and_absent_for_the_teacher(novel):
+    suite = Perplexity(lengths=(64,), text=novel, pieces=1, chunk=20)
+    teacher, student = tiny_llama(0), tiny_llama(1)
+    rows = evaluate({"student": (student, TOKENIZER), "t": (teacher, TOKENIZER)}, [suite], teacher="t")
+    ids = suite.units(TOKENIZER)[0].ids[0]
+    p, q = logits_of(teacher, ids)[:-1], logits_of(student, ids)[:-1]
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert value(rows, "student", "kl", 64) == pytest.approx(expected, rel=1e-4)
+    assert not [r for r in rows if r.model == "t" and r.metric.startswith("kl")]
+
+
+def test_jsonl_is_joined_without_separator_and_cut_into_whole_pieces(tmp_path):
+    path = tmp_path / "wiki.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abcd", "efgh", "ij")))
+    units = Perplexity(lengths=(4,), text=str(path), pieces=None).units(TOKENIZER)
+    assert [TOKENIZER.decode(unit.ids[0]) for unit in units] == ["abcd", "efgh"]
+
+
+def test_state_of_a_softmax_model_grows_with_the_length(novel):
+    rows = evaluate({"a": pair()}, [Perplexity(lengths=(128, 256), text=novel, pieces=1, chunk=64)])
+    assert value(rows, "a", "cache_bytes", 256) == 2 * value(rows, "a", "cache_bytes", 128)
+    assert value(rows, "a", "cache_bytes", 128) == 128 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, D, bytes
+
+
+# --- recall
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [700, 1000])
+def test_every_prompt_has_exactly_its_length_and_is_seeded(writer, task, length):
+    first, again, other = (TASKS[task](writer, length, 0.3, random.Random(seed)) for seed in (1, 1, 2))
+    assert len(first.ids) == length
+    assert first == again != other
+    assert bool(first.answers) != bool(first.targets)
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"associative_recall"}))
+def test_the_answers_stand_in_the_prompt(writer, task):
+    prompt = TASKS[task](writer, 900, 0.5, random.Random(3))
+    text = TOKENIZER.decode(prompt.ids)
+    assert all(answer in text for answer in prompt.answers)
+    assert prompt.new_tokens >= len(TOKENIZER(" ".join(prompt.answers)).input_ids)
+
+
+def test_targets_of_associative_recall_are_told_by_the_pairs_before(writer):
+    prompt = TASKS["associative_recall"](writer, 900, 0.5, random.Random(3))
+    for answer in prompt.targets:
+        end = answer[-1][0] + 1
+        line = TOKENIZER.decode(prompt.ids[:end]).rsplit("\n", 1)[1]
+        assert [token for _, token in answer] == prompt.ids[answer[0][0] : end]
+        assert TOKENIZER.decode(prompt.ids[:end]).count("\n" + line) == 2
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
+def test_the_needle_stands_at_its_depth(writer, depth):
+    text = TOKENIZER.decode(TASKS["passkey"](writer, 1000, depth, random.Random(0)).ids)
+    around = "\n\nThe pass key is 12345. Remember it. 12345 is the pass key.\n\n" + text[text.rindex("\n\nWhat is") :]
+    needle, room = text.index("\n\nThe pass key is"), 1000 - len(around)
+    assert needle == round(depth * room)
+
+
+def test_a_model_that_copies_the_key_scores_one_and_a_random_one_zero(novel):
+    suite = Passkey(lengths=(200,), text=novel, depths=(0.5,), trials=2)
+    assert value(evaluate({"a": pair()}, [suite]), "a", "passkey", 200, 0.5) == 0.0
+    (unit,) = suite.units(TOKENIZER)
+    keys = [TOKENIZER(f" {prompt.answers[0]}").input_ids for prompt in unit.settings["asked"]]
+    rows = evaluate({"a": (_Oracle(keys, 200), TOKENIZER)}, [suite])
+    assert value(rows, "a", "passkey", 200, 0.5) == 1.0
+    assert value(rows, "a", "passkey", 200) == 1.0
+
+
+class _Oracle(torch.nn.Module):
+    """Answers row b with keys[b], whatever it reads."""
+
+    def __init__(self, keys: list[list[int]], length: int) -> None:
+        super().__init__()
+        self.inner, self.keys, self.length = tiny_llama(), torch.tensor(keys), length
+        self.config, self.device = self.inner.config, self.inner.device
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, ids, past_key_values, **options):
+        out = self.inner(ids, past_key_values=past_key_values, **options)
+        step = past_key_values.get_seq_length() - self.length
+        if 0 <= step < self.keys.shape[1]:
+            out.logits[:, -1] = torch.nn.functional.one_hot(self.keys[:, step], out.logits.shape[-1]) * 1e4
+        return out
+
+
+def test_greedy_equals_generate(novel):
+    model, ids = tiny_llama(), torch.tensor([TOKENIZER(read_text(novel)[:70]).input_ids])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+                              eos_token_id=None, pad_token_id=0)  # fmt: skip
+    assert greedy(model, ids, 8, chunk=32).tolist() == expected[:, 70:].tolist()
+
+
+# --- generation
+
+
+def test_generation_agrees_with_itself_and_counts_repetition(novel):
+    suite = Generation(lengths=(40,), text=novel, prompts=2, new_tokens=12)
+    rows = evaluate({"teacher": pair(), "same": pair(), "other": pair(5)}, [suite])
+    assert value(rows, "same", "agreement", 40) == 12.0
+    assert value(rows, "other", "agreement", 40) < 12.0
+    assert not [r for r in rows if r.model == "teacher" and r.metric == "agreement"]
+    assert 0.0 <= value(rows, "same", "repetition", 40) <= 1.0
+
+
+# --- resuming
+
+
+def everything(novel):
+    return [
+        Perplexity(lengths=(64, 128), text=novel, pieces=3),
+        Recall(lengths=(256,), text=novel, depths=(0.2, 0.8), trials=1, tasks=("passkey", "associative_recall")),
+        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8),
+    ]
+
+
+def test_a_killed_evaluation_resumes_with_the_same_table(novel, tmp_path):
+    cache, models = tmp_path / "cache.jsonl", {"teacher": pair(), "student": pair(1)}
+    whole = evaluate(models, everything(novel))
+    evaluate(models, everything(novel), cache=cache)
+    lines = cache.read_text().splitlines(keepends=True)
+    cache.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote the fourth record
+    done: list[int] = []
+    assert evaluate(models, everything(novel), cache=cache, on_progress=lambda d, total, _: done.append(d)) == whole
+    assert done
+    assert evaluate(models, everything(novel), cache=cache, on_progress=_refuse) == whole
+
+
+def _refuse(*_):
+    raise AssertionError("measured again what was cached")
+
+
+def test_a_changed_weight_is_another_model(novel, tmp_path):
+    cache, model = tmp_path / "cache.jsonl", tiny_llama()
+    suite = Perplexity(lengths=(64,), text=novel, pieces=1)
+    before = value(evaluate({"a": (model, TOKENIZER)}, [suite], cache=cache), "a", "ppl", 64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert value(evaluate({"a": (model, TOKENIZER)}, [suite], cache=cache), "a", "ppl", 64) != before
+
+
+def test_progress_ends_at_its_total(novel):
+    seen = []
+    evaluate({"a": pair(), "b": pair(1)}, everything(novel), on_progress=lambda *step: seen.append(step[:2]))
+    assert seen[-1][0] == seen[-1][1] == max(total for _, total in seen)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_a_foreign_cache_file_is_refused(novel, tmp_path):
+    (tmp_path / "cache.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(InputError, match="line 1 is no evaluation record"):
+        evaluate({"a": pair()}, ["ppl"], settings={"text": novel}, lengths=[64], cache=tmp_path / "cache.jsonl")
+
+
+def test_numbers_that_are_not_finite_stop_the_run(novel):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(KernelizeError, match="not finite"):
+        evaluate({"a": (model, TOKENIZER)}, [Perplexity(lengths=(64,), text=novel)])
+
+
+# --- input
+
+
+@pytest.mark.parametrize(("text", "length"), [("512", 512), ("4k", 4096), (" 128K ", 131072), ("1m", 1048576)])
+def test_lengths_parse(text, length):
+    assert parse_length(text) == length
+
+
+@pytest.mark.parametrize("text", ["", "k", "0", "-1", "4kb", "1.5k", "four", "1k,,2k"])
+def test_bad_lengths_are_refused(text):
+    with pytest.raises(InputError, match="not a positive number"):
+        parse_lengths(text)
+
+
+def test_lengths_are_sorted_and_distinct():
+    assert parse_lengths("4k,512,4096") == (512, 4096)
+
+
+def test_learned_positions_end(novel):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    evaluate({"gpt2": (model, TOKENIZER)}, ["ppl"], lengths=[64], settings={"text": novel})
+    with pytest.raises(InputError, match=r"length=65 .* beyond the 64 learned positions of gpt2"):
+        evaluate({"gpt2": (model, TOKENIZER)}, ["ppl"], lengths=[65], settings={"text": novel})
+
+
+def test_rotary_positions_go_on_but_it_is_said(novel, caplog):
+    rows = evaluate({"a": pair()}, ["ppl"], lengths=[300], settings={"text": novel, "pieces": 1})
+    assert "beyond the 256 positions" in caplog.text
+    assert value(rows, "a", "trained_length") == 256
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"suites": ["perplexity"]}, "suite='perplexity' is not one of"),
+        ({"suites": ["ppl"], "settings": {"piece": 3}}, "did you mean 'pieces'"),
+        ({"suites": ["ppl"], "settings": {"pieces": 0}}, "pieces=0 is below 1"),
+        ({"suites": ["passkey"], "settings": {"depths": (2.0,)}}, "depths="),
+        ({"suites": ["ppl"], "settings": {"text": "nowhere.txt"}}, "nowhere.txt"),
+        ({"suites": ["ppl"], "teacher": "nobody"}, "teacher='nobody'"),
+        ({"suites": ["passkey"], "lengths": [20]}, "too short"),
+    ],
+)
+def test_bad_input_is_named(novel, call, message):
+    call = {"settings": {"text": novel}, **call}
+    with pytest.raises(InputError, match=message):
+        evaluate({"a": pair()}, **call)
+
+
+def test_a_text_shorter_than_a_piece_is_named(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(InputError, match="9 tokens, too few"):
+        Perplexity(lengths=(64,), text=str(tmp_path / "short.txt")).units(TOKENIZER)
+
+
+# --- rows, intervals, samples
+
+
+def test_rows_survive_a_file_and_every_metric_is_described(novel, tmp_path):
+    rows = evaluate({"teacher": pair(), "b": pair(1)}, everything(novel))
+    save_rows(rows, tmp_path / "rows.json")
+    assert load_rows(tmp_path / "rows.json") == rows
+    assert {row.metric for row in rows} <= set(METRICS)
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(InputError, match="no evaluation rows"):
+        load_rows(tmp_path / "rows.json")
+
+
+def test_intervals_hold_the_value_and_are_seeded(novel):
+    rows = evaluate({"teacher": pair(), "b": pair(1)}, everything(novel))
+    for row in rows:
+        assert row.low is None or row.low - 1e-9 <= row.value <= row.high + 1e-9
+    assert bootstrap([1.0, 2.0, 9.0], [1, 1, 1], seed=3) == bootstrap([1.0, 2.0, 9.0], [1, 1, 1], seed=3)
+    assert bootstrap([1.0], [1], seed=0) == (None, None)
+    assert wilson(0.0, 10)[1] == pytest.approx(0.278, abs=1e-3)  # Wilson 1927 for 0 of 10
+
+
+def test_the_samples_are_shipped_disjoint_and_long():
+    novel, train = sample_text("novel"), sample_text("train")
+    assert len(novel.encode()) + len(train.encode()) <= 1_000_000
+    assert "Dorothea" in novel
+    assert "Dorothea" not in train
+
+
+def test_quick_is_smaller_than_usual():
+    for name in ("ppl", "passkey", "recall", "generation"):
+        quick, usual = make_suite(name, quick=True), make_suite(name)
+        assert dataclasses.asdict(quick) != dataclasses.asdict(usual)
+        assert quick.reach <= usual.reach
