@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import __version__
 from .errors import InputError
 from .plan import ConversionPlan, PlanReport, describe
 
@@ -82,12 +83,31 @@ not needed. Where it is installed, its own copy is used instead.
 
 @dataclass(frozen=True)
 class Source:
-    """The model that was converted. None and () where it does not say."""
+    """The model that was converted. None and () for what it does not say or what could not be read."""
 
     name: str
     base_model: str | None = None  # a Hub id
-    license: str | None = None  # as the Hub writes it, e.g. "apache-2.0"
+    license: str | None = None  # as the Hub writes it, e.g. "apache-2.0"; "other" goes with a name and a link
+    license_name: str | None = None
+    license_link: str | None = None
     language: tuple[str, ...] = ()
+
+    @classmethod
+    def from_metadata(cls, name: str, base_model: str | None, data: Mapping[str, Any]) -> Source:
+        """`data` is the metadata of the source's own card."""
+        language = data.get("language") or ()
+        return cls(
+            name,
+            base_model,
+            license=data.get("license"),
+            license_name=data.get("license_name"),
+            license_link=data.get("license_link"),
+            language=(language,) if isinstance(language, str) else tuple(language),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Source:
+        return cls(**{**data, "language": tuple(data["language"])})
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         name=name or folder.resolve().name,
         plan=plan,
         cost=describe(plan, _original_config(config), lengths=LENGTHS),
-        source=Source(**{**source, "language": tuple(source["language"])}) if source else None,
+        source=Source.from_dict(source) if source else None,
         recipe=recipe.read_text("utf-8") if recipe.is_file() else None,
         tokens=recorded.get("tokens"),
         rows=tuple(recorded.get("rows", ())),
@@ -194,31 +214,31 @@ def _gguf_source(path: Path) -> Source:
 
     fields = GGUFReader(path).fields
     said = {key: fields[f"general.{key}"].contents() for key in ("license", "languages") if f"general.{key}" in fields}
-    return Source(path.name, GGUF_BASE_MODELS.get(path.name), said.get("license"), tuple(said.get("languages", ())))
+    data = {"license": said.get("license"), "language": said.get("languages")}
+    return Source.from_metadata(path.name, GGUF_BASE_MODELS.get(path.name), data)
 
 
 def _folder_source(path: Path) -> Source:
     from huggingface_hub import ModelCard
 
     if (path / FACTS_NAME).is_file() and (known := _read_json(path / FACTS_NAME).get("source")):
-        return Source(**{**known, "language": tuple(known["language"])})
+        return Source.from_dict(known)
     if not (path / CARD_NAME).is_file():
         return Source(path.name)
     data = ModelCard.load(path / CARD_NAME, ignore_metadata_errors=True).data
-    return Source(path.name, None, data.get("license"), _several(data.get("language")))
+    return Source.from_metadata(path.name, None, data.to_dict())
 
 
 def _hub_source(repo_id: str, revision: str | None) -> Source:
+    """Offline, a model from the cache has a name and nothing else: only its weights were kept."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
-    data = HfApi().model_info(repo_id, revision=revision).card_data
-    if data is None:
+    try:
+        data = HfApi().model_info(repo_id, revision=revision).card_data
+    except (HTTPError, OSError):
         return Source(repo_id, repo_id)
-    return Source(repo_id, repo_id, data.get("license"), _several(data.get("language")))
-
-
-def _several(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+    return Source.from_metadata(repo_id, repo_id, data.to_dict() if data else {})
 
 
 # --- the card ---
@@ -255,6 +275,8 @@ def _metadata(facts: CardFacts):
     return ModelCardData(
         base_model=source.base_model,
         license=source.license,
+        license_name=source.license_name,
+        license_link=source.license_link,
         language=list(source.language) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -265,10 +287,13 @@ def _metadata(facts: CardFacts):
 def _summary(facts: CardFacts) -> str:
     converted, total = len(facts.plan.converted), len(facts.plan.layers)
     origin = f"`{facts.source.name}`" if facts.source else "a model whose name was not recorded"
+    licence = facts.source and (facts.source.license_name or facts.source.license)
     return (
         f"Made from {origin} with kernelize: {converted} of {total} attention layers now read a window, the first "
-        "tokens, a bounded set of exact keys and values, and a linear memory for everything else. Time grows "
-        f"linearly with the text, and the state of those layers stays at {_bytes(facts.cost.state_bytes)} a sequence."
+        "tokens, a bounded set of exact keys and values, and a linear memory for everything else. In those layers "
+        "time grows linearly with the text, and the decoding state stays at "
+        f"{_bytes(facts.cost.state_bytes)} a sequence.\n\n"
+        + (f"Licence: {licence}, inherited from the source." if licence else "Licence: not known; the source's holds.")
     )
 
 
@@ -296,12 +321,16 @@ def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iter
 
 
 def _measured(row: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    text = f"{row['value']:.4g}"
+    text = _number(row["value"])
     if row.get("low") is not None and row.get("high") is not None:
-        text += f" [{row['low']:.4g}, {row['high']:.4g}]"
+        text += f" [{_number(row['low'])}, {_number(row['high'])}]"
     if teacher is not None and teacher is not row and teacher["value"]:
         text += f" ({row['value'] / teacher['value'] - 1:+.1%})"
     return text
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _memory(facts: CardFacts) -> str:
@@ -346,7 +375,8 @@ def _code(facts: CardFacts) -> str:
     if not facts.code:
         return "None: this folder has no Python files."
     lines = [(f"`{name}`", f"`{digest}`") for name, digest in facts.code.items()]
-    return "The runtime of kernelize, unchanged:\n\n" + _table(("file", "sha256"), lines)
+    head = f"Loading runs these files. `kernelize/runtime/` of kernelize {__version__} is what they should equal:"
+    return f"{head}\n\n{_table(('file', 'sha256'), lines)}"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

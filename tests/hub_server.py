@@ -296,6 +296,7 @@ def _ranged(asked: str | None, headers: dict, content: bytes):
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes; a delay after each would add up
 
         def handle_any(self) -> None:
             headers = {k.lower(): v for k, v in self.headers.items()}

@@ -6,15 +6,24 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hub_server import TOKEN, USER, HubServer
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernelize import hub
+from kernelize import card, hub, reload
+from kernelize.convert import convert, load, save
 from kernelize.errors import InputError, KernelizeError
+from kernelize.plan import ConversionPlan
+from kernelize.runtime.spec import KernelSpec
 
 # The client itself uploads through an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -238,3 +247,152 @@ def test_no_network_is_one_line(server, trusted, folder, monkeypatch):
     with pytest.raises(KernelizeError, match=r"cannot reach http://127\.0\.0\.1:9") as caught:
         hub.push(folder, NAME)
     assert "\n" not in str(caught.value)
+
+
+# --- with a real model ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A converted tiny Llama whose window, slots and memory are all read by the reload's prompt."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    spec = KernelSpec(feature_dim=16, window=16, sinks=2, slots=16, block=8)
+    model = convert(LlamaForCausalLM(config).eval(), ConversionPlan.uniform(spec, 2, keep=(1,)))
+    made = tmp_path_factory.mktemp("hub") / "tiny-kernelized"
+    save(model, None, made)
+    return made
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+
+
+def test_pushed_checkpoint_answers_the_same_where_kernelize_is_absent(checkpoint, tmp_path):
+    """HF_ENDPOINT is read at import, so both ways run in processes of their own."""
+    program = "import sys; from kernelize import push; print(push(*sys.argv[1:], private=True).verified.difference)"
+    with HubServer() as server:
+        common = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, **common}
+        pushed = subprocess.run(
+            [sys.executable, "-c", program, checkpoint, NAME], env=environment, capture_output=True, text=True
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        answer = tmp_path / "answer.safetensors"
+        pulled = subprocess.run(
+            [sys.executable, "-I", reload.__file__, NAME, answer, '{"trust_remote_code": true, "threads": 1}'],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert pulled.returncode == 0, pulled.stderr
+        assert server.seen("GET", f"/{NAME}/resolve/")
+    assert float(pushed.stdout) == 0.0
+    assert TOKEN not in pushed.stdout + pushed.stderr + pulled.stdout + pulled.stderr
+    here, there = reload.answer(load(str(checkpoint))[0]), load_file(answer)
+    assert (here["logits"] - there["logits"]).abs().max() <= hub.TOLERANCE
+    assert here["tokens"].tolist() == there["tokens"].tolist()
+
+
+def test_verify_catches_a_missing_runtime_file(copied):
+    (copied / "feature_maps.py").unlink()
+    with pytest.raises(KernelizeError, match=r"does not load without kernelize: .*feature_maps\.py"):
+        hub.verify(copied)
+
+
+def test_verify_catches_code_that_computes_something_else(copied):
+    with (copied / "modeling.py").open("a") as file:
+        file.write(TAMPERED)
+    with pytest.raises(KernelizeError, match="logits differ by 1,"):
+        hub.verify(copied)
+
+
+TAMPERED = """
+import functools
+
+_forward = KernelizedModelMixin.forward
+
+@functools.wraps(_forward)
+def _shifted(self, *args, **kwargs):
+    out = _forward(self, *args, **kwargs)
+    out.logits = out.logits + 1
+    return out
+
+KernelizedModelMixin.forward = _shifted
+"""
+
+
+def test_verify_catches_weights_that_do_not_load(copied):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(KernelizeError):
+        hub.verify(copied)
+
+
+# --- the card ---
+
+
+def facts_of(text: str) -> tuple[dict, str]:
+    parsed = ModelCard(text)
+    return parsed.data.to_dict(), parsed.text
+
+
+def test_card_without_measurements_says_so(checkpoint):
+    data, text = facts_of(card.model_card(checkpoint))
+    assert {"kernelize", "linear-attention"} <= set(data["tags"])
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert not {"license", "base_model", "language"} & set(data)
+    assert "Not measured. `kernelize evaluate" in text
+    assert "not recorded. `kernelize finetune" in text
+    assert "commands that made this checkpoint were not recorded" in text
+
+
+def test_card_is_filled_from_what_was_recorded(copied):
+    source = card.Source("org/base", "org/base", license="apache-2.0", language=("en", "fr"))
+    row = {"suite": "perplexity", "metric": "ppl", "length": 2048, "depth": None, "n": 9}
+    rows = [
+        {**row, "model": "teacher", "value": 20.0, "low": 19.0, "high": 21.0},
+        {**row, "model": "kernelized", "value": 21.0, "low": None, "high": None},
+        {**row, "model": "kernelized", "suite": "passkey", "metric": "passkey", "depth": 0.5, "value": 0.75},
+    ]
+    card.record(copied, source=source, tokens=1_234_567)
+    card.record(copied, rows=rows, commands=["kernelize convert org/base"])
+    (copied / "recipe.yaml").write_text("name: tried\n")
+    data, text = facts_of(card.model_card(copied, "me/new"))
+    assert (data["license"], data["base_model"], data["language"]) == ("apache-2.0", "org/base", ["en", "fr"])
+    assert "| perplexity | ppl | 2048 |  | 20 [19, 21] | 21 (+5.0%) |" in text
+    assert "| passkey | passkey | 2048 | 0.5 | not measured | 0.75 |" in text
+    for part in ('from_pretrained("me/new", trust_remote_code=True)', "1,234,567", "name: tried", "convert org/base"):
+        assert part in text
+
+
+def test_card_states_plan_sizes_and_hashes_of_the_code(checkpoint):
+    facts = card.read_facts(checkpoint)
+    _, text = facts_of(card.model_card(facts))
+    assert "| 1 | softmax, unchanged |" in text
+    assert "slots 16" in text
+    assert set(facts.code) == {p.name for p in checkpoint.glob("*.py")} >= {"modeling.py", "spec.py"}
+    for name, digest in facts.code.items():
+        assert f"| `{name}` | `{digest}` |" in text
+        assert digest == hashlib.sha256((RUNTIME / name).read_bytes()).hexdigest()
+
+
+def test_push_writes_a_card_if_there_is_none_and_keeps_one_that_is_there(server, trusted, copied):
+    hub.push(copied, NAME)
+    assert f'from_pretrained("{NAME}"' in server.files(NAME)["README.md"].decode()
+    assert not (copied / "README.md").exists()
+    (copied / "README.md").write_text(CARD)
+    hub.push(copied, NAME)
+    assert server.files(NAME)["README.md"].decode() == CARD
+
+
+def test_source_of_a_folder_is_what_its_card_says(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: de\n---\n")
+    assert card.read_source(tmp_path) == card.Source(tmp_path.name, license="mit", language=("de",))
+
+
+def test_unknown_fact_is_refused(copied):
+    with pytest.raises(InputError, match="'row' is not one of source, tokens, rows, commands"):
+        card.record(copied, row=[])
