@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers import initialization as init
 
-from . import ops
 from .cache import KernelState
 from .feature_maps import FEATURE_MAPS
 from .layout import Layout, gather_documents, scatter_documents
+from .ops import attend
 from .spec import KernelSpec
 from .state import AttentionOutput, Kernel
 
@@ -75,7 +75,7 @@ class KernelAttention(nn.Module):
         else:
             valid = None if layout is None else layout.valid
             state = None if cache is None else cache.state
-            out, state = ops.attend(query, key, value, kernel, state, valid)
+            out, state = attend(query, key, value, kernel, state, valid)
             if cache is not None:
                 cache.advance(state, query.shape[2])
         if self.probe is not None:
@@ -88,7 +88,8 @@ class KernelAttention(nn.Module):
         """Packed rows: every document from an empty state. Documents of like length are rows of one call."""
         parts: list[Tensor] | None = None
         for index, inside in layout.pieces:
-            out, _ = ops.attend(*(gather_documents(x, index) for x in (query, key, value)), kernel)
+            q, k, v = (gather_documents(x, index) for x in (query, key, value))
+            out, _ = attend(q, k, v, kernel)
             columns = [x if x.ndim == 4 else x[..., None] for x in out]
             if parts is None:
                 B, H, T, _ = query.shape

@@ -33,7 +33,9 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             for old, new in zip(self.state, state, strict=True):
                 old.copy_(new)
         if not self.is_initialized:
-            self.device, self.dtype, self.batch_size = state.keys.device, state.keys.dtype, state.keys.shape[0]
+            self.device: Any = state.keys.device
+            self.batch_size = state.keys.shape[0]
+            self.dtype: Any = state.keys.dtype
             self.length = torch.zeros((), dtype=torch.int64, device=self.device)
             self.is_initialized = True
         self.length = self.length + tokens
@@ -92,7 +94,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # --- roll-back ----------------------------------------------------------------------------------------------
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return False
 
     def snapshot(self) -> tuple[State | None, Tensor | int]:
@@ -120,8 +122,8 @@ def kernel_layers(cache: Cache) -> list[KernelState]:
 
 def state_bytes(cache: Cache) -> int:
     """Bytes that the cache holds now: kernelized states and, in a hybrid, the keys and values of the rest."""
-    total = 0
-    for layer in cache.layers:
+    total, layers = 0, list[Any](cache.layers)
+    for layer in layers:
         if isinstance(layer, KernelState):
             total += layer.nbytes
         elif layer.is_initialized:
@@ -133,14 +135,18 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
     """Puts `KernelState` at the indices `layers` of a cache, whoever made it; its layers there must be empty."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= max(layers):
         cache.layers.append(cache.layer_class_to_replicate())
+    held: list[Any] = cache.layers
     missing = [i for i in layers if not isinstance(cache.layers[i], KernelState)]
     if not missing:
         return
     for i in missing:
-        if cache.layers[i].is_initialized and cache.layers[i].get_seq_length() > 0:
+        if held[i].is_initialized and held[i].get_seq_length() > 0:
             raise ValueError(f"layer {i} of the cache already holds keys and values of softmax attention")
-        cache.layers[i] = KernelState(static=cache.layers[i].is_compileable)
-    softmax = [x for x in cache.layers if isinstance(x, CacheLayerMixin) and not isinstance(x, KernelState)]
-    peer = next((x for x in softmax if not x.is_sliding), None)
+        held[i] = KernelState(static=held[i].is_compileable)
+    sliding = cache.is_sliding
+    softmax = [
+        i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin) and not isinstance(x, KernelState)
+    ]
+    peer = next((held[i] for i in softmax if not sliding[i]), None)
     for layer in kernel_layers(cache):
         layer.mask_peer = peer

@@ -61,14 +61,14 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[base]
 
 
-def attentions(model: nn.Module, model_type: str) -> dict[int, nn.Module]:
+def attentions(model: nn.Module, model_type: str) -> dict[int, Any]:
     """Layer index -> self-attention module, for every decoder layer."""
     family = family_of(model_type)
-    layers = model.get_submodule(family.layers)
-    return {i: layer.get_submodule(family.attention) for i, layer in enumerate(layers)}  # type: ignore[arg-type]
+    layers: Any = model.get_submodule(family.layers)
+    return {i: layer.get_submodule(family.attention) for i, layer in enumerate(layers)}
 
 
-def kernelized_layers(model: nn.Module) -> dict[int, nn.Module]:
+def kernelized_layers(model: nn.Module) -> dict[int, Any]:
     """Layer index -> attention module, for the converted layers; `.kernelize` is its KernelAttention."""
     found = attentions(unwrapped(model), unwrapped(model).config.model_type)
     return {i: m for i, m in found.items() if isinstance(m, KernelizedAttentionMixin)}
@@ -204,7 +204,7 @@ def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> 
     old = model.config
     for module in model.modules():
         if module.__dict__.get("config") is old:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     register(base)
     model.__class__ = model_class(base)
     install(model, layers)
@@ -219,7 +219,8 @@ def kernelized_config(config: PreTrainedConfig, layers: list[KernelSpec | None])
     data = config.to_dict()
     for field in ("model_type", "architectures", "quantization_config", "transformers_version", "auto_map"):
         data.pop(field, None)
-    new = config_class(config.model_type)(**data, kernelize=plan_entry(layers))
+    kind: Any = config_class(config.model_type)
+    new = kind(**data, kernelize=plan_entry(layers))
     new.dtype = config.dtype
     new._attn_implementation_internal = config._attn_implementation
     return new
@@ -277,8 +278,8 @@ def model_class(base: str) -> type[PreTrainedModel]:
 
 def _classes(base: str) -> tuple[type, type]:
     """(config class, model class) of a base model type, made and registered once."""
-    original_config = CONFIG_MAPPING[base]
-    original = MODEL_FOR_CAUSAL_LM_MAPPING[original_config]
+    original_config: type = CONFIG_MAPPING[base]
+    original: Any = MODEL_FOR_CAUSAL_LM_MAPPING[original_config]
     config_name, model_name = f"Kernelized{original_config.__name__}", f"Kernelized{original.__name__}"
     if model_name not in _CLASSES:
         fields = {"model_type": PREFIX + base, "kernelize": None, "__module__": __name__}
@@ -305,8 +306,8 @@ def register(*base_types: str) -> None:
 def __getattr__(name: str) -> type:
     """KernelizedLlamaForCausalLM and the like, by name: the remote-code loader asks for them."""
     for base in FAMILIES:
-        config = CONFIG_MAPPING[base]
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        config: type = CONFIG_MAPPING[base]
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
         if name in (f"Kernelized{config.__name__}", f"Kernelized{model.__name__}"):
             _classes(base)
             return _CLASSES[name]

