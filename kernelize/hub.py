@@ -93,8 +93,8 @@ def verify(folder: str | Path, *, trust_remote_code: bool = True) -> VerifyResul
     """
     folder = _checkpoint(folder)
     started = time.monotonic()
-    here = _answer_here(folder)
     there = _answer_there(folder, trust_remote_code)
+    here = _answer_here(folder)
     if here["logits"].shape != there["logits"].shape:
         raise KernelizeError(f"{folder}: the reloaded model has another vocabulary than the one loaded here")
     difference = (here["logits"] - there["logits"]).abs().max().item()
@@ -149,10 +149,10 @@ def _clean_environment(scratch: str) -> dict[str, str]:
 def files_to_send(folder: str | Path, name: str | None = None) -> dict[str, Path | bytes]:
     """The checkpoint as name -> file (or content, for a card that has yet to be written), in sending order.
 
-    Only top-level files on the allow-list: safetensors weights, the runtime that config.json names, tokenizer,
-    JSON, YAML and Markdown. Training state, logs, and pickles match nothing. `name` is the Hub name that a card
-    which has yet to be written mentions. Raises InputError when a Python file is not this kernelize's runtime,
-    byte for byte.
+    Only top-level files on the allow-list: safetensors weights, the runtime, tokenizer,
+    JSON, YAML and Markdown. Training state, logs, and pickles match nothing. A card that nobody edited is written
+    anew, for the Hub's `name` of the checkpoint. Raises InputError when a Python file is not this kernelize's
+    runtime, byte for byte.
     """
     folder = _checkpoint(folder)
     for path in runtime_files(folder):
@@ -160,7 +160,8 @@ def files_to_send(folder: str | Path, name: str | None = None) -> dict[str, Path
     sent: dict[str, Path | bytes] = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _allowed(path.name)
     }
-    if CARD_NAME not in sent:
+    written = folder / CARD_NAME
+    if not written.is_file() or written.read_text("utf-8") == model_card(folder):
         sent[CARD_NAME] = model_card(folder, name).encode()
     return sent
 

@@ -17,7 +17,9 @@ from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kernelize import card, hub, reload
 from kernelize.convert import convert, load, save
@@ -30,6 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 RUNTIME = Path(hub.__file__).with_name("runtime")
 NAME = f"{USER}/tiny"
+CONFIG = LlamaConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=64, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+SPEC = KernelSpec(feature_dim=16, window=16, sinks=2, slots=16, block=8)
 CARD = "---\nlicense: mit\n---\n\n# tiny\n"
 
 
@@ -57,7 +64,9 @@ def folder(tmp_path) -> Path:
     """Looks like a checkpoint from outside; its weights are noise."""
     made = tmp_path / "tiny"
     made.mkdir()
-    (made / "config.json").write_text(json.dumps({"model_type": "kernelized_llama", "kernelize": {"version": 1}}))
+    plan = ConversionPlan.uniform(SPEC, CONFIG.num_hidden_layers)
+    config = {**CONFIG.to_dict(), "model_type": "kernelized_llama", "kernelize": plan.to_dict()}
+    (made / "config.json").write_text(json.dumps(config))
     (made / "model.safetensors").write_bytes(os.urandom(4096))
     (made / "tokenizer.json").write_text("{}")
     (made / "README.md").write_text(CARD)
@@ -162,7 +171,7 @@ def test_token_goes_only_into_the_authorization_header(server, trusted, folder, 
     assert TOKEN not in f"{out}{err}{said}{result}{result.to_dict()}"
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "README.md", "kernelize.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "README.md", "tokenizer_config.json"])
 def test_file_with_a_token_is_refused(server, trusted, folder, name):
     (folder / name).write_text(f"{CARD}\ntoken: {TOKEN}\n")
     with pytest.raises(InputError, match=f"{name}: contains") as caught:
@@ -256,15 +265,13 @@ def test_no_network_is_one_line(server, trusted, folder, monkeypatch):
 def checkpoint(tmp_path_factory) -> Path:
     """A converted tiny Llama whose window, slots and memory are all read by the reload's prompt."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    spec = KernelSpec(feature_dim=16, window=16, sinks=2, slots=16, block=8)
-    model = convert(LlamaForCausalLM(config).eval(), ConversionPlan.uniform(spec, 2, keep=(1,)))
-    made = tmp_path_factory.mktemp("hub") / "tiny-kernelized"
-    save(model, None, made)
-    return made
+    model = convert(LlamaForCausalLM(CONFIG).eval(), ConversionPlan.uniform(SPEC, 2, keep=(1,)))
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(CONFIG.vocab_size)}, unk_token="w0"))
+    return save(
+        model,
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0"),
+        tmp_path_factory.mktemp("hub") / "tiny-kernelized",
+    )
 
 
 @pytest.fixture
@@ -327,7 +334,7 @@ KernelizedModelMixin.forward = _shifted
 def test_verify_catches_weights_that_do_not_load(copied):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(KernelizeError):
+    with pytest.raises(KernelizeError, match="does not load without kernelize: .*SafetensorError"):
         hub.verify(copied)
 
 
@@ -379,10 +386,14 @@ def test_card_states_plan_sizes_and_hashes_of_the_code(checkpoint):
         assert digest == hashlib.sha256((RUNTIME / name).read_bytes()).hexdigest()
 
 
-def test_push_writes_a_card_if_there_is_none_and_keeps_one_that_is_there(server, trusted, copied):
+def test_card_names_the_repository_unless_somebody_edited_it(server, trusted, copied):
     hub.push(copied, NAME)
-    assert f'from_pretrained("{NAME}"' in server.files(NAME)["README.md"].decode()
     assert not (copied / "README.md").exists()
+    written = server.files(NAME)["README.md"].decode()
+    assert f'from_pretrained("{NAME}"' in written
+    (copied / "README.md").write_text(card.model_card(copied))
+    hub.push(copied, NAME)
+    assert server.files(NAME)["README.md"].decode() == written
     (copied / "README.md").write_text(CARD)
     hub.push(copied, NAME)
     assert server.files(NAME)["README.md"].decode() == CARD
