@@ -334,7 +334,7 @@ KernelizedModelMixin.forward = _shifted
 def test_verify_catches_weights_that_do_not_load(copied):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(KernelizeError, match="does not load without kernelize: .*SafetensorError"):
+    with pytest.raises(KernelizeError, match=r"does not load without kernelize: .*SafetensorError"):
         hub.verify(copied)
 
 
