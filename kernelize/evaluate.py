@@ -63,29 +63,38 @@ class Row:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is read: `better` is "lower", "higher" or "" (a fact); `form` formats a value."""
+    """How a metric is read: `better` is "lower", "higher" or "" (a fact); `show` formats a value."""
 
     title: str
     better: str
-    form: str
+    show: Callable[[float], str]
 
-    def show(self, value: float) -> str:
-        return self.form.format(value)
+
+def data_size(value: float) -> str:
+    """8985600 → "8.57 MiB"."""
+    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
 
 
 METRICS: dict[str, Metric] = {
-    "ppl": Metric("perplexity of the whole piece", "lower", "{:.2f}"),
-    "ppl_at": Metric("perplexity at the positions below `length`, down to the next smaller length", "lower", "{:.2f}"),
-    "kl": Metric("KL divergence from the teacher, nats a token", "lower", "{:.4f}"),
-    "kl_at": Metric("KL divergence from the teacher by position, nats a token", "lower", "{:.4f}"),
-    "cache_bytes": Metric("bytes of decoding state after `length` tokens", "lower", "{:,.0f}"),
-    "agreement": Metric("tokens of greedy text that agree with the teacher's", "higher", "{:.1f}"),
-    "repetition": Metric("share of 4-grams that the text repeats", "lower", "{:.3f}"),
-    "distinct_1": Metric("different tokens / tokens", "higher", "{:.3f}"),
-    "distinct_2": Metric("different 2-grams / 2-grams", "higher", "{:.3f}"),
-    "parameters": Metric("parameters", "", "{:,.0f}"),
-    "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}"),
-    **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}") for name in TASKS},
+    "ppl": Metric("perplexity of the whole piece", "lower", "{:.2f}".format),
+    "ppl_at": Metric(
+        "perplexity at the positions below `length`, down to the next smaller length", "lower", "{:.2f}".format
+    ),
+    "ppl_ratio": Metric("perplexity / the teacher's on the same pieces", "lower", "{:.3f}".format),
+    "ppl_ratio_at": Metric("perplexity / the teacher's on the same pieces, by position", "lower", "{:.3f}".format),
+    "kl": Metric("KL divergence from the teacher, nats a token", "lower", "{:.4f}".format),
+    "kl_at": Metric("KL divergence from the teacher by position, nats a token", "lower", "{:.4f}".format),
+    "cache_bytes": Metric("size of the decoding state after `length` tokens", "lower", data_size),
+    "agreement": Metric("tokens of greedy text that agree with the teacher's", "higher", "{:.1f}".format),
+    "repetition": Metric("share of 4-grams that the text repeats", "lower", "{:.3f}".format),
+    "distinct_1": Metric("different tokens / tokens", "higher", "{:.3f}".format),
+    "distinct_2": Metric("different 2-grams / 2-grams", "higher", "{:.3f}".format),
+    "parameters": Metric("parameters", "", "{:,.0f}".format),
+    "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
+    **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}".format) for name in TASKS},
 }
 
 
@@ -336,8 +345,9 @@ class Perplexity(Suite):
         return [tallies[s.name].record() for s, _ in work]
 
     def rows(self, name: str, records: list[Record]) -> list[Row]:
-        return [*self._rows(name, records, "nll", "ppl", math.exp), *self._rows(name, records, "kl", "kl", float),
-                *self._state(name, records)]  # fmt: skip
+        measures = (("nll", "ppl", math.exp), ("excess", "ppl_ratio", math.exp), ("kl", "kl", float))
+        rows = [row for measure in measures for row in self._rows(name, records, *measure)]
+        return rows + list(self._state(name, records))
 
     def _rows(self, name: str, records: list[Record], key: str, metric: str, of) -> Iterator[Row]:
         """Whole pieces up to each length, then single buckets."""
@@ -372,7 +382,7 @@ class _Tally:
     def __init__(self, edges: Sequence[int], subject: Subject, unit: Unit, reference) -> None:
         device = subject.model.device
         self.edges, self.ids = torch.tensor(edges, device=device), _tensor(subject, unit)[0]  # [E], [T]
-        self.sums = torch.zeros(3, len(edges), dtype=torch.float64, device=device)  # nll, KL, count
+        self.sums = torch.zeros(4, len(edges), dtype=torch.float64, device=device)  # nll, KL, count
         self.compare = _comparable(subject, unit, reference)
         self.bytes: list[tuple[int, int]] = []
 
@@ -381,21 +391,23 @@ class _Tally:
         seen = done + logits.shape[1]
         position = torch.arange(done + 1, min(seen + 1, len(self.ids)), device=logits.device)  # of the targets
         target, mine = self.ids[position], logits[0, : len(position)]
-        nll, kl = torch.zeros_like(position, dtype=torch.float64), torch.zeros_like(position, dtype=torch.float64)
+        nll, theirs_nll, kl = torch.zeros(3, len(position), dtype=torch.float64, device=logits.device)
         for rows in torch.arange(len(position), device=logits.device).split(128):  # float32 copies stay small
             scores = mine[rows].float().log_softmax(-1)  # [R, V]
             nll[rows] = -scores.gather(1, target[rows, None])[:, 0].double()
             if self.compare and theirs is not None:
                 truth = theirs[rows].float().log_softmax(-1).to(scores.device)
+                theirs_nll[rows] = -truth.gather(1, target[rows, None])[:, 0].double()
                 kl[rows] = F.kl_div(scores, truth, reduction="none", log_target=True).sum(-1).double()
         bucket = torch.bucketize(position, self.edges, right=True)
-        self.sums.index_add_(1, bucket, torch.stack([nll, kl, torch.ones_like(nll)]))
+        self.sums.index_add_(1, bucket, torch.stack([nll, nll - theirs_nll, kl, torch.ones_like(nll)]))
         if seen in self.edges:
             self.bytes.append((seen, state_bytes(cache)))
 
     def record(self) -> Record:
-        nll, kl, count = self.sums.tolist()
-        return {"nll": nll, "kl": kl if self.compare else None, "count": count, "bytes": self.bytes}
+        nll, excess, kl, count = self.sums.tolist()
+        beside = {"excess": excess, "kl": kl} if self.compare else {"excess": None, "kl": None}
+        return {"nll": nll, "count": count, "bytes": self.bytes} | beside
 
 
 @dataclass(frozen=True)

@@ -335,3 +335,11 @@ def test_quick_is_smaller_than_usual():
         quick, usual = make_suite(name, quick=True), make_suite(name)
         assert dataclasses.asdict(quick) != dataclasses.asdict(usual)
         assert quick.reach <= usual.reach
+
+
+def test_the_ratio_to_the_teacher_is_paired_and_one_for_itself(novel):
+    suite = Perplexity(lengths=(100,), text=novel, pieces=4)
+    rows = evaluate({"teacher": pair(), "same": pair(), "other": pair(1)}, [suite])
+    assert value(rows, "same", "ppl_ratio", 100) == pytest.approx(1.0, abs=1e-9)
+    ratio = value(rows, "other", "ppl", 100) / value(rows, "teacher", "ppl", 100)
+    assert value(rows, "other", "ppl_ratio", 100) == pytest.approx(ratio, rel=1e-9)

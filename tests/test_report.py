@@ -1,0 +1,182 @@
+"""The report says what the rows say, is one self-contained file, and a browser shows it without an error."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import byte_tokenizer, tiny_llama
+
+from kernelize.errors import InputError
+from kernelize.evaluate import Row, load_rows, save_rows
+from kernelize.report import PICTURES, break_even, compare, load_all, rows_table, write_report
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "evaluate_any_model.py"
+
+
+def row(model, metric, length=None, value=1.0, depth=None, spread=0.0, suite="ppl") -> Row:
+    low, high = (value - spread, value + spread) if spread else (None, None)
+    return Row(model, suite, metric, length, depth, value, low, high, 6)
+
+
+def model_rows(model: str, factor: float, a_token: int, constant: int) -> list[Row]:
+    lengths = (512, 1024, 2048)
+    rows = [row(model, "ppl", 2048, 20 * factor, spread=3), row(model, "trained_length", value=1024, suite="model")]
+    rows += [row(model, "ppl_at", n, 20 * factor, spread=3) for n in lengths]
+    rows += [row(model, "cache_bytes", n, float(constant + a_token * n), suite="memory") for n in lengths]
+    for metric in ("passkey", "needle_single"):
+        rows += [row(model, metric, n, 0.9 / factor, d, 0.05, "recall") for n in lengths for d in (None, 0.1, 0.9)]
+    if model != "teacher":
+        rows += [row(model, "ppl_ratio", 2048, factor, spread=0.01)]
+        rows += [row(model, "kl_at", n, 0.1 * factor, spread=0.01) for n in lengths]
+    return rows
+
+
+ROWS = model_rows("kernelized", 1.05, 0, 4096) + model_rows("teacher", 1.0, 16, 0) + model_rows("a<b|c", 1.5, 0, 1024)
+
+
+def test_the_teacher_comes_first_and_differences_are_marked():
+    models, cells = compare(ROWS)
+    assert models == ["teacher", "kernelized", "a<b|c"]
+    found = cells["ppl", "ppl_at", 512, None]
+    assert (found["kernelized"].change, found["kernelized"].verdict) == ("+5.0%", "same")
+    assert (found["a<b|c"].change, found["a<b|c"].verdict) == ("+50.0%", "worse")
+    assert cells["memory", "cache_bytes", 2048, None]["kernelized"].verdict == "better"
+    assert cells["recall", "passkey", 512, 0.1]["a<b|c"].change == "-0.30"
+    assert found["teacher"].verdict == ""
+
+
+def test_the_paired_ratio_decides_where_there_is_one():
+    _, cells = compare(ROWS)
+    assert cells["ppl", "ppl", 2048, None]["kernelized"].verdict == "worse"  # 1.05 ± 0.01, though 21 ± 3 against 20 ± 3
+
+
+def test_without_a_teacher_nothing_is_compared():
+    _, cells = compare([r for r in ROWS if r.model != "teacher"])
+    assert {cell.verdict for found in cells.values() for cell in found.values()} == {""}
+    with pytest.raises(InputError, match="teacher='nobody' has no rows"):
+        compare(ROWS, "nobody")
+
+
+def test_the_terminal_table_marks_differences():
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(rows_table(ROWS))
+    text = console.export_text()
+    assert "21.00 +5.0% ≈" in text
+    assert "30.00 +50.0% ▼" in text
+    assert "10%" not in text
+    console.print(rows_table(ROWS, full=True))
+    assert "10%" in console.export_text()
+
+
+def test_break_even_is_where_the_growing_cache_reaches_the_constant_one():
+    growing = [row("t", "cache_bytes", n, 16.0 * n) for n in (512, 2048)]
+    assert break_even(growing, [row("k", "cache_bytes", n, 4096.0) for n in (512, 2048)]) == 256
+    assert break_even([], growing) is None
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    extra = {"How to <reproduce>": "kernelize evaluate", "Run": {"seed": 0}}
+    return write_report(ROWS, tmp_path_factory.mktemp("report") / "out", extra=extra)
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.targets += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_needs_no_other_file_and_its_ids_are_unique(page):
+    text, links = page.read_text(), _Links()
+    links.feed(text)
+    assert len(set(links.ids)) == len(links.ids)
+    assert {target for target in links.targets if not target.startswith("#")} == {"data:,"}
+    assert {target[1:] for target in links.targets if target.startswith("#")} <= set(links.ids)
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_every_picture_is_drawn_in_both_formats(page):
+    text = page.read_text()
+    for name, (title, _) in PICTURES.items():
+        assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert title in text
+        assert f"]({name}.png)" in (page.parent / "report.md").read_text()
+    assert text.count("<svg ") == len(PICTURES)
+
+
+def test_light_and_dark_define_every_colour(page):
+    text = page.read_text()
+    used = set(re.findall(r"var\((--c\w+)\)", text))
+    light, dark = re.findall(r":root\{(.*?)\}", text)
+    assert used <= set(re.findall(r"--c\w+", light)) == set(re.findall(r"--c\w+", dark))
+
+
+def test_names_are_escaped(page):
+    assert "a<b" not in page.read_text().replace("a&lt;b", "")
+    assert "How to &lt;reproduce&gt;" in page.read_text()
+    assert (
+        "a<b\\|c" in (page.parent / "report.md").read_text().splitlines()[-1]
+        or "a<b\\|c" in (page.parent / "report.md").read_text()
+    )
+
+
+def test_the_report_is_the_same_from_its_own_rows_file(page, tmp_path):
+    assert load_rows(page.parent / "rows.json") == ROWS
+    again = write_report(page.parent / "rows.json", tmp_path, extra={"How to <reproduce>": "kernelize evaluate",
+                                                                     "Run": {"seed": 0}})  # fmt: skip
+    assert again.read_text() == page.read_text()
+
+
+def test_pictures_without_rows_are_left_out(tmp_path):
+    page = write_report([row("a", "ppl_at", n, 20.0) for n in (512, 1024)], tmp_path)
+    assert page.read_text().count("<svg ") == 1
+    assert not (tmp_path / "memory.png").exists()
+
+
+@pytest.mark.parametrize("rows", [[], "missing.json"])
+def test_nothing_to_report_is_an_error(rows, tmp_path):
+    with pytest.raises(InputError):
+        write_report(rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_later_files_win(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_rows([row("m", "ppl", 512, value)], tmp_path / name)
+    assert [r.value for r in load_all([tmp_path / "a", tmp_path / "b"])] == [2.0]
+
+
+def test_a_browser_shows_the_page_without_an_error(page, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no headless browser installed")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+    place = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png", "--enable-logging=stderr"]
+    done = subprocess.run([browser, *quiet, *place, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    assert "CONSOLE" not in done.stderr
+
+
+def test_the_example_evaluates_a_model_that_kernelize_did_not_make(tmp_path, monkeypatch, capsys):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "model"), str(tmp_path / "out")])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "passkey" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
