@@ -1,0 +1,96 @@
+"""plan, convert, info, list: what is, and what would become, of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
+from .output import say, show_plan, table, write_json
+from .progress import doing
+
+Lengths = Annotated[str, typer.Option(help="Lengths in tokens for the cost table.")]
+LENGTHS = "512,2k,8k,32k,128k"
+
+
+@with_kernel_flags
+def plan(
+    source: Source,
+    kernel: KernelFlags,
+    lengths: Lengths = LENGTHS,
+    dtype: DType = None,
+    revision: Revision = None,
+    trust: Trust = False,
+    json: Json = None,
+) -> None:
+    """Show which layer would become what, and what that costs; loads no weights."""
+    from kernelize.evaluate import parse_lengths
+    from kernelize.pipeline import plan_source
+
+    with doing(f"reading the config of {source}"):
+        _, report = plan_source(
+            source,
+            kernel.recipe,
+            lengths=parse_lengths(lengths),
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust,
+        )
+    show_plan(report)
+    write_json(json, report.to_dict())
+
+
+@with_kernel_flags
+def convert(
+    source: Source,
+    kernel: KernelFlags,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint.")] = Path("out"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan; the same as `plan`.")] = False,
+    overwrite: Overwrite = False,
+    dtype: DType = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust: Trust = False,
+    json: Json = None,
+) -> None:
+    """Replace attention by the plan, initialise it in closed form, and save the checkpoint."""
+    from kernelize.pipeline import check_output, convert_source, plan_source
+
+    check_output(output, overwrite)
+    loading = {"revision": revision, "trust_remote_code": trust}
+    if dry_run:
+        _, report = plan_source(source, kernel.recipe, dtype=dtype, **loading)
+    else:
+        with doing(f"converting {source}"):
+            report = convert_source(
+                source, kernel.recipe, output, overwrite=overwrite, dtype=dtype, device=device, **loading
+            )
+    show_plan(report)
+    say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
+    write_json(json, report.to_dict())
+
+
+def info(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A kernelized checkpoint.")], json: Json = None
+) -> None:
+    """Show what a kernelized checkpoint is: source, plan, training, measured quality."""
+    from kernelize.card import read_facts
+
+    facts = read_facts(folder)
+    show_plan(facts.cost)
+    origin = facts.source.name if facts.source else "not recorded"
+    say(f"made from {origin}; {facts.tokens or 0:,} tokens trained; {len(facts.rows)} measured values")
+    write_json(json, {"name": facts.name, "source": origin, "tokens": facts.tokens, "plan": facts.cost.to_dict(),
+                      "rows": list(facts.rows), "commands": list(facts.commands)})  # fmt: skip
+
+
+def list_(json: Json = None) -> None:
+    """List feature maps, rules, model families and shipped recipes."""
+    from kernelize.catalogue import catalogue
+
+    groups = catalogue()
+    for group, entries in groups.items():
+        table(group, ("name", "what"), entries.items(), left=2)
+    write_json(json, groups)

@@ -1,0 +1,102 @@
+"""evaluate, check, report: what a checkpoint keeps of its teacher, and whether its state is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, DType, Json, Overwrite, Revision, Source, Trust
+from .output import say, show, table, write_json
+from .progress import Progress, doing
+
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
+Suites = Annotated[list[str], typer.Option("--suite", help="ppl, passkey, recall, generation; may be repeated.")]
+
+
+def evaluate(
+    sources: Sources,
+    teacher: Annotated[str | None, typer.Option(help="The original model, to be measured beside the others.")] = None,
+    suite: Suites = ["ppl", "passkey"],  # noqa: B006  Typer reads the default, nothing changes it
+    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens, e.g. 1k,4k.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text for perplexity: .txt, .txt.xz, .jsonl, or a sample.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small settings, for two CPU cores.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="File of measurements; a killed run goes on from it.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put the numbers into the first SOURCE's model card.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    json: Json = None,
+) -> None:
+    """Measure perplexity by position, recall and more, beside the teacher."""
+    from kernelize.evaluate import parse_lengths
+    from kernelize.pipeline import as_rows, evaluate_sources
+    from kernelize.report import rows_table
+
+    chosen = parse_lengths(lengths) if lengths else None
+    with Progress() as progress:
+        rows = evaluate_sources(
+            sources,
+            suite,
+            teacher=teacher,
+            lengths=chosen,
+            text=text,
+            quick=quick,
+            cache=cache,
+            card=card,
+            device=device,
+            dtype=dtype,
+            on_progress=progress,
+        )
+    show(rows_table(rows))
+    write_json(json, {"rows": as_rows(rows)})
+
+
+def check(
+    source: Source,
+    device: Device = None,
+    dtype: DType = None,
+    revision: Revision = None,
+    trust: Trust = False,
+    json: Json = None,
+) -> None:
+    """Check that full forward, chunks, single steps, padded batches and a reload give the same logits."""
+    from kernelize.check import check as run_checks
+
+    from kernelize.errors import KernelizeError
+    from kernelize.pipeline import load_for_use
+
+    with doing(f"checking {source}"):
+        loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+        rows = run_checks(*loaded)
+    show_checks(rows)
+    write_json(json, {"checks": [dataclasses.asdict(row) for row in rows]})
+    if failed := [row.name for row in rows if not row.passed]:
+        raise KernelizeError(f"{source} fails {len(failed)} of {len(rows)} checks: {', '.join(failed)}")
+
+
+def show_checks(rows) -> None:
+    """The lines of a check, with the largest differences found."""
+    cells = (
+        (r.name, "passed" if r.passed else "FAILED", f"{r.difference:.2e}", f"{r.bound:.0e}", r.note) for r in rows
+    )
+    table("Checks", ("check", "result", "difference", "allowed", "note"), cells, left=2)
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What evaluate --json wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("report"),
+    teacher: Annotated[str | None, typer.Option(help="The model to compare with; by default `teacher`.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Draw tables and pictures of one or more evaluations: HTML, Markdown and PNG."""
+    from kernelize.pipeline import as_rows, check_output
+    from kernelize.report import load_all, rows_table, write_report
+
+    rows = load_all(files)
+    page = write_report(rows, check_output(output, overwrite), teacher=teacher)
+    show(rows_table(rows, teacher))
+    say(f"wrote {page}")
+    write_json(json, {"rows": as_rows(rows)})

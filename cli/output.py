@@ -1,0 +1,116 @@
+"""What a command prints: tables on stdout, and the same as JSON in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .progress import speaks
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kernelize.plan import LayerRow, LengthRow, PlanReport
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Writes `data` to `path`, if one was given."""
+    if path is not None and speaks():
+        path.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
+
+
+def say(text: str) -> None:
+    """A line of result on stdout."""
+    if speaks():
+        print(text, flush=True)
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
+    """Prints a table; all but the first `left` columns stand right."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*map(str, row))
+    show(shown)
+
+
+def show(shown: Table) -> None:
+    """Prints a table of rich."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe: no reason to fold
+    if speaks():
+        console.print(shown)
+
+
+def data_size(count: float) -> str:
+    """1.5 MB from 1500000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def span(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"
+
+
+def show_plan(report: PlanReport) -> None:
+    """The plan by runs of equal layers, then cost by length."""
+    runs = [list(run) for _, run in groupby(report.layers, key=lambda row: row.spec)]
+    table("Layers", ("layers", "attention", "window", "sinks", "slots", "memory", "new parameters", "state"), (
+        (span([row.layer for row in run]), *_layer_cells(run)) for run in runs
+    ))  # fmt: skip
+    shape = report.shape
+    table(
+        f"Cost a sequence ({shape.dtype}; FLOPs of attention a token)",
+        ("tokens", "KV cache", "converted", "prefill", "converted", "decoding", "converted"),
+        map(_length_cells, report.lengths),
+    )
+    say(f"{report.new_parameters:,} new parameters; state {data_size(report.state_bytes)} a sequence at any length")
+    say(f"cheaper than softmax from {report.break_even_bytes:,} tokens in memory, from {report.break_even_flops:,} "
+        "in FLOPs of decoding")  # fmt: skip
+
+
+def _length_cells(row: LengthRow) -> tuple[str, ...]:
+    sizes = map(data_size, (row.teacher_cache_bytes, row.cache_bytes))
+    costs = (row.teacher_prefill_flops, row.prefill_flops, row.teacher_decode_flops, row.decode_flops)
+    return (f"{row.length:,}", *sizes, *map(_flops, costs))
+
+
+def _layer_cells(run: Sequence[LayerRow]) -> tuple[str, ...]:
+    spec = run[0].spec
+    if spec is None:
+        return ("softmax", "", "", "", "", "", "")
+    memory = f"{spec.feature_map} {spec.feature_dim}, decay {spec.decay}" if spec.has_memory else "none"
+    new, state = sum(r.new_parameters for r in run), sum(r.state_bytes for r in run)
+    slots = f"{spec.slots} {spec.policy}" if spec.slots else "0"
+    return (
+        "kernelized",
+        f"{spec.window} by {spec.block}",
+        str(spec.sinks),
+        slots,
+        memory,
+        f"{new:,}",
+        data_size(state),
+    )
+
+
+def stream(text: str) -> None:
+    """A piece of generated text on stdout, at once."""
+    if speaks():
+        print(text, end="", flush=True)

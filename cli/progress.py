@@ -1,0 +1,89 @@
+"""Progress on stderr: a bar on a terminal; elsewhere, now and then, a plain line. Only the first process speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+FIRST_LINE, NEXT_LINE = 2.0, 15.0  # seconds
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Progress:
+    """A callback (done, total, label) that shows how far the work is, how fast it goes and how long it will take."""
+
+    def __init__(self, unit: str = "tokens"):
+        self.unit, self.started, self.next_line = unit, time.monotonic(), FIRST_LINE
+        self.bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not (speaks() and sys.stderr.isatty()),
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        elapsed = time.monotonic() - self.started
+        rate = f"{done / max(elapsed, 1e-9):,.0f} {self.unit}/s"
+        if self.bars.disable:
+            self._line(done, total, f"{label}: {done:,} of {total:,} {self.unit}, {rate}", elapsed)
+            return
+        if self.task is None:
+            self.task = self.bars.add_task(label, rate="")
+        self.bars.update(self.task, completed=done, total=total, description=label, rate=rate)
+
+    def _line(self, done: int, total: int, text: str, elapsed: float) -> None:
+        if not speaks() or elapsed < self.next_line:
+            return
+        self.next_line = elapsed + NEXT_LINE
+        left = elapsed * (total - done) / max(done, 1)
+        print(f"{text}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+class TrainingProgress(Progress):
+    """The same for the events of `finetune`: a bar a stage."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "stage":
+            self.started, self.next_line, self.task = time.monotonic(), FIRST_LINE, None
+        if event["event"] == "writing":
+            print(f"{event['stage']}: the teacher writes {event['tokens']:,} tokens …", file=sys.stderr, flush=True)
+        if event["event"] == "step":
+            label = f"{event['stage']}, loss {event['metrics']['loss']:.4f}"
+            self(event["tokens"], event["tokens"] // event["step"] * event["steps"], label)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says `what` while work of unknown length goes on."""
+    console = Console(stderr=True)
+    if not speaks():
+        yield
+    elif console.is_terminal:
+        with console.status(f"{what} …"):
+            yield
+    else:
+        print(f"{what} …", file=sys.stderr, flush=True)
+        yield

@@ -1,0 +1,31 @@
+"""push: a checkpoint to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from .options import Json
+from .output import data_size, say, table, write_json
+from .progress import doing
+
+
+def push(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A kernelized checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is missing.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, and show what would be sent.")] = False,
+    json: Json = None,
+) -> None:
+    """Reload the checkpoint in a clean process, compare, and upload it to the Hub as one commit."""
+    from kernelize.hub import push as push_folder
+
+    with doing(f"verifying {folder}") if dry_run else doing(f"verifying and sending {folder}"):
+        sent = push_folder(folder, repo_id, private=private, revision=revision, dry_run=dry_run, on_progress=say)
+    table("Files", ("file", "size"), ((file.path, data_size(file.size)) for file in sent.files))
+    say(f"reloaded without kernelize: logits differ by {sent.verified.difference:.1e}")
+    say("dry run: nothing was sent" if dry_run else f"sent as {sent.commit} to {sent.url}")
+    write_json(json, dataclasses.asdict(sent))

@@ -1,0 +1,34 @@
+"""What this release knows by name."""
+
+from __future__ import annotations
+
+from .recipe import recipes
+from .runtime.feature_maps import FEATURE_MAPS, FeatureMap
+from .runtime.modeling import FAMILIES
+from .runtime.spec import DECAYS, POLICIES, RULES
+
+DECAY_MEANING = {"none": "nothing fades", "fixed": "one learned half-life a key-value head"}
+RULE_MEANING = {"additive": "S + φ(k) vᵀ, under one normaliser with the exact part"}
+POLICY_MEANING = {
+    "attention": "slots go to the tokens that received most attention in the window",
+    "recall": "slots go to the tokens that the memory recalls worst",
+    "value": "slots go to the tokens with the longest values",
+    "mixed": "half by attention, half by recall",
+}
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Group -> name -> meaning: feature maps, rules, decays, policies, model families, shipped recipes."""
+    return {
+        "feature maps": {name: _describe(kind) for name, kind in sorted(FEATURE_MAPS.items())},
+        "rules": {name: RULE_MEANING[name] for name in RULES},
+        "decays": {name: DECAY_MEANING[name] for name in DECAYS},
+        "policies": {name: POLICY_MEANING[name] for name in POLICIES},
+        "model families": {name: family.note for name, family in sorted(FAMILIES.items())},
+        "recipes": {recipe["name"]: recipe["description"] for recipe in recipes()},
+    }
+
+
+def _describe(kind: type[FeatureMap]) -> str:
+    first = (kind.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    return f"{first} ({kind.paper})"

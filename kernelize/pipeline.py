@@ -1,0 +1,230 @@
+"""Folder to folder: the steps of the main job as the command line and the demo run them, with their records kept."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .card import CARD_NAME, RECIPE_NAME, model_card, read_facts, read_source, record
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .card import CardFacts
+    from .evaluate import Row
+    from .plan import PlanReport
+    from .recipe import Recipe
+    from .train import TrainResult
+
+CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 4
+
+
+def check_output(output: str | Path, overwrite: bool = False) -> Path:
+    """The folder, if it may be written: absent, empty, or to be overwritten."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {path} is a file, not a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise InputError(f"output folder {path} is not empty; choose another, or give --overwrite")
+    return path
+
+
+def load_for_use(source: str, *, device: str | None = None, dtype: str | None = None, **options: Any) -> tuple:
+    """(model, tokenizer) as `convert.load`, by default on a GPU if there is one."""
+    import torch
+
+    from .convert import load
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load(source, device=chosen, dtype=dtype or "auto", **options)
+
+
+def plan_source(
+    source: str,
+    make_recipe: Callable[[int], Recipe],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[Recipe, PlanReport]:
+    """What a recipe would do to a model, from its config alone. `make_recipe` gets the number of layers.
+
+    `options` go to `describe`: lengths, dtype. Raises InputError or SpecError for what cannot be converted.
+    """
+    from .convert import load_config
+    from .plan import ConversionPlan, describe
+    from .runtime.modeling import family_of
+
+    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    family_of(config.model_type)
+    layers = config.num_hidden_layers
+    recipe = make_recipe(layers)
+    return recipe, describe(ConversionPlan.from_recipe(recipe, layers), config, **options)
+
+
+def convert_source(
+    source: str,
+    make_recipe: Callable[[int], Recipe],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    **loading: Any,
+) -> PlanReport:
+    """Loads `source`, converts it by the recipe for its number of layers, and saves it with recipe and card.
+
+    The kernels are initialised from the sample text that ships with kernelize. `loading`: revision,
+    trust_remote_code. What cannot be used is refused before a weight is loaded, and nothing is half written.
+    """
+    from .convert import convert, save
+    from .plan import ConversionPlan
+
+    check_output(output, overwrite)
+    recipe, report = plan_source(source, make_recipe, dtype=dtype, **loading)
+    model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
+    plan = ConversionPlan.from_recipe(recipe, model.config.num_hidden_layers)
+    model = convert(model, plan, calibration=calibration(tokenizer, model))
+    save(model, tokenizer, output, overwrite=overwrite)
+    command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
+    document(output, recipe=recipe, source=read_source(source, loading.get("revision")), commands=[command])
+    return report
+
+
+def calibration(tokenizer, model) -> list[Tensor]:
+    """Pieces of the sample text that ships with kernelize, as input ids [1, T] on the model's device."""
+    import torch
+
+    from .evaluate import sample_text
+
+    length = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
+    text = sample_text("train")
+    pieces = [text[i * len(text) // CALIBRATION_TEXTS :][: 8 * length] for i in range(CALIBRATION_TEXTS)]
+    return [torch.tensor([tokenizer(piece)["input_ids"][:length]], device=model.device) for piece in pieces]
+
+
+def document(output: str | Path, *, recipe: Recipe | None = None, **facts: Any) -> None:
+    """Keeps facts (source, tokens, rows, commands) and the recipe beside the weights, and writes the card anew.
+
+    A fact replaces what was known of it.
+    """
+    folder = Path(output)
+    if recipe is not None:
+        (folder / RECIPE_NAME).write_text(recipe.to_yaml(), "utf-8")
+    record(folder, **facts)
+    (folder / CARD_NAME).write_text(model_card(folder), "utf-8")
+
+
+def evaluate_sources(
+    sources: Sequence[str],
+    suites: Sequence[str],
+    *,
+    teacher: str | None = None,
+    text: str | None = None,
+    card: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> list[Row]:
+    """Evaluates sources beside a teacher; with `card`, the first one's model card takes up the numbers.
+
+    `options` go to `evaluate`: lengths, quick, cache, on_progress.
+    """
+    from .evaluate import evaluate
+
+    if card:
+        read_facts(sources[0])
+    named = {"teacher": teacher} if teacher else {}
+    loaded = {
+        name: load_for_use(source, device=device, dtype=dtype)
+        for name, source in {**named, **{Path(source).stem: source for source in sources}}.items()
+    }
+    rows = evaluate(loaded, suites, settings={"text": text} if text else None, **options)
+    if card:
+        document(sources[0], rows=as_rows(rows))
+    return rows
+
+
+def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:
+    """The recipe with fields of all its stages changed; None leaves a field as it is. `tokens` replaces `steps`."""
+    from .recipe import Recipe
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    data = recipe.to_dict()
+    for stage in data.get("stages", ()):
+        if "tokens" in given:
+            stage.pop("steps", None)
+        stage.update(given)
+    return Recipe.from_dict(data if seed is None else {**data, "seed": seed}, f"recipe {recipe.name!r} with options")
+
+
+def finetune_source(
+    source: str,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    teacher: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    on_event: Callable[[dict], None] | None = None,
+) -> TrainResult:
+    """Trains the converted checkpoint `source` by the recipe's stages into `output`, with recipe and card.
+
+    teacher: source of the original model, by default the recipe's. Raises as `train.finetune`.
+    """
+    from .convert import load
+    from .train import finetune
+
+    if not resume:
+        check_output(output, overwrite)
+    before = read_facts(source) if Path(source).is_dir() else None
+    recipe = _with_kernels(recipe, before, teacher)
+    model, tokenizer = load(source, dtype=dtype or "auto")
+    result = finetune(model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event)
+    if result.completed and _is_main_process():
+        _document_training(source, before, recipe, output)
+    return result
+
+
+def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None) -> Recipe:
+    """The stages of `recipe` for the kernels that the checkpoint has."""
+    from .recipe import Recipe
+
+    changes: dict[str, Any] = {"source": teacher} if teacher else {}
+    if before and before.recipe:
+        made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
+        changes |= {"kernel": made.kernel, "keep": made.keep, "layers": made.layers}
+    return recipe.model_copy(update=changes)
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _document_training(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> None:
+    words = [source, "--config", f"{output}/{RECIPE_NAME}", "--output", output]
+    trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
+    document(
+        output,
+        recipe=recipe,
+        source=read_source(source),
+        tokens=trained + ((before.tokens or 0) if before else 0),
+        commands=[*(before.commands if before else ()), _command("finetune", *words)],
+    )
+
+
+def _command(name: str, *words: object) -> str:
+    return shlex.join(["kernelize", name, *map(str, words)])
+
+
+def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """Evaluation rows as the card and JSON take them."""
+    import dataclasses
+
+    return [dataclasses.asdict(row) for row in rows]
