@@ -299,7 +299,9 @@ def _summary(facts: CardFacts) -> str:
 
 def _quality(facts: CardFacts) -> str:
     if not facts.rows:
-        return f"Not measured. `kernelize evaluate {facts.name}` measures it beside the original model."
+        teacher = facts.source and (facts.source.base_model or facts.source.name)
+        command = f"kernelize evaluate {facts.name} --teacher {teacher or 'SOURCE'} --card"
+        return f"Not measured. `{command}` measures it beside the original model."
     models = list(dict.fromkeys(row["model"] for row in facts.rows))
     lines = _table(("suite", "metric", "length", "depth", *models), _quality_lines(facts.rows, models))
     note = "Values with their interval in brackets" if any(row.get("low") is not None for row in facts.rows) else ""
@@ -359,7 +361,9 @@ def _spec(spec) -> str:
 
 def _training(facts: CardFacts) -> str:
     if facts.tokens is None:
-        said = f"Tokens trained after the conversion: not recorded. `kernelize finetune {facts.name}` trains."
+        said = (
+            f"Tokens trained after the conversion: not recorded. `kernelize finetune {facts.name} --output NEW` trains."
+        )
     else:
         said = f"Tokens trained after the conversion: {facts.tokens:,}."
     return f"{said}\n\nRecipe:\n\n```yaml\n{facts.recipe.rstrip()}\n```" if facts.recipe else said

@@ -38,7 +38,6 @@ TEXTS = (
     "*.json", "*.md", "*.yaml", "*.jinja", "LICENSE*", "NOTICE*",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
-TRAINING_STATE = ("trainer_state.json", "checkpoint.json", "progress.json")
 SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 
 Progress = Callable[[str], None]
@@ -167,8 +166,7 @@ def files_to_send(folder: str | Path, name: str | None = None) -> dict[str, Path
 
 
 def _allowed(name: str) -> bool:
-    listed = any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *TEXTS, "*.py"))
-    return listed and name not in TRAINING_STATE
+    return any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *TEXTS, "*.py"))
 
 
 def _check_runtime(path: Path) -> None:

@@ -279,26 +279,18 @@ def copied(checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
 
 
-def test_pushed_checkpoint_answers_the_same_where_kernelize_is_absent(checkpoint, tmp_path):
-    """HF_ENDPOINT is read at import, so both ways run in processes of their own."""
-    program = "import sys; from kernelize import push; print(push(*sys.argv[1:], private=True).verified.difference)"
-    with HubServer() as server:
-        common = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
-        environment = {**os.environ, **common}
-        pushed = subprocess.run(
-            [sys.executable, "-c", program, checkpoint, NAME], env=environment, capture_output=True, text=True
-        )
-        assert pushed.returncode == 0, pushed.stderr
-        answer = tmp_path / "answer.safetensors"
-        pulled = subprocess.run(
-            [sys.executable, "-I", reload.__file__, NAME, answer, '{"trust_remote_code": true, "threads": 1}'],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert pulled.returncode == 0, pulled.stderr
-        assert server.seen("GET", f"/{NAME}/resolve/")
-    assert float(pushed.stdout) == 0.0
-    assert TOKEN not in pushed.stdout + pushed.stderr + pulled.stdout + pulled.stderr
-    here, there = reload.answer(load(str(checkpoint))[0]), load_file(answer)
+def test_pushed_checkpoint_answers_the_same_where_kernelize_is_absent(server, checkpoint, tmp_path):
+    assert hub.push(checkpoint, NAME, private=True).verified.difference == 0.0
+    answer = tmp_path / "answer.safetensors"
+    pulled = subprocess.run(
+        [sys.executable, "-I", reload.__file__, NAME, answer, '{"trust_remote_code": true, "threads": 1}'],
+        env={**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert pulled.returncode == 0, pulled.stderr
+    assert TOKEN not in pulled.stdout + pulled.stderr
+    here, there = reload.answer(load(checkpoint)[0]), load_file(answer)
     assert (here["logits"] - there["logits"]).abs().max() <= hub.TOLERANCE
     assert here["tokens"].tolist() == there["tokens"].tolist()
 
