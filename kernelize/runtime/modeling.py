@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,27 @@ def install(model: Any, layers: list[KernelSpec | None]) -> None:
         kv_heads, head_dim = kv_heads_of(config), head_dim_of(config)
         with torch.device(weight.device):
             attention.kernelize = KernelAttention(spec, heads, kv_heads, head_dim).float()
+
+
+@contextmanager
+def softmax_twin(model: Any) -> Iterator[Any]:
+    """Within the context `model` is of its original class again, with eager softmax attention on the same weights."""
+    parts = list(kernelized_layers(model).values())
+    changed = [model, *parts]
+    classes = [type(part) for part in changed]
+    configs = [model.config, *(part.config for part in parts)]
+    kept = [config._attn_implementation_internal for config in configs]
+    try:
+        for part, kind in zip(changed, classes, strict=True):
+            part.__class__ = kind.__mro__[2]  # [kernelized, mixin, original]
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        yield model
+    finally:
+        for part, kind in zip(changed, classes, strict=True):
+            part.__class__ = kind
+        for config, implementation in zip(configs, kept, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
