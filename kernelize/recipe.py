@@ -83,7 +83,7 @@ class Lora(_Strict):
     """
 
     r: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: int = Field(default=16, ge=1)
     targets: Sequence[str] | None = None
 
 

@@ -187,7 +187,7 @@ def test_a_layers_error_does_not_reach_another_layer():
     assert any(name.startswith("model.layers.1.self_attn.kernelize") for name in reached)
 
 
-@pytest.mark.parametrize(("term", "share"), [("output", 0.98), ("far", 0.9), ("mass", 0.5)])
+@pytest.mark.parametrize(("term", "share"), [("output", 0.98), ("far", 0.9), ("mass", 0.8)])
 def test_training_a_term_lowers_it(term, share):
     model, probes = probed_model()
     new = [parameter for name, parameter in model.named_parameters() if ".kernelize." in name]

@@ -1,0 +1,155 @@
+"""What the stages of a training minimise, as modules of model and loss; and the adapters that they may train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .data import Row
+from .errors import InputError, KernelizeError
+from .losses import TransferProbe, distillation
+from .recipe import DistilWeights, Lora, TransferWeights
+from .runtime.modeling import kernelized_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NEW = ".kernelize."  # in the name of every parameter that the conversion added
+
+# config fields by which a model changes the logits after its LM head
+LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class Losses(NamedTuple):
+    """Sums over what `Objective.count` counts; all but `loss` are detached."""
+
+    loss: Tensor
+    terms: Tensor  # one for each name in `Objective.terms`
+    layers: Tensor  # [converted layers], or [0] where the loss is not a sum over layers
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that data-parallel wrappers see all that the loss depends on."""
+
+    terms: tuple[str, ...]
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def count(self, rows: Row) -> int:
+        """How many items of a micro-batch [b, T] the loss sums over."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leaves the model as it was before."""
+
+
+class Transfer(Objective):
+    """Per-layer errors of the attention against softmax on the same q, k, v, averaged over layers; summed over rows."""
+
+    terms = ("output", "far", "mass")
+
+    def __init__(self, model: PreTrainedModel, weights: TransferWeights):
+        super().__init__(model)
+        self.weights = weights
+        self.probes = {index: TransferProbe() for index in kernelized_layers(model)}
+        for index, layer in kernelized_layers(model).items():
+            layer.kernelize.probe = self.probes[index]
+
+    def count(self, rows: Row) -> int:
+        return len(rows.input_ids)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+        self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+        measured = [probe.terms for probe in self.probes.values()]
+        terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 3]
+        weights = terms.new_tensor([self.weights.output, self.weights.far, self.weights.mass])
+        layers = terms @ weights
+        return Losses(layers.mean(), terms.detach().mean(0), layers.detach())
+
+    def close(self) -> None:
+        for layer in kernelized_layers(self.model).values():
+            layer.kernelize.probe = None
+
+
+class Distil(Objective):
+    """Divergence from the teacher's next-token distribution, summed over the tokens that have a label."""
+
+    terms = ("kl", "ce")
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, weights: DistilWeights):
+        super().__init__(model)
+        self.weights = weights
+        self.student_features = Features(model)
+        self.teacher_features = Features(teacher)
+
+    def count(self, rows: Row) -> int:
+        return int((rows.labels[:, 1:] >= 0).sum())
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+        student, student_head = self.student_features(input_ids, position_ids)
+        with torch.no_grad():
+            teacher, teacher_head = self.teacher_features(input_ids, position_ids)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        student, teacher = (x[:, :-1].flatten(0, 1) for x in (student, teacher))
+        labels = labels[:, 1:].flatten()
+        result = distillation(student, teacher, labels, student_head, teacher_head, self.weights, vocabulary)
+        return Losses(result.loss, torch.stack((result.kl, result.ce)), result.loss.new_zeros(0))
+
+
+class Features:
+    """What a model's logits are made of: (features [B, T, d], head), so that they can be made a chunk at a time.
+
+    For most models the last hidden states and the LM head. Where the config names a further rule (soft capping,
+    scaling) the features are the model's own logits, whole, and the head passes them on.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        config = model.config.get_text_config().to_dict()
+        self.own_logits = any(config.get(rule) is not None for rule in LOGIT_RULES)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if self.own_logits:
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits, nn.Identity()
+        states: list[Tensor] = []
+        keep = self.model.base_model.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state))
+        try:
+            self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+        finally:
+            keep.remove()
+        return states[-1], self.model.get_output_embeddings()
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def attach_lora(model: PreTrainedModel, lora: Lora) -> tuple[peft.LoraModel, list[str]]:
+    """Adapters inside `model` itself: (the PEFT wrapper, names of the adapted layers). InputError for no target."""
+    head = model.get_output_embeddings()
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and NEW not in f"{name}."
+    }
+    endings = lora.targets or tuple(linear)
+    chosen = [name for name in linear if f".{name}".endswith(tuple(f".{ending}" for ending in endings))]
+    if missing := [e for e in endings if not any(f".{name}".endswith(f".{e}") for name in linear)]:
+        raise InputError(
+            f"lora target {missing[0]!r} ends no linear layer's name; one of them is {next(iter(linear))!r}"
+        )
+    transposed = any(isinstance(linear[name], Conv1D) for name in chosen)
+    config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=chosen, fan_in_fan_out=transposed)
+    wrapper = peft.LoraModel(model, config, "default")
+    adapted = {name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    if adapted != set(chosen):
+        raise KernelizeError(
+            f"LoRA reached {len(adapted)} of {len(chosen)} layers; missed {sorted(set(chosen) - adapted)}"
+        )
+    return wrapper, chosen

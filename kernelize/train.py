@@ -1,0 +1,497 @@
+"""The training loop: one for all stages, driven by accelerate; it stops and resumes anywhere.
+
+The result depends on the recipe alone, not on micro-batch size or number of processes: losses are sums divided by
+the count in the global batch, and the random numbers of a micro-batch are a function of seed, stage, step and its
+index. Whatever trains is float32; on a GPU the arithmetic is bfloat16 under autocast.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from . import checkpoints
+from .data import Documents, Row, Rows, batches, fitting_micro_batch, longest_sequence, open_source, write_text
+from .errors import InputError, KernelizeError
+from .objectives import NEW, Distil, Losses, Objective, Transfer, attach_lora
+from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
+from .runtime.modeling import kernelized_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKPOINTS, LOG, WRITTEN = "checkpoints", "train.jsonl", "data"
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage did in this process's lifetime; the losses are those of its first and last step here."""
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`completed` is False when a SIGTERM ended the run early; `finetune(resume=True)` goes on from there."""
+
+    output: Path
+    stages: tuple[StageResult, ...]
+    completed: bool
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> TrainResult:
+    """Trains a converted model in place by the recipe's stages and saves it to the folder `output`.
+
+    `teacher` is the original model, for stages that distil or use data `self`; without it `recipe.source` is loaded.
+    The folder also gets train.jsonl (every event), checkpoints/ (the last two) and TensorBoard files if that is
+    installed. `on_event` gets each event on the main process: dictionaries with the key event, one of start,
+    writing, stage, step, checkpoint, stopped, done.
+
+    InputError before anything is written when recipe, data, model and processes do not fit together; KernelizeError
+    when a loss or gradient is not finite, naming stage, step and layer.
+    """
+    run = _Run(model, tokenizer, recipe, Path(output), teacher, on_event)
+    run.check(resume, overwrite)
+    return run.train(resume)
+
+
+def _is_trainable(name: str, trainable: str) -> bool:
+    return trainable == "all" or NEW in name or (trainable == "new+lora" and ".lora_" in name)
+
+
+@dataclass
+class _Training:
+    """The moving parts of a stage."""
+
+    stage: Stage
+    objective: Objective
+    wrapped: nn.Module  # objective, perhaps in a data-parallel wrapper
+    optimizer: Any
+    scheduler: Any
+    adapter: Any = None
+    adapted: list[str] = field(default_factory=list)
+
+
+class _Stop:
+    """Notes a SIGTERM, so that the step can be finished and saved. Only a process's main thread can."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Journal:
+    """Events to a file of JSON lines, to TensorBoard if it is installed, and to the caller; on the main process."""
+
+    def __init__(self, output: Path, on_event: Callable[[Event], None] | None):
+        self.on_event = on_event
+        output.mkdir(parents=True, exist_ok=True)
+        self.file = (output / LOG).open("a", encoding="utf-8")
+        self.board = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"))
+
+    def __call__(self, event: Event) -> None:
+        self.file.write(json.dumps(event) + "\n")
+        self.file.flush()
+        if self.board and event["event"] == "step":
+            for name, value in event["metrics"].items():
+                self.board.add_scalar(f"{event['stage']}/{name}", value, event["step"])
+        if self.on_event:
+            self.on_event(event)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        output: Path,
+        teacher: PreTrainedModel | None,
+        on_event: Callable[[Event], None] | None,
+    ):
+        self.model, self.tokenizer, self.recipe, self.output = model, tokenizer, recipe, output
+        self.teacher, self.on_event = teacher, on_event
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if torch.cuda.is_available() else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self.changed: set[str] = set()  # original parameters that ended stages have changed
+        self.stop = _Stop()
+        self.journal: _Journal | None = None
+
+    # --- before anything is written ---
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        if not self.recipe.stages:
+            raise InputError(f"recipe {self.recipe.name!r} has no stages, so there is nothing to train")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output {self.output} is a file, not a folder")
+        if not (resume or overwrite) and self.output.exists() and any(self.output.iterdir()):
+            raise InputError(f"output folder {self.output} is not empty; resume the run in it, or choose another")
+        for stage in self.recipe.stages:
+            self._check_stage(stage)
+        self.accelerator.wait_for_everyone()
+
+    def _check_stage(self, stage: Stage) -> None:
+        limit = longest_sequence(self.model.config)
+        if limit is not None and stage.sequence_length > limit:
+            raise InputError(
+                f"stage {stage.name!r}: sequence_length={stage.sequence_length}; the model's positions end at {limit}"
+            )
+        fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
+        if self.teacher is None and self.recipe.source is None and _needs_teacher(stage):
+            raise InputError(
+                f"stage {stage.name!r} needs the original model: give a teacher, or a source in the recipe"
+            )
+        if stage.trainable == "new" and not any(NEW in name for name in self.dtypes):
+            raise InputError(f"stage {stage.name!r} trains new parameters only, and the model has none")
+        for source in stage.data:
+            if source.builtin != "self":
+                open_source(source)
+
+    # --- the whole ---
+
+    def train(self, resume: bool) -> TrainResult:
+        last = checkpoints.last(self.output / CHECKPOINTS) if resume else None
+        if last and last.recipe != self.recipe.to_dict():
+            raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
+        if self.accelerator.is_main_process:
+            if not resume:
+                self._clear()
+            self.journal = _Journal(self.output, self.on_event)
+        try:
+            with self.stop.listening():
+                return self._stages(last)
+        finally:
+            if self.journal:
+                self.journal.close()
+
+    def _clear(self) -> None:
+        """Removes what an earlier run in this folder has left: only what this module writes."""
+        for folder in (CHECKPOINTS, WRITTEN, "tensorboard"):
+            shutil.rmtree(self.output / folder, ignore_errors=True)
+        (self.output / LOG).unlink(missing_ok=True)
+
+    def _stages(self, last: checkpoints.Checkpoint | None) -> TrainResult:
+        if not torch.cuda.is_available():
+            self.model.float()
+        self.model.to(self.accelerator.device)
+        self._tell(event="start", recipe=self.recipe.name, resumed=last is not None)
+        results = []
+        for index, stage in enumerate(self.recipe.stages):
+            if last and (index, stage.total_steps) <= (last.stage, last.step):
+                continue
+            results.append(self._stage(index, stage, last))
+            last = None
+            if self.stop.asked:
+                self._tell(event="stopped", stage=stage.name)
+                return TrainResult(self.output, tuple(results), completed=False)
+        if last:
+            self._restore(last)
+        self._save()
+        return TrainResult(self.output, tuple(results), completed=True)
+
+    def _tell(self, **event: Any) -> None:
+        if self.journal:
+            self.journal(event)
+
+    # --- one stage ---
+
+    def _stage(self, index: int, stage: Stage, last: checkpoints.Checkpoint | None) -> StageResult:
+        inside = last is not None and last.stage == index
+        if last and not inside:
+            self._restore(last)
+        stream = self._stream(index, stage)
+        training = self._prepare(index, stage)
+        if last and inside:
+            self._restore(last, training)
+        first, position = (last.step, last.position) if last and inside else (0, None)
+        try:
+            return self._steps(index, training, stream(position), first)
+        finally:
+            self._leave(training)
+
+    def _stream(self, index: int, stage: Stage) -> Callable[..., Iterator[tuple[list[Row], dict[str, Any]]]]:
+        seed = int(np.random.SeedSequence([self.recipe.seed, index]).generate_state(1)[0])
+        documents = Documents(stage.data, seed, written=self._written(stage, seed))
+        rows = Rows(documents, self.tokenizer, stage.sequence_length)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        micro_batch = fitting_micro_batch(stage.rows, stage.micro_batch, processes)
+        return lambda position: batches(rows(position), stage.rows, micro_batch, process, processes)
+
+    def _written(self, stage: Stage, seed: int) -> Path | None:
+        """The teacher's own text for this stage, written once."""
+        share = sum(s.weight for s in stage.data if s.builtin == "self") / sum(s.weight for s in stage.data)
+        if not share:
+            return None
+        path = self.output / WRITTEN / f"{stage.name}.jsonl"
+        if self.accelerator.is_main_process and not path.exists():
+            tokens = math.ceil(share * stage.total_steps * stage.batch_tokens)
+            self._tell(event="writing", stage=stage.name, tokens=tokens)
+            write_text(self._teacher(), self.tokenizer, path, tokens, seed=seed, length=stage.sequence_length)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _teacher(self) -> PreTrainedModel:
+        if self.teacher is None:
+            from .convert import load
+
+            self.teacher, _ = load(self.recipe.source or "")
+        self.teacher.requires_grad_(False).eval()
+        return self.teacher.to(self.accelerator.device)
+
+    def _prepare(self, index: int, stage: Stage) -> _Training:
+        self._seed(index, 0, 0)
+        adapter, adapted = None, list[str]()
+        if stage.trainable == "new+lora":
+            adapter, adapted = attach_lora(self.model, stage.lora or Lora())
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(_is_trainable(name, stage.trainable))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self._mode(stage)
+        objective = self._objective(stage)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=stage.learning_rate,
+            betas=stage.betas,
+            weight_decay=stage.weight_decay,
+            fused=self.accelerator.device.type == "cuda",
+        )
+        warmup = math.ceil(stage.warmup * stage.total_steps)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, stage.total_steps)
+        wrapped, prepared = self.accelerator.prepare(objective, optimizer)
+        training = _Training(stage, objective, wrapped, prepared, scheduler, adapter, adapted)
+        self._tell(
+            event="stage",
+            stage=stage.name,
+            kind=stage.kind,
+            steps=stage.total_steps,
+            tokens=stage.total_steps * stage.batch_tokens,
+            parameters=sum(parameter.numel() for parameter in trained),
+            lora_layers=adapted,
+        )
+        return training
+
+    def _mode(self, stage: Stage) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):  # what is learned is a function, not a distribution of functions
+                module.eval()
+        for layer in kernelized_layers(self.model).values():
+            layer.kernelize.window_dropout = stage.window_dropout
+        _recompute_layers(self.model, stage.gradient_checkpointing)
+
+    def _objective(self, stage: Stage) -> Objective:
+        if stage.kind == "transfer":
+            return Transfer(self.model, stage.transfer or TransferWeights())
+        return Distil(self.model, self._teacher(), stage.distil or DistilWeights())
+
+    def _leave(self, training: _Training) -> None:
+        training.objective.close()
+        self.accelerator.free_memory()
+        _recompute_layers(self.model, False)
+        for layer in kernelized_layers(self.model).values():
+            layer.kernelize.window_dropout = 0.0
+        self.model.eval()
+
+    def _seed(self, stage: int, step: int, micro: int) -> None:
+        sequence = np.random.SeedSequence([self.recipe.seed, stage, step, micro])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    # --- steps ---
+
+    def _steps(self, index: int, training: _Training, stream: Iterator, first: int) -> StageResult:
+        stage, losses, began = training.stage, [], time.monotonic()
+        for step in range(first + 1, stage.total_steps + 1):
+            micro, position = next(stream)
+            metrics = self._step(index, step, training, micro)
+            losses.append(metrics["loss"])
+            seconds = time.monotonic() - began
+            self._tell(**_progress(stage, step, step - first, seconds, metrics))
+            ended = step == stage.total_steps
+            if ended:
+                self._merge(training)
+            if ended or self.stop.asked or step % self.recipe.checkpoint_steps == 0:
+                self._checkpoint(index, step, position, None if ended else training)
+            if self.stop.asked:
+                break
+        tokens = len(losses) * stage.batch_tokens
+        return StageResult(stage.name, len(losses), tokens, time.monotonic() - began, losses[0], losses[-1])
+
+    def _step(self, index: int, step: int, training: _Training, micro: list[Row]) -> dict[str, float]:
+        processes, objective = self.accelerator.num_processes, training.objective
+        micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
+        count = self._sum(torch.tensor([float(sum(objective.count(rows) for rows in micro))])).item()
+        total: Tensor | float = 0.0
+        for number, rows in enumerate(micro):
+            self._seed(index, step, number * processes + self.accelerator.process_index)
+            with nullcontext() if number == len(micro) - 1 else self.accelerator.no_sync(training.wrapped):
+                losses: Losses = training.wrapped(*rows)
+                # data-parallel gradients are means over processes
+                self.accelerator.backward(losses.loss * (processes / max(count, 1)))
+            total = total + torch.cat((losses.loss.detach()[None], losses.terms, losses.layers)).float()
+        asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
+        summed = self._sum(torch.cat((torch.as_tensor(total) / max(count, 1), asked))).tolist()
+        self.stop.asked = summed.pop() > 0
+        norm = float(self.accelerator.clip_grad_norm_(training.wrapped.parameters(), training.stage.clip))
+        self._refuse_nonfinite(step, training, summed, norm)
+        rate = training.scheduler.get_last_lr()[0]
+        training.optimizer.step()
+        training.scheduler.step()
+        training.optimizer.zero_grad()
+        names = ("loss", *objective.terms)
+        return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+
+    def _refuse_nonfinite(self, step: int, training: _Training, values: list[float], norm: float) -> None:
+        if all(map(math.isfinite, values)) and math.isfinite(norm):
+            return
+        where = f"stage {training.stage.name!r}, step {step}"
+        layers = values[1 + len(training.objective.terms) :]
+        for index, loss in zip(kernelized_layers(self.model), layers, strict=False):
+            if not math.isfinite(loss):
+                raise KernelizeError(f"{where}: the loss of layer {index} is {loss}")
+        if not math.isfinite(values[0]):
+            raise KernelizeError(f"{where}: the loss is {values[0]}")
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        name = next((name for name, grad in grads.items() if not grad.isfinite().all()), "all parameters together")
+        raise KernelizeError(f"{where}: the gradient of {name} is not finite")
+
+    def _merge(self, training: _Training) -> None:
+        """Folds LoRA into the weights and notes what this stage has changed."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if training.adapter is not None:
+            training.adapter.merge_and_unload()
+            trained |= {f"{name}.weight" for name in training.adapted}
+        self.changed |= {name for name, _ in self.model.named_parameters()} & trained
+
+    # --- keeping ---
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """What has been or is being trained, by name; a LoRA layer's own weight goes by its plain name."""
+        named = {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad or name in self.changed}
+
+    def _checkpoint(self, index: int, step: int, position: dict[str, Any], training: _Training | None) -> None:
+        if self.accelerator.is_main_process:
+            path = checkpoints.write(
+                self.output / CHECKPOINTS,
+                name=f"{self.recipe.stages[index].name}-{step}",
+                state=checkpoints.State(index, step, position, self.recipe.to_dict(), sorted(self.changed)),
+                parameters=self._parameters(),
+                optimizer=None if training is None else training.optimizer.state_dict(),
+                scheduler=None if training is None else training.scheduler.state_dict(),
+            )
+            self._tell(event="checkpoint", stage=self.recipe.stages[index].name, step=step, path=str(path))
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, last: checkpoints.Checkpoint, training: _Training | None = None) -> None:
+        self.changed = set(last.changed)
+        last.load_parameters(self._parameters() if training else dict(self.model.named_parameters()))
+        if training:
+            optimizer, scheduler = last.load_optimizer(self.accelerator.device)
+            training.optimizer.load_state_dict(optimizer)
+            training.scheduler.load_state_dict(scheduler)
+
+    def _save(self) -> None:
+        """The model as an ordinary checkpoint beside the log."""
+        from .convert import save
+
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+            parameter.requires_grad_(True)
+        if self.accelerator.is_main_process:
+            save(self.model, self.tokenizer, self.output, overwrite=True)
+            self._tell(event="done", output=str(self.output))
+        self.accelerator.wait_for_everyone()
+
+
+def _needs_teacher(stage: Stage) -> bool:
+    return stage.kind == "distil" or any(source.builtin == "self" for source in stage.data)
+
+
+def _recompute_layers(model: PreTrainedModel, enabled: bool) -> None:
+    """Gradient checkpointing of every layer. The model's own switch would make frozen inputs need gradients too."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if enabled and not layers:
+        raise InputError(f"{type(model).__name__} has no layers that support gradient_checkpointing")
+    for layer in layers:
+        layer.gradient_checkpointing = enabled
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def _progress(stage: Stage, step: int, done: int, seconds: float, metrics: dict[str, float]) -> Event:
+    return {
+        "event": "step",
+        "stage": stage.name,
+        "step": step,
+        "steps": stage.total_steps,
+        "tokens": step * stage.batch_tokens,
+        "tokens_per_second": done * stage.batch_tokens / max(seconds, 1e-9),
+        "seconds_left": (stage.total_steps - step) * seconds / done,
+        "metrics": metrics,
+    }

@@ -1,0 +1,319 @@
+"""Training: it learns, and its result depends on the recipe alone: not on interruptions, processes or micro-batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_llama
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+
+from kernelize import objectives
+from kernelize.convert import load
+from kernelize.errors import InputError, KernelizeError
+from kernelize.objectives import NEW, Features, attach_lora
+from kernelize.recipe import Lora, Recipe
+from kernelize.runtime.modeling import kernelize_model
+from kernelize.runtime.spec import KernelSpec
+from kernelize.train import finetune
+
+SPEC = KernelSpec(feature_dim=16, window=9, sinks=1, slots=4, block=4)
+TEXT = "".join(f"line {number}: {number * number} is the square of {number}.\n" for number in range(400))
+SHAPE = {"sequence_length": 32, "batch_tokens": 128, "micro_batch": 4, "warmup": 0.0}
+TRANSFER = {"name": "transfer", "kind": "transfer", "steps": 5, "learning_rate": 1e-2, **SHAPE}
+LORA = {"name": "lora", "kind": "distil", "trainable": "new+lora", "steps": 5, "learning_rate": 1e-2, **SHAPE}
+ALL = {"name": "all", "kind": "distil", "trainable": "all", "steps": 5, "learning_rate": 1e-3, **SHAPE}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    pieces = [TEXT[start : start + 150] for start in range(0, len(TEXT), 150)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return str(path)
+
+
+def recipe(text, *stages, **fields):
+    stages = [{"data": [text]} | stage for stage in stages]
+    return Recipe.from_dict({"name": "r", "description": "d", "stages": stages, "checkpoint_steps": 2} | fields)
+
+
+def student():
+    return kernelize_model(tiny_llama(), [SPEC, SPEC])
+
+
+def run(made, output, **options):
+    """(trained model, result, events)"""
+    model, events = options.pop("model", None) or student(), []
+    hook = options.pop("on_event", None)
+
+    def listen(event):
+        events.append(event)
+        if hook:
+            hook(event)
+
+    options.setdefault("teacher", tiny_llama())
+    return model, finetune(model, byte_tokenizer(), made, output, on_event=listen, **options), events
+
+
+def losses_of(events):
+    return [event["metrics"]["loss"] for event in events if event["event"] == "step"]
+
+
+def assert_same_weights(a, b):
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+# --- it learns, and changes what it should ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [TRANSFER, LORA, ALL], ids=["transfer", "lora", "all"])
+def test_a_stage_lowers_its_loss_and_trains_what_it_says(text, tmp_path, stage):
+    before = {name: value.clone() for name, value in student().state_dict().items()}
+    model, result, events = run(recipe(text, stage | {"steps": 25}), tmp_path / "out")
+    losses = losses_of(events)
+    assert result.completed
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    assert list(before) == list(model.state_dict())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    new = {name for name in before if NEW in name}
+    linear = {name for name in before if name.endswith("_proj.weight")}
+    expected = {"transfer": new, "lora": new | linear, "all": set(before)}[stage["name"]]
+    assert changed == expected
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_result_is_an_ordinary_checkpoint_with_its_log(text, tmp_path):
+    model, result, events = run(recipe(text, TRANSFER, LORA), tmp_path / "out")
+    loaded, _ = load(tmp_path / "out")
+    assert_same_weights(loaded, model)
+    ids = torch.arange(1, 41)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    logged = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert logged == events
+    assert [stage.name for stage in result.stages] == ["transfer", "lora"]
+    assert all(stage.tokens == 5 * 128 for stage in result.stages)
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["lora-4", "lora-5"]
+    step = next(event for event in events if event["event"] == "step")
+    assert {"loss", "output", "far", "mass", "gradient_norm", "learning_rate"} == set(step["metrics"])
+    assert step["seconds_left"] >= 0
+
+
+def test_a_half_precision_model_trains_in_float32_and_keeps_its_type(text, tmp_path):
+    model = kernelize_model(tiny_llama().bfloat16(), [SPEC, SPEC])
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    seen = set()
+
+    def look(event):
+        if event["event"] == "step":
+            seen.update(parameter.dtype for parameter in model.parameters())
+
+    run(recipe(text, ALL), tmp_path / "out", model=model, on_event=look)
+    assert seen == {torch.float32}
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == dtypes
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_the_teacher_writes_the_text_itself(text, tmp_path):
+    stage = TRANSFER | {"data": ["self"], "steps": 2}
+    _, result, events = run(recipe(text, stage), tmp_path / "out")
+    assert result.completed
+    assert [event["tokens"] for event in events if event["event"] == "writing"] == [256]
+
+
+# --- the result depends on the recipe alone ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", [{"micro_batch": 1}, {"gradient_checkpointing": True}], ids=["micro-batch", "checkpointing"]
+)
+@pytest.mark.parametrize("stage", [TRANSFER, LORA | {"distil": {"kl": 1.0, "ce": 0.5}}], ids=["transfer", "lora"])
+def test_memory_savings_do_not_change_the_losses(text, tmp_path, stage, change):
+    _, _, plain = run(recipe(text, stage), tmp_path / "plain")
+    _, _, saving = run(recipe(text, stage | change), tmp_path / "saving")
+    assert losses_of(saving) == pytest.approx(losses_of(plain), rel=1e-4)
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash_at(stage, step):
+    def listen(event):
+        if event["event"] == "step" and (event["stage"], event["step"]) == (stage, step):
+            raise CrashError
+
+    return listen
+
+
+@pytest.mark.parametrize(("stage", "step"), [("transfer", 1), ("transfer", 4), ("lora", 1), ("lora", 3), ("all", 5)])
+def test_a_crashed_run_resumes_to_the_same_bits(text, tmp_path, stage, step):
+    made = recipe(text, TRANSFER | {"window_dropout": 0.5}, LORA, ALL)
+    undisturbed, _, _ = run(made, tmp_path / "undisturbed")
+    with pytest.raises(CrashError):
+        run(made, tmp_path / "out", on_event=crash_at(stage, step))
+    assert not (tmp_path / "out/config.json").exists()
+    with pytest.raises(InputError, match="not empty"):
+        run(made, tmp_path / "out")
+    resumed, result, _ = run(made, tmp_path / "out", resume=True)
+    assert result.completed
+    assert_same_weights(resumed, undisturbed)
+
+
+def test_sigterm_finishes_the_step_and_saves(text, tmp_path):
+    made = recipe(text, TRANSFER, LORA, checkpoint_steps=100)
+    undisturbed, _, _ = run(made, tmp_path / "undisturbed")
+
+    def terminate(event):
+        if event["event"] == "step" and event["stage"] == "lora" and event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    _, result, events = run(made, tmp_path / "out", on_event=terminate)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not result.completed
+    assert events[-1] == {"event": "stopped", "stage": "lora"}
+    assert sum(event["event"] == "step" for event in events) <= 5 + 3
+    resumed, result, events = run(made, tmp_path / "out", resume=True)
+    assert result.completed
+    assert {event["stage"] for event in events if event["event"] == "step"} == {"lora"}
+    assert_same_weights(resumed, undisturbed)
+
+
+def test_resuming_a_finished_run_trains_nothing(text, tmp_path):
+    made = recipe(text, TRANSFER, LORA)
+    model, _, _ = run(made, tmp_path / "out")
+    again, result, _ = run(made, tmp_path / "out", resume=True)
+    assert result.stages == ()
+    assert_same_weights(again, model)
+    with pytest.raises(InputError, match="another recipe"):
+        run(recipe(text, TRANSFER), tmp_path / "out", resume=True)
+
+
+SCRIPT = """
+import json, sys
+from test_train import LORA, TRANSFER, recipe, run
+text, output, losses = sys.argv[1:]
+_, _, events = run(recipe(text, TRANSFER | {"micro_batch": 2}, LORA | {"micro_batch": 1}), output)
+if events:
+    open(losses, "w").write(json.dumps([event["metrics"]["loss"] for event in events if event["event"] == "step"]))
+"""
+
+
+def test_two_processes_give_the_losses_of_one(text, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    losses = []
+    for processes in (1, 2):
+        found = tmp_path / f"{processes}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        arguments = [str(tmp_path / "script.py"), text, str(tmp_path / str(processes)), str(found)]
+        subprocess.run([*launch, *arguments], env=environment, check=True, timeout=200, capture_output=True)
+        losses.append(json.loads(found.read_text()))
+    assert len(losses[0]) == 10
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_names_the_layer_and_saves_nothing(text, tmp_path):
+    model = student()
+    model.model.layers[1].self_attn.kernelize.log_gate.data[0] = math.nan
+    with pytest.raises(KernelizeError, match="stage 'transfer', step 1: the loss of layer 1 is nan"):
+        run(recipe(text, TRANSFER), tmp_path / "out", model=model)
+    assert not (tmp_path / "out/checkpoints").exists()
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_gradient_that_is_no_number_names_the_parameter(text, tmp_path):
+    model = student()
+    gate = model.model.layers[0].self_attn.kernelize.log_gate
+    gate.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(KernelizeError, match=r"step 1: the gradient of .*layers\.0.*log_gate is not finite"):
+        run(recipe(text, TRANSFER), tmp_path / "out", model=model)
+    assert gate.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        (TRANSFER | {"sequence_length": 512, "batch_tokens": 512}, {}, "sequence_length=512.*end at 256"),
+        (LORA, {"teacher": None}, "needs the original model"),
+        (TRANSFER | {"data": ["nothing.txt"]}, {}, "nothing.txt"),
+        (LORA | {"lora": {"targets": ["qq_proj"]}}, {}, "'qq_proj' ends no linear"),
+    ],
+)
+def test_bad_input_is_named(text, tmp_path, stage, options, message):
+    with pytest.raises(InputError, match=message):
+        run(recipe(text, stage), tmp_path / "out", **options)
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_recipe_without_stages_and_a_model_without_new_parameters(text, tmp_path):
+    with pytest.raises(InputError, match="no stages"):
+        run(recipe(text), tmp_path / "out")
+    window = KernelSpec(feature_map="none", window=9, slots=0, policy="attention")
+    with pytest.raises(InputError, match="the model has none"):
+        run(recipe(text, TRANSFER), tmp_path / "out", model=kernelize_model(tiny_llama(), [window, window]))
+    assert not (tmp_path / "out").exists()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": tiny_llama,
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=257)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SMALL, num_key_value_heads=2, head_dim=8, vocab_size=257, pad_token_id=0, final_logit_softcapping=0.1
+        )
+    ),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, vocab_size=257, logits_scaling=3.0)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_and_head_make_the_models_logits(name):
+    model = MODELS[name]().eval()
+    ids = torch.arange(1, 21)[None]
+    positions = torch.arange(20)[None]
+    with torch.no_grad():
+        features, head = Features(model)(ids, positions)
+        torch.testing.assert_close(head(features), model(ids, position_ids=positions).logits, rtol=0, atol=1e-6)
+    assert Features(model).own_logits == (name in ("gemma2", "granite"))
+
+
+@pytest.mark.parametrize(("name", "layers"), [("llama", 2 * 7), ("gpt2", 2 * 4)])
+def test_lora_reaches_every_linear_layer_but_the_head(name, layers):
+    model = kernelize_model(MODELS[name](), [SPEC, SPEC])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapper, adapted = attach_lora(model, Lora())
+    assert len(adapted) == layers
+    assert not any("lm_head" in name or NEW in name for name in adapted)
+    wrapper.merge_and_unload()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_lora_that_misses_a_layer_is_an_error(monkeypatch):
+    def lazy(model, config, name):
+        config.target_modules = set(sorted(config.target_modules)[1:])
+        return original(model, config, name)
+
+    original = objectives.peft.LoraModel
+    monkeypatch.setattr(objectives.peft, "LoraModel", lazy)
+    with pytest.raises(KernelizeError, match="13 of 14"):
+        attach_lora(student(), Lora())
