@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def convert(
     from kernelize.pipeline import check_output, convert_source, plan_source
 
     check_output(output, overwrite)
-    loading = {"revision": revision, "trust_remote_code": trust}
+    loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     if dry_run:
         _, report = plan_source(source, kernel.recipe, dtype=dtype, **loading)
     else:

@@ -63,7 +63,6 @@ def check(
 ) -> None:
     """Check that full forward, chunks, single steps, padded batches and a reload give the same logits."""
     from kernelize.check import check as run_checks
-
     from kernelize.errors import KernelizeError
     from kernelize.pipeline import load_for_use
 

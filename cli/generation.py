@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def generate(
 
     with doing(f"loading {source}"):
         loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     talk = Conversation(*loaded, chat=chat, on_text=stream, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):

@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FIRST_LINE, NEXT_LINE = 2.0, 15.0  # seconds
 
@@ -21,38 +24,51 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _bars() -> Bars:
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not (speaks() and sys.stderr.isatty()),
+    )
+
+
 class Progress:
-    """A callback (done, total, label) that shows how far the work is, how fast it goes and how long it will take."""
+    """A callback (done, total, label) that shows how far the work is, how fast it goes and how long it will take.
+
+    A bar appears with the first call and ends with the last one; the next call begins another.
+    """
 
     def __init__(self, unit: str = "tokens"):
-        self.unit, self.started, self.next_line = unit, time.monotonic(), FIRST_LINE
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not (speaks() and sys.stderr.isatty()),
-        )
-        self.task: TaskID | None = None
+        self.unit, self.bars, self.task = unit, _bars(), TaskID(0)
+        self.started: float | None = None
+        self.next_line = FIRST_LINE
 
-    def __enter__(self) -> Progress:
-        self.bars.start()
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
     def __call__(self, done: int, total: int, label: str) -> None:
-        elapsed = time.monotonic() - self.started
+        if self.started is None:
+            self._begin(total)
+        elapsed = time.monotonic() - (self.started or 0)
         rate = f"{done / max(elapsed, 1e-9):,.0f} {self.unit}/s"
+        self.bars.update(self.task, completed=done, total=total, description=label, rate=rate)
         if self.bars.disable:
             self._line(done, total, f"{label}: {done:,} of {total:,} {self.unit}, {rate}", elapsed)
-            return
-        if self.task is None:
-            self.task = self.bars.add_task(label, rate="")
-        self.bars.update(self.task, completed=done, total=total, description=label, rate=rate)
+        if done >= total:
+            self.bars.stop()
+            self.started = None
+
+    def _begin(self, total: int) -> None:
+        self.bars, self.next_line, self.started = _bars(), FIRST_LINE, time.monotonic()
+        self.task = self.bars.add_task("", total=total, rate="")
+        self.bars.start()
 
     def _line(self, done: int, total: int, text: str, elapsed: float) -> None:
         if not speaks() or elapsed < self.next_line:
@@ -66,8 +82,6 @@ class TrainingProgress(Progress):
     """The same for the events of `finetune`: a bar a stage."""
 
     def event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "stage":
-            self.started, self.next_line, self.task = time.monotonic(), FIRST_LINE, None
         if event["event"] == "writing":
             print(f"{event['stage']}: the teacher writes {event['tokens']:,} tokens …", file=sys.stderr, flush=True)
         if event["event"] == "step":
