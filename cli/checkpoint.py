@@ -92,5 +92,5 @@ def list_(json: Json = None) -> None:
 
     groups = catalogue()
     for group, entries in groups.items():
-        table(group, ("name", "what"), entries.items(), left=2)
+        table(group, ("name", "what"), entries.items(), left=(0, 1))
     write_json(json, groups)

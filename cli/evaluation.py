@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Device, DType, Json, Overwrite, Revision, Source, Trust
 from .output import say, show, table, write_json
 from .progress import Progress, doing
+
+if TYPE_CHECKING:
+    from kernelize.check import CheckRow
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
 Suites = Annotated[list[str], typer.Option("--suite", help="ppl, passkey, recall, generation; may be repeated.")]
@@ -55,6 +59,7 @@ def evaluate(
 
 def check(
     source: Source,
+    teacher: Annotated[str | None, typer.Option(help="The original: with a long window, logits are its own.")] = None,
     device: Device = None,
     dtype: DType = None,
     revision: Revision = None,
@@ -66,21 +71,27 @@ def check(
     from kernelize.errors import KernelizeError
     from kernelize.pipeline import load_for_use
 
-    with doing(f"checking {source}"):
-        loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
-        rows = run_checks(*loaded)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
+    with doing(f"loading {source}"):
+        model, tokenizer = load_for_use(source, revision=revision, **options)
+        against = load_for_use(teacher, **options)[0] if teacher else None
+    with Progress("checks") as progress:
+        rows = run_checks(model, tokenizer, against=against, on_progress=progress)
     show_checks(rows)
     write_json(json, {"checks": [dataclasses.asdict(row) for row in rows]})
     if failed := [row.name for row in rows if not row.passed]:
         raise KernelizeError(f"{source} fails {len(failed)} of {len(rows)} checks: {', '.join(failed)}")
 
 
-def show_checks(rows) -> None:
+def show_checks(rows: Iterable[CheckRow]) -> None:
     """The lines of a check, with the largest differences found."""
-    cells = (
-        (r.name, "passed" if r.passed else "FAILED", f"{r.difference:.2e}", f"{r.bound:.0e}", r.note) for r in rows
-    )
-    table("Checks", ("check", "result", "difference", "allowed", "note"), cells, left=2)
+    head = ("check", "result", "difference", "allowed", "note")
+    table("Checks", head, map(_check_cells, rows), left=(0, 1, 4))
+
+
+def _check_cells(row: CheckRow) -> tuple[str, ...]:
+    numbers = ("–" if number is None else f"{number:.1e}" for number in (row.difference, row.bound))
+    return (row.name, "passed" if row.passed else "FAILED", *numbers, row.note)
 
 
 def report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """Prints a table; all but the first `left` columns stand right."""
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]], *, left: Collection[int] = (0,)) -> None:
+    """Prints a table; columns stand right, those of `left` left."""
     from rich import box
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, name in enumerate(head):
-        shown.add_column(name, justify="left" if i < left else "right", overflow="fold")
+        shown.add_column(name, justify="left" if i in left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(str, row))
     show(shown)

@@ -42,6 +42,7 @@ class Listener:
     planned: Callable[[PlanReport], None] = lambda report: None
     training: Callable[[dict], None] = lambda event: None
     measuring: Callable[[int, int, str], None] = lambda done, total, label: None
+    checking: Callable[[int, int, str], None] = lambda done, total, label: None
     text: Callable[[str], None] = lambda piece: None
 
 
@@ -99,7 +100,7 @@ def run(
     with clock("measuring four models side by side"):
         rows = _measure(models, tokenizer, recipe, listener)
     with clock("checking the fine-tuned model"):
-        checks = check(after, tokenizer)
+        checks = check(after, tokenizer, on_progress=listener.checking)
     with clock("generating"):
         completion = _generate(after, tokenizer, listener)
     with clock("writing model card and report"):
