@@ -12,6 +12,7 @@ import torch
 from tiny import byte_tokenizer, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from kernelize.convert import convert
 from kernelize.errors import InputError, KernelizeError
 from kernelize.evaluate import (
     METRICS,
@@ -31,7 +32,9 @@ from kernelize.evaluate import (
     save_rows,
     wilson,
 )
+from kernelize.plan import ConversionPlan
 from kernelize.recall import TASKS, Writer
+from kernelize.runtime.spec import KernelSpec
 
 TOKENIZER = byte_tokenizer()
 WORDS = [f"{a}{b}{c}e" for a in "bcdfghjk" for b in "aeiou" for c in "lmnrst"]
@@ -343,3 +346,16 @@ def test_the_ratio_to_the_teacher_is_paired_and_one_for_itself(novel):
     assert value(rows, "same", "ppl_ratio", 100) == pytest.approx(1.0, abs=1e-9)
     ratio = value(rows, "other", "ppl", 100) / value(rows, "teacher", "ppl", 100)
     assert value(rows, "other", "ppl_ratio", 100) == pytest.approx(ratio, rel=1e-9)
+
+
+def test_a_kernelized_model_is_measured_with_a_state_of_constant_size(novel):
+    spec = KernelSpec(feature_map="hedgehog", feature_dim=16, window=8, sinks=2, slots=8, block=4)
+    student = convert(tiny_llama(), ConversionPlan.uniform(spec, 2))
+    suite = Perplexity(lengths=(128, 256), text=novel, pieces=2, chunk=64)
+    rows = evaluate({"student": (student, TOKENIZER), "teacher": pair()}, [suite, Passkey((256,), novel, trials=1)])
+    assert value(rows, "student", "cache_bytes", 256) == value(rows, "student", "cache_bytes", 128)
+    assert value(rows, "student", "kl", 256) > 0
+    ids = suite.units(TOKENIZER)[0].ids[0]
+    nll = -logits_of(student, ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    alone = evaluate({"a": (student, TOKENIZER)}, [dataclasses.replace(suite, pieces=1)])
+    assert nll.mean().exp().item() == pytest.approx(value(alone, "a", "ppl", 256), rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import io
 import json
 import re
 import runpy
@@ -67,7 +68,7 @@ def test_without_a_teacher_nothing_is_compared():
 
 
 def test_the_terminal_table_marks_differences():
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(rows_table(ROWS))
     text = console.export_text()
     assert "21.00 +5.0% ≈" in text
@@ -128,10 +129,7 @@ def test_light_and_dark_define_every_colour(page):
 def test_names_are_escaped(page):
     assert "a<b" not in page.read_text().replace("a&lt;b", "")
     assert "How to &lt;reproduce&gt;" in page.read_text()
-    assert (
-        "a<b\\|c" in (page.parent / "report.md").read_text().splitlines()[-1]
-        or "a<b\\|c" in (page.parent / "report.md").read_text()
-    )
+    assert r"a<b\|c" in (page.parent / "report.md").read_text()
 
 
 def test_the_report_is_the_same_from_its_own_rows_file(page, tmp_path):
