@@ -171,6 +171,7 @@ class _Run:
         self.model, self.tokenizer, self.recipe, self.output = model, tokenizer, recipe, output
         self.teacher, self.on_event = teacher, on_event
         self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # processes without a GPU find each other only if it is said
             mixed_precision="bf16" if torch.cuda.is_available() else "no",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
