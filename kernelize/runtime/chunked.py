@@ -45,16 +45,40 @@ def attend(
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
     fresh = state is None
     state = empty_state(kernel.spec, k, v) if state is None else state
-    outs = []
+    aligned = fresh and valid is None and SEGMENT % tile_of(kernel.spec) == 0
+    whole = Whole(q.shape[2])
     for start in range(0, q.shape[2], SEGMENT):
         now = slice(start, start + SEGMENT)
         keep = None if valid is None else valid[:, now]
-        aligned = fresh and valid is None and SEGMENT % tile_of(kernel.spec) == 0
         out, state = segment(q[:, :, now], k[:, :, now], v[:, :, now], kernel, state, keep, aligned)
-        outs.append(out)
-    if len(outs) == 1:
-        return outs[0], state
-    return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*outs, strict=True))), state
+        whole.add(start, out)
+    return whole.output(), state
+
+
+class Whole:
+    """The outputs of consecutive segments, joined; without gradients in place, so that no part is held twice."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.parts: list[AttentionOutput] = []
+        self.filled: AttentionOutput | None = None
+
+    def add(self, start: int, part: AttentionOutput) -> None:
+        size = part.y.shape[2]
+        if size == self.length or torch.is_grad_enabled():
+            self.parts.append(part)
+            return
+        if self.filled is None:
+            self.filled = AttentionOutput(*(x.new_empty(*x.shape[:2], self.length, *x.shape[3:]) for x in part))
+        for target, x in zip(self.filled, part, strict=True):
+            target[:, :, start : start + size] = x
+
+    def output(self) -> AttentionOutput:
+        if self.filled is not None:
+            return self.filled
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*self.parts, strict=True)))
 
 
 def tile_of(spec: KernelSpec) -> int:

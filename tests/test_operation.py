@@ -1,0 +1,163 @@
+"""Every law of `contract`, over the registries: maps, rules, decays, policies and exact sets that the spec admits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import contract
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import MEMORY_FACTOR
+
+from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
+
+CORE, SOME = contract.core_specs(), contract.some_specs()
+
+
+def over(specs: list[KernelSpec]):
+    return pytest.mark.parametrize("spec", specs, ids=contract.name_of)
+
+
+@over(CORE)
+def test_definition_is_reference_is_chunked(spec):
+    contract.law_definition(spec)
+
+
+def test_definition_with_softcap_and_sink_logits():
+    heads = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 2, contract.HEADS, dtype=torch.float64)}
+    contract.law_definition(CORE[0], **heads)
+
+
+HOLES = torch.rand(3, contract.LENGTH, generator=torch.Generator().manual_seed(3)) > 0.3
+HOLES[0], HOLES[1, :17] = True, False
+
+
+@over(SOME)
+def test_any_split_of_a_padded_batch(spec):
+    contract.law_streams(spec, [7, 1, 1, 20, 12], HOLES)
+
+
+@pytest.mark.slow
+@over([s for s in contract.all_specs() if s not in SOME])
+def test_any_split_of_a_padded_batch_for_every_combination(spec):
+    contract.law_streams(spec, [7, 1, 1, 20, 12], HOLES)
+
+
+@st.composite
+def padded_pieces(draw) -> tuple[list[int], torch.Tensor]:
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    rows = st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths))
+    return lengths, torch.tensor(draw(st.lists(rows, min_size=1, max_size=3)))
+
+
+@pytest.mark.parametrize("exact", contract.EXACT_SETS)
+@settings(deadline=None, derandomize=True, max_examples=5)
+@given(pieces=padded_pieces())
+def test_any_length_split_batch_and_padding(exact, pieces):
+    contract.law_streams(KernelSpec(feature_dim=8, **exact), *pieces)
+
+
+@over(CORE)
+def test_branches_are_the_same_and_make_y(spec):
+    contract.law_branches(spec)
+
+
+@over(CORE)
+def test_no_look_into_the_future(spec):
+    contract.law_causal(spec, changed=23)
+
+
+@over(CORE)
+def test_gradients_are_the_same(spec):
+    contract.law_gradients(spec)
+
+
+@over(SOME)
+def test_float32_is_near_float64(spec):
+    contract.law_float32(spec)
+
+
+@over(SOME)
+def test_finite_for_large_queries_and_keys(spec):
+    for dtype in (torch.float32, torch.bfloat16):
+        contract.law_finite(spec, dtype, scale=30.0)
+
+
+@over(CORE)
+def test_documents_do_not_see_each_other(spec):
+    contract.law_documents(spec)
+
+
+@over(SOME)
+def test_a_window_over_everything_is_softmax(spec):
+    contract.law_softmax(spec.replace(window=contract.LENGTH))
+
+
+@over([s for s in CORE if s.slots])
+def test_slots_for_everything_are_softmax(spec):
+    contract.law_softmax(spec.replace(slots=2 * contract.LENGTH))
+
+
+FIRST_POLICY = next(iter(POLICIES))
+SMALL = {"feature_dim": 4, "window": 2, "block": 1, "sinks": 1, "slots": 2}
+
+
+@over([s.replace(**SMALL) for s in CORE if s.slots and s.has_memory and s.policy == FIRST_POLICY])
+def test_gradient_is_the_derivative(spec):
+    contract.law_gradcheck(spec)
+
+
+MEASURE = """
+import resource, torch
+from kernelize.runtime import chunked
+from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.spec import KernelSpec
+
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+T, D = 131072, 32
+attention = KernelAttention(KernelSpec(feature_dim=64), 2, 1, D)
+for m in (attention.map_q, attention.map_k, attention):
+    m.reset()
+kernel = attention.kernel(D**-0.5)
+q, k, v = (torch.randn(1, h, T, D).bfloat16() for h in (2, 1, 1))
+chunked.attend(q[:, :, :8192], k[:, :, :8192], v[:, :, :8192], kernel)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out, _ = chunked.attend(q, k, v, kernel)
+added = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(added / sum(x.nbytes for x in (q, k, v, out.y)))
+"""
+
+
+def test_memory_is_linear_in_the_length():
+    """131,072 tokens of one layer add less than three times the bytes of q, k, v and y."""
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < MEMORY_FACTOR
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"window": 0}, "window"),
+        ({"slots": -1}, "slots"),
+        ({"block": True}, "block"),
+        ({"feature_map": "hedgehogs"}, "hedgehog"),
+        ({"policy": "atention"}, "attention"),
+        ({"rule": "deltas"}, "rule"),
+        ({"decay": "gate"}, "decay"),
+        ({"feature_map": "none"}, "memory"),
+        ({"feature_dim": 7}, "feature_dim"),
+    ],
+    ids=str,
+)
+def test_refuses_nonsense_by_name(fields, named):
+    with pytest.raises(SpecError, match=named):
+        KernelSpec(**fields)
+
+
+def test_spec_survives_its_data():
+    for spec in SOME:
+        assert KernelSpec.from_dict(spec.to_dict()) == spec
