@@ -66,18 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # Transformers' own bars are for terminals
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return app([a for a in given if a != DEBUG], prog_name="kernelize", standalone_mode=False) or 0
-    except (Exception, KeyboardInterrupt) as error:
+        code = app([a for a in given if a != DEBUG], prog_name="kernelize", standalone_mode=False) or 0
+    except Exception as error:
         if DEBUG in given:
             traceback.print_exc()
         return report_error(error)
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into this code, and says nothing
+        typer.echo("interrupted", err=True)
+    return code
 
 
 def report_error(error: BaseException) -> int:
     """Prints one line about `error`; the exit code for it."""
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        message, code = "interrupted", INTERRUPTED
-    elif isinstance(error, typer.TyperException):
+    if isinstance(error, typer.TyperException):
         message, code = error.format_message(), error.exit_code
     elif isinstance(error, KernelizeError):
         message, code = str(error), error.exit_code

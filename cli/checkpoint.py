@@ -25,7 +25,10 @@ def plan(
     trust: Trust = False,
     json: Json = None,
 ) -> None:
-    """Show which layer would become what, and what that costs; loads no weights."""
+    """Show what would become of each layer, and its cost.
+
+    Needs the config alone, no weights.
+    """
     from kernelize.evaluate import parse_lengths
     from kernelize.pipeline import plan_source
 
@@ -55,7 +58,10 @@ def convert(
     trust: Trust = False,
     json: Json = None,
 ) -> None:
-    """Replace attention by the plan, initialise it in closed form, and save the checkpoint."""
+    """Convert a model by a plan, and save it.
+
+    The new parameters start from the model's own statistics on a sample text.
+    """
     from kernelize.pipeline import check_output, convert_source, plan_source
 
     check_output(output, overwrite)
@@ -75,7 +81,7 @@ def convert(
 def info(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A kernelized checkpoint.")], json: Json = None
 ) -> None:
-    """Show what a kernelized checkpoint is: source, plan, training, measured quality."""
+    """Show a checkpoint's origin, plan and measured quality."""
     from kernelize.card import read_facts
 
     facts = read_facts(folder)
@@ -87,7 +93,7 @@ def info(
 
 
 def list_(json: Json = None) -> None:
-    """List feature maps, rules, model families and shipped recipes."""
+    """List maps, rules, model families and recipes."""
     from kernelize.catalogue import catalogue
 
     groups = catalogue()

@@ -33,7 +33,7 @@ def evaluate(
     dtype: DType = None,
     json: Json = None,
 ) -> None:
-    """Measure perplexity by position, recall and more, beside the teacher."""
+    """Measure models side by side, by position and length."""
     from kernelize.evaluate import parse_lengths
     from kernelize.pipeline import as_rows, evaluate_sources
     from kernelize.report import rows_table
@@ -66,7 +66,10 @@ def check(
     trust: Trust = False,
     json: Json = None,
 ) -> None:
-    """Check that full forward, chunks, single steps, padded batches and a reload give the same logits."""
+    """Check that every way to run a model agrees.
+
+    Full forward, chunks, single steps, padded batches, a reload: the logits must be the same.
+    """
     from kernelize.check import check as run_checks
     from kernelize.errors import KernelizeError
     from kernelize.pipeline import load_for_use
@@ -101,7 +104,10 @@ def report(
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Draw tables and pictures of one or more evaluations: HTML, Markdown and PNG."""
+    """Draw tables and pictures of evaluations.
+
+    HTML in one file, Markdown, and PNG.
+    """
     from kernelize.pipeline import as_rows, check_output
     from kernelize.report import load_all, rows_table, write_report
 

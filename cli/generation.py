@@ -29,7 +29,10 @@ def generate(
     trust: Trust = False,
     json: Json = None,
 ) -> None:
-    """Continue a prompt, or converse; any causal LM, kernelized or not."""
+    """Continue a prompt, or converse.
+
+    With any causal LM, kernelized or not.
+    """
     from kernelize.generate import Conversation
     from kernelize.pipeline import load_for_use
 

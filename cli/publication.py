@@ -20,7 +20,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, and show what would be sent.")] = False,
     json: Json = None,
 ) -> None:
-    """Reload the checkpoint in a clean process, compare, and upload it to the Hub as one commit."""
+    """Verify a checkpoint and upload it to the Hub.
+
+    It is reloaded in a clean process and compared before anything is sent, as one commit.
+    """
     from kernelize.hub import push as push_folder
 
     with doing(f"verifying {folder}") if dry_run else doing(f"verifying and sending {folder}"):

@@ -32,7 +32,10 @@ def finetune(
     dtype: DType = None,
     json: Json = None,
 ) -> None:
-    """Train a converted checkpoint by the recipe's stages; SOURCE is what `convert` wrote."""
+    """Train a converted checkpoint by a recipe's stages.
+
+    SOURCE is what `convert` or an earlier `finetune` wrote.
+    """
     from kernelize.pipeline import finetune_source, override_stages
     from kernelize.recipe import load_recipe
 

@@ -56,9 +56,11 @@ def plan_source(
     """
     from .convert import load_config
     from .plan import ConversionPlan, describe
-    from .runtime.modeling import family_of
+    from .runtime.modeling import PREFIX, family_of
 
     config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    if config.model_type.startswith(PREFIX):
+        raise InputError(f"{source!r} is already kernelized; `kernelize info` shows its plan")
     family_of(config.model_type)
     layers = config.num_hidden_layers
     recipe = make_recipe(layers)

@@ -1,0 +1,291 @@
+"""The command line: light to start; one clear line for bad input, nothing written; the whole job on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, tiny_llama
+from transformers import BertConfig, BertModel
+
+import kernelize
+from kernelize.cli import main
+from kernelize.cli.app import app
+from kernelize.errors import KernelizeError
+
+KERNEL = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "8", "--feature-dim", "16"]
+RECIPE = """\
+name: tiny
+description: a tiny run
+kernel: {window: 16, block: 8, sinks: 2, slots: 8, feature_dim: 16}
+stages:
+  - {name: transfer, kind: transfer, steps: 1, sequence_length: 64, batch_tokens: 128, data: [sample]}
+  - {name: distil, kind: distil, steps: 1, sequence_length: 64, batch_tokens: 128, data: [sample]}
+evaluation: {length: 192, texts: 1, passkey_lengths: [128], trials: 5}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds `source`, a plain model; `made`, the same converted; `encoder`, no decoder; `recipe.yaml`."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(folder / "source")
+    byte_tokenizer(chat=True).save_pretrained(folder / "source")
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    BertModel(config).save_pretrained(folder / "encoder")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    assert main(["convert", str(folder / "source"), "-o", str(folder / "made"), *KERNEL]) == 0
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+# --- light --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["import kernelize", "from kernelize.cli import main; main(['--help'])"])
+def test_nothing_heavy_is_imported_unasked(what):
+    heavy = python(
+        f"{what}\nimport sys; print('heavy', sorted({{'torch', 'transformers', 'pydantic'}} & set(sys.modules)))"
+    )
+    assert heavy.splitlines()[-1] == "heavy []"
+
+
+def test_the_public_api_is_functions_and_types_in_any_import_order():
+    kinds = {name: type(getattr(kernelize, name)).__name__ for name in kernelize.__all__}
+    assert {n for n, kind in kinds.items() if kind == "function"} == {"convert", "evaluate", "finetune", "load", "push"}
+    assert kinds["KernelSpec"] == "type"
+    assert (
+        python("from kernelize.convert import load\nimport kernelize as k\nprint(type(k.convert).__name__)")
+        == "function\n"
+    )
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="knernel"):
+        kernelize.knernel  # noqa: B018
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "kernelize.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"kernelize {kernelize.__version__}\n")
+
+
+def test_every_command_takes_json_and_has_help(capsys):
+    for command in app.registered_commands:
+        assert run(command.name, "--help") == 0
+        assert "--json" in capsys.readouterr().out
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+BAD = {
+    "missing folder": (["convert", "{0}/nowhere"], "nowhere"),
+    "no model": (["convert", "{0}"], "config.json"),
+    "encoder": (["convert", "{0}/encoder"], "no causal language model"),
+    "encoder plan": (["plan", "{0}/encoder"], "no causal language model"),
+    "no GGUF": (["convert", "{0}/recipe.yaml.gguf"], "there is no file"),
+    "converted twice": (["convert", "{0}/made"], "already kernelized"),
+    "nonsense window": (["convert", "{0}/source", "--window", "0"], "window=0 is below 1"),
+    "no memory to rank by": (["convert", "{0}/source", "--feature-map", "none"], "policy='mixed'"),
+    "unknown map": (["convert", "{0}/source", "--feature-map", "hedgehogg"], "did you mean 'hedgehog'"),
+    "layer that is not there": (["convert", "{0}/source", "--keep", "7"], "layer 7; the model has 0 to 1"),
+    "layer twice": (["convert", "{0}/source", "--keep", "1,0-1"], "layer 1 twice"),
+    "two choices": (["convert", "{0}/source", "--keep", "1", "--pattern", "KS"], "--keep or --pattern"),
+    "nothing converted": (["convert", "{0}/source", "--pattern", "S"], "all 2 layers"),
+    "unknown recipe": (["convert", "{0}/source", "--config", "defualt"], "did you mean 'default'"),
+    "unknown YAML option": (["convert", "{0}/source", "--config", "{1}/windw.yaml"], "did you mean 'window'"),
+    "no YAML": (["convert", "{0}/source", "--config", "{1}/empty.yaml"], "empty.yaml"),
+    "unknown option": (["convert", "{0}/source", "--windw", "3"], "--window"),
+    "not a number": (["convert", "{0}/source", "--window", "x"], "--window"),
+    "unknown command": (["covert", "{0}/source"], "covert"),
+    "unknown dtype": (["convert", "{0}/source", "--dtype", "float33"], "float33"),
+    "JSON nowhere": (["convert", "{0}/source", "--json", "{1}/nowhere/x.json"], "cannot be written"),
+    "empty data": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
+                    "--data", "{1}/empty.txt"], "empty.txt"),
+    "missing data": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
+                      "--data", "{1}/nowhere.txt"], "nowhere.txt"),
+    "sequence too long": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
+                           "--sequence-length", "512"], "512"),
+    "no teacher": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml"], "teacher"),
+    "not converted": (["finetune", "{0}/source", "--config", "{0}/recipe.yaml"], "no kernelized checkpoint"),
+    "demo of an encoder": (["demo", "--source", "{0}/encoder"], "no causal language model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(name, folder, tmp_path, capsys):
+    (tmp_path / "windw.yaml").write_text("name: x\ndescription: y\nkernel: {windw: 3}\n")
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, said = BAD[name]
+    writes = ["-o", str(tmp_path / "out")] if arguments[0] in ("convert", "finetune", "demo") else []
+    code = run(*(a.format(folder, tmp_path) for a in arguments), *writes)
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) == (2, 1), shown
+    assert said in lines[0]
+    assert "Traceback" not in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "finetune", "demo", "report"])
+def test_an_output_folder_that_is_not_empty_stays_as_it_is(command, folder, tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    rows = tmp_path.parent / "rows.json"
+    rows.write_text(json.dumps({"rows": [dict.fromkeys(["model", "suite"], "x") | {
+        "metric": "ppl", "length": 8, "depth": None, "value": 1.0, "low": None, "high": None, "n": 1}]}))  # fmt: skip
+    sources = {"convert": [folder / "source"], "finetune": [folder / "made"], "demo": [], "report": [rows]}
+    assert run(command, *sources[command], "-o", tmp_path) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+# --- exit codes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KernelizeError("the disk is full"), 1, "the disk is full"),
+        (RuntimeError("a\nbug"), 1, "RuntimeError: a bug (--debug shows the traceback)"),
+    ],
+)
+def test_failures_have_their_own_exit_codes(error, code, said, folder, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sys.modules["kernelize.convert"], "load_config", fail)
+    assert run("plan", folder / "source") == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback_before_or_after_the_command(capsys):
+    for arguments in (["--debug", "plan", "/nowhere"], ["plan", "/nowhere", "--debug"]):
+        assert main(arguments) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+# --- the job ------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_is_plan_and_writes_nothing(folder, tmp_path, capsys):
+    assert run("plan", folder / "source", *KERNEL, "--pattern", "KS", "--json", tmp_path / "a.json") == 0
+    output = tmp_path / "out"
+    options = ["--dry-run", "-o", output, "--json", tmp_path / "b.json"]
+    assert run("convert", folder / "source", *KERNEL, "--keep", "1", *options) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+    assert not output.exists()
+    assert "softmax" in capsys.readouterr().out
+
+
+def test_flags_override_the_recipe_and_leave_the_rest(folder, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("plan", folder / "source", "--config", folder / "recipe.yaml", "--slots", "4", "--json", path) == 0
+    spec = json.loads(path.read_text())["layers"][0]["spec"]
+    assert (spec["slots"], spec["window"], spec["feature_dim"]) == (4, 16, 16)
+
+
+def test_check_passes_after_convert(folder, tmp_path, capsys):
+    path = tmp_path / "check.json"
+    assert run("check", folder / "made", "--teacher", folder / "source", "--json", path) == 0
+    rows = json.loads(path.read_text())["checks"]
+    assert {row["passed"] for row in rows} == {True}
+    shown = capsys.readouterr().out
+    assert all(row["name"] in shown for row in rows)
+
+
+def test_a_failing_check_is_exit_code_1(folder, capsys, monkeypatch):
+    from kernelize import check
+
+    failing = check.CheckRow("one token at a time", False, 0.5, 1e-8, "")
+    monkeypatch.setattr(check, "check", lambda *_, **__: [failing])
+    assert run("check", folder / "made") == 1
+    assert "fails 1 of 1 checks: one token at a time" in capsys.readouterr().err
+
+
+def test_generate_streams_what_json_keeps(folder, tmp_path, capsys):
+    path = tmp_path / "text.json"
+    options = ["--max-new-tokens", "5", "--json", path]
+    assert run("generate", folder / "made", "Call me", *options) == 0
+    (done,) = json.loads(path.read_text())
+    assert done["prompt_tokens"] == 7
+    assert 1 <= done["new_tokens"] <= 5
+    assert capsys.readouterr().out == done["text"] + "\n"
+    assert run("generate", folder / "made", "Call me", "--chat", "--temperature", "0.7", *options) == 0
+    assert json.loads(path.read_text())[0]["prompt_tokens"] == len("<user>Call me\n")
+
+
+@pytest.mark.parametrize("option", [["  "], ["x", "--max-new-tokens", "0"], ["x", "--temperature", "-1"]])
+def test_generate_refuses(option, folder):
+    assert run("generate", folder / "made", *option) == 2
+
+
+def test_list_names_what_there_is(tmp_path, capsys):
+    assert run("list", "--json", tmp_path / "list.json") == 0
+    groups = json.loads((tmp_path / "list.json").read_text())
+    assert {"hedgehog"} < set(groups["feature maps"])
+    assert {"llama", "gpt2"} < set(groups["model families"])
+    assert {"default", "demo"} < set(groups["recipes"])
+
+
+def test_finetune_evaluate_report_and_push_keep_the_record(folder, tmp_path, capsys):
+    tuned, rows = tmp_path / "tuned", tmp_path / "rows.json"
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source", "--json", tmp_path / "train.json"]
+    assert run("finetune", folder / "made", "-o", tuned, *options) == 0
+    assert json.loads((tmp_path / "train.json").read_text())["completed"] is True
+    options = ["--teacher", folder / "source", "--suite", "ppl", "--lengths", "64,128", "--json", rows, "--card"]
+    assert run("evaluate", tuned, *options) == 0
+    assert run("report", rows, "-o", tmp_path / "report") == 0
+    assert run("info", tuned, "--json", tmp_path / "info.json") == 0
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["tokens"] == 256
+    assert facts["rows"] == json.loads(rows.read_text())["rows"]
+    assert [command.split()[1] for command in facts["commands"]] == ["convert", "finetune"]
+    assert "256" in (tuned / "README.md").read_text()
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert run("push", tuned, "someone/tuned", "--dry-run", "--json", tmp_path / "push.json") == 0
+    sent = json.loads((tmp_path / "push.json").read_text())
+    assert {"model.safetensors", "recipe.yaml", "README.md"} <= {file["path"] for file in sent["files"]}
+
+
+def test_demo_compares_four_models_and_writes_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    from kernelize import demo
+    from kernelize.recipe import Recipe
+
+    monkeypatch.setattr(demo, "load_recipe", lambda name: Recipe.from_yaml(RECIPE))
+    monkeypatch.setattr(demo, "check", partial(demo.check, only=["chunked prefill", "state bytes"]))
+    options = ["--source", folder / "source", "-o", tmp_path / "out", "--json", tmp_path / "demo.json"]
+    assert run("demo", *options) == 0
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert {row["model"] for row in found["rows"]} == {demo.TEACHER, demo.WINDOW, demo.BEFORE, demo.AFTER}
+    assert {row["passed"] for row in found["checks"]} == {True}
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (demo.TEACHER, demo.WINDOW, demo.BEFORE, demo.AFTER))
+    assert run("generate", tmp_path / "out", "x", "--max-new-tokens", "2") == 0
+
+
+def test_the_control_holds_no_more_positions_than_the_plan():
+    from kernelize.demo import window_plan
+    from kernelize.plan import ConversionPlan
+    from kernelize.runtime.spec import KernelSpec
+
+    for spec in (KernelSpec(), KernelSpec(block=1), KernelSpec(block=64, window=256, slots=0, policy="value")):
+        (control,) = window_plan(ConversionPlan((spec,))).layers
+        assert not control.has_memory
+        assert spec.positions - spec.block < control.positions <= spec.positions
