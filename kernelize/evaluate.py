@@ -398,7 +398,7 @@ class _Tally:
             if self.compare and theirs is not None:
                 truth = theirs[rows].float().log_softmax(-1).to(scores.device)
                 theirs_nll[rows] = -truth.gather(1, target[rows, None])[:, 0].double()
-                kl[rows] = F.kl_div(scores, truth, reduction="none", log_target=True).sum(-1).double()
+                kl[rows] = F.kl_div(scores, truth, reduction="none", log_target=True).sum(-1).clamp(min=0).double()
         bucket = torch.bucketize(position, self.edges, right=True)
         self.sums.index_add_(1, bucket, torch.stack([nll, nll - theirs_nll, kl, torch.ones_like(nll)]))
         if seen in self.edges:

@@ -100,7 +100,7 @@ def _cell(row: Row, teacher: Row | None, paired: Row | None) -> Cell:
 
 def _beside_one(ratio: Row) -> str:
     """The verdict of a ratio to the teacher's perplexity, measured piece by piece."""
-    if _inside(1.0, ratio):
+    if _inside(1.0, ratio) or METRICS[ratio.metric].show(ratio.value) == METRICS[ratio.metric].show(1.0):
         return "same"
     return "better" if ratio.value < 1 else "worse"
 
@@ -108,12 +108,13 @@ def _beside_one(ratio: Row) -> str:
 def _change(row: Row, teacher: Row) -> str:
     """Relative where a ratio means something, absolute for shares."""
     if METRICS[row.metric].better == "lower" and teacher.value > 0 and row.metric != "repetition":
-        return f"{row.value / teacher.value - 1:+.1%}"
+        return f"{round(row.value / teacher.value - 1, 3) + 0.0:+.1%}"  # + 0.0: no "-0.0%"
     return f"{row.value - teacher.value:+.2f}"
 
 
 def _verdict(row: Row, teacher: Row, better: str) -> str:
-    if _inside(row.value, teacher) and _inside(teacher.value, row):
+    show = METRICS[row.metric].show
+    if show(row.value) == show(teacher.value) or (_inside(row.value, teacher) and _inside(teacher.value, row)):
         return "same"
     return "better" if (row.value < teacher.value) == (better == "lower") else "worse"
 
@@ -126,7 +127,7 @@ def _inside(value: float, row: Row) -> bool:
 def rows_table(rows: Sequence[Row], teacher: str | None = None, *, full: bool = False) -> Table:
     """The rows for a terminal, a column a model, differences to the teacher marked: ▲ better, ▼ worse, ≈ the same.
 
-    full: with the intervals, and recall at each depth beside the mean over depths.
+    full: with the intervals, recall at each depth beside the mean over depths, and ratios beside perplexities.
     """
     from rich.table import Table
     from rich.text import Text
@@ -135,7 +136,8 @@ def rows_table(rows: Sequence[Row], teacher: str | None = None, *, full: bool = 
     models, cells = compare(rows, teacher)
     if not full:
         means = {key[:3] for key in cells if key[3] is None}
-        cells = {key: found for key, found in cells.items() if key[3] is None or key[:3] not in means}
+        cells = {key: found for key, found in cells.items()
+                 if (key[3] is None or key[:3] not in means) and key[1] not in PAIRED.values()}  # fmt: skip
     table = Table("suite", "metric", title_style="", header_style="bold")
     for name in ("length", "depth", *models):
         table.add_column(name, justify="right")
@@ -194,14 +196,15 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": color, "marker": MARKERS[index % 6], "linestyle": DASHES[index % 6], "markersize": 5}
 
 
-def _lines(axes: Axes, series: Mapping[str, list[Row]], *, log_y: bool, at: Callable[[Row], float]) -> None:
+def _lines(axes: Axes, series: Mapping[str, list[Row]], *, log_y: bool) -> dict[str, tuple[float, float, str]]:
+    """A line a model over the length, with its interval as a band. Returns where each ends: model → (x, y, colour)."""
     ends = {}
     for index, (model, rows) in enumerate(series.items()):
         if not rows:
             continue
-        x, y = [at(row) for row in rows], [row.value for row in rows]
+        x, y = [float(row.length or 0) for row in rows], [row.value for row in rows]
         axes.plot(x, y, label=model, linewidth=1.8, **_style(index))
-        band = [(at(r), r.low, r.high) for r in rows if r.low is not None and r.high is not None]
+        band = [(at, r.low, r.high) for at, r in zip(x, rows, strict=True) if r.low is not None and r.high is not None]
         if band:
             inside, low, high = zip(*band, strict=True)
             axes.fill_between(inside, low, high, color=_style(index)["color"], alpha=0.12, linewidth=0)
@@ -209,7 +212,7 @@ def _lines(axes: Axes, series: Mapping[str, list[Row]], *, log_y: bool, at: Call
     axes.set_xscale("log", base=2)
     axes.set_yscale("log" if log_y else "linear")
     axes.grid(True, linewidth=0.6)
-    _name_lines(axes, ends)
+    return ends
 
 
 def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
@@ -236,27 +239,29 @@ def _length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
 
 def perplexity_by_position(rows: Sequence[Row]) -> Figure | None:
     """Perplexity of single buckets of positions, a line a model. Flat or falling is good; rising means forgetting."""
-    return _by_position(rows, "ppl_at", "perplexity (log scale)")
+    return _by_position(rows, "ppl_at", "perplexity (log scale)", log_y=True)
 
 
 def kl_by_position(rows: Sequence[Row]) -> Figure | None:
     """How far a model's next-token distribution is from the teacher's, by position. Zero is the teacher itself."""
-    return _by_position(rows, "kl_at", "KL from the teacher, nats a token (log scale)")
+    return _by_position(rows, "kl_at", "KL from the teacher, nats a token", log_y=False)
 
 
-def _by_position(rows: Sequence[Row], metric: str, label: str) -> Figure | None:
+def _by_position(rows: Sequence[Row], metric: str, label: str, *, log_y: bool) -> Figure | None:
     series = _series(rows, metric)
     if not any(series.values()):
         return None
     figure, (axes,) = _figure()
-    _lines(axes, series, log_y=True, at=lambda row: float(row.length or 0))
+    ends = _lines(axes, series, log_y=log_y)
     values = [row.value for points in series.values() for row in points]
-    axes.set_ylim(min(values) * 0.93, max(values) * 1.07)
+    axes.set_ylim(min(values) * 0.93 if log_y else 0, max(values) * 1.07 or 1)
+    if log_y:
+        _plain_log_ticks(axes)
     edges = sorted({row.length for points in series.values() for row in points if row.length})
-    _plain_log_ticks(axes)
     _length_axis(axes, edges, "end of the bucket of positions, tokens (the bucket begins where the last one ends)")
     axes.set_ylabel(label)
     _mark_trained(axes, rows, edges[-1])
+    _name_lines(axes, ends)
     return figure
 
 
@@ -273,7 +278,8 @@ def _mark_trained(axes: Axes, rows: Sequence[Row], top: float) -> None:
     limits = sorted({row.value for row in rows if row.metric == "trained_length" and row.value < top})
     if limits:
         low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** 0.08)  # room for the label above the lines
+        room = (high / low) ** 0.08 if axes.get_yscale() == "log" else 1.08  # for the label above the lines
+        axes.set_ylim(low, high * room)
     for limit in limits:
         axes.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.annotate("trained positions end", (limit, 1), (-4, -2), xycoords=("data", "axes fraction"),
@@ -334,13 +340,14 @@ def memory_by_length(rows: Sequence[Row]) -> Figure | None:
     if not any(series.values()):
         return None
     figure, (axes,) = _figure()
-    _lines(axes, series, log_y=True, at=lambda row: float(row.length or 0))
+    ends = _lines(axes, series, log_y=True)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: data_size(value)))
     lengths = sorted({row.length for points in series.values() for row in points if row.length})
     _length_axis(axes, lengths, "tokens read")
     axes.set_ylabel("bytes (log scale)")
     _mark_break_even(axes, series)
+    _name_lines(axes, ends)
     return figure
 
 

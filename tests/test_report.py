@@ -60,6 +60,14 @@ def test_the_paired_ratio_decides_where_there_is_one():
     assert cells["ppl", "ppl", 2048, None]["kernelized"].verdict == "worse"  # 1.05 ± 0.01, though 21 ± 3 against 20 ± 3
 
 
+def test_a_difference_that_does_not_show_is_none():
+    _, cells = compare([row("teacher", "ppl_at", 512, 20.0), row("k", "ppl_at", 512, 20.0 - 1e-9)])
+    assert (cells["ppl", "ppl_at", 512, None]["k"].change, cells["ppl", "ppl_at", 512, None]["k"].verdict) == (
+        "+0.0%",
+        "same",
+    )
+
+
 def test_without_a_teacher_nothing_is_compared():
     _, cells = compare([r for r in ROWS if r.model != "teacher"])
     assert {cell.verdict for found in cells.values() for cell in found.values()} == {""}
@@ -140,8 +148,9 @@ def test_the_report_is_the_same_from_its_own_rows_file(page, tmp_path):
 
 
 def test_pictures_without_rows_are_left_out(tmp_path):
-    page = write_report([row("a", "ppl_at", n, 20.0) for n in (512, 1024)], tmp_path)
-    assert page.read_text().count("<svg ") == 1
+    rows = [row("a", "ppl_at", n, 20.0) for n in (512, 1024)] + [row("a", "kl_at", n, 0.0) for n in (512, 1024)]
+    page = write_report(rows, tmp_path)
+    assert page.read_text().count("<svg ") == 2
     assert not (tmp_path / "memory.png").exists()
 
 
