@@ -18,7 +18,10 @@ from .recipe import DistilWeights, TransferWeights
 from .runtime.layout import Layout
 from .runtime.state import AttentionOutput
 
-SCORES_HELD = 1 << 24  # attention scores that the teacher's softmax holds at once
+# attention scores that the teacher's softmax holds at once: what a CPU's cache keeps (four times as fast as 1 << 24),
+# and elsewhere few launches
+SCORES_HELD = {"cpu": 1 << 21}
+SCORES_HELD_ELSEWHERE = 1 << 26
 LOGITS_HELD = 1 << 25  # logits of each model that the divergence holds at once
 LEAST_MASS = 1e-4  # out-of-window mass below which a token has no target: there the quotients are rounding alone
 
@@ -41,7 +44,8 @@ def softmax_attention(
     batch, heads, length, _ = query.shape
     groups = key.shape[1]
     query = query.unflatten(1, (groups, heads // groups))
-    step = max(1, SCORES_HELD // (batch * heads * length))
+    held = SCORES_HELD.get(query.device.type, SCORES_HELD_ELSEWHERE)
+    step = max(1, held // (batch * heads * length))
     parts = []
     for start in range(0, length, step):
         end = min(start + step, length)
