@@ -1,8 +1,9 @@
-"""Closed-form initialisation of the memory from the teacher's own statistics: no training, one forward.
+"""Closed-form initialisation of the memory from the teacher's own statistics: no training, two forwards a text.
 
-The half-life of a key head becomes the mean look-back of softmax outside the window (arXiv:2606.16429); the gate of a
-query head becomes the one, on a grid that holds "almost nothing", that brings the layer nearest to softmax. So an
-untrained memory never hurts on the calibration text.
+Feature maps that need data (`FeatureMap.calibrate`) get a sample of the layer's queries and keys. The half-life of a
+key head becomes the mean look-back of softmax outside the window (arXiv:2606.16429). The gate of a query head becomes
+the one, of those around the gate that gives the memory softmax's mass and of one that is almost nothing, that brings
+the layer nearest to softmax. So an untrained memory never hurts on the calibration text.
 """
 
 from __future__ import annotations
@@ -13,22 +14,54 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .losses import softmax_attention
+from .losses import LEAST_MASS, softmax_attention
 from .runtime import ops
-from .runtime.attention import KernelAttention, log_rate
+from .runtime.attention import KernelAttention, Probe, log_rate
 from .runtime.layout import Layout
 from .runtime.modeling import kernelized_layers
 from .runtime.state import AttentionOutput
 
-GATES = (-12.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
+GATES = (-20.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # from softmax's mass
 QUERIES = 512  # a calibration sequence's last queries, of which the look-back is taken
+SAMPLES = 4096  # tokens of each layer that feature maps are fitted to
 LONGEST = 65536.0  # tokens: a half-life above this is no decay at all
+
+
+class SamplingProbe:
+    """Stands in a layer's `kernelize.probe`: keeps every `stride`-th token, and passes the teacher's output on."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+        self.query: list[Tensor] = []  # [N, H, D], scaled as feature maps get them
+        self.key: list[Tensor] = []  # [N, Hk, D]
+
+    def __call__(
+        self,
+        kernel: KernelAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        layout: Layout | None,
+        output: AttentionOutput,
+    ) -> Tensor:
+        self.query.append(self.sample(query, scaling))
+        self.key.append(self.sample(key, scaling))
+        return softmax_attention(query, key, value, scaling)[0]
+
+    def sample(self, x: Tensor, scaling: float) -> Tensor:  # [B, H, T, D] -> [N, H, D]
+        return x.transpose(1, 2).flatten(0, 1)[:: self.stride].float() * scaling**0.5
+
+    def fit(self, kernel: KernelAttention) -> None:
+        """Fits the layer's maps to what was kept."""
+        type(kernel.map_q).calibrate(kernel.map_q, kernel.map_k, torch.cat(self.query), torch.cat(self.key))
 
 
 class CalibrationProbe:
     """Stands in a layer's `kernelize.probe` for one forward a sequence; later layers see the teacher's states."""
 
     def __init__(self) -> None:
+        self.gates: Tensor | None = None  # [gates, H], those that are tried
         self.errors: Tensor | None = None  # [gates, H], summed over the sequences
         self.look_back: Tensor | None = None  # [2, Hk], far mass times age, far mass
 
@@ -42,7 +75,7 @@ class CalibrationProbe:
         layout: Layout | None,
         output: AttentionOutput,
     ) -> Tensor:
-        teacher, _ = softmax_attention(query, key, value, scaling)
+        teacher, lse = softmax_attention(query, key, value, scaling)
         if kernel.spec.decay == "fixed":
             found = look_back(query, key, scaling, kernel.spec.ring)
             self.look_back = found if self.look_back is None else self.look_back + found
@@ -50,10 +83,12 @@ class CalibrationProbe:
             half_life = (age / mass.clamp(min=1e-6)).clamp(kernel.spec.block, LONGEST)
             kernel.log_rate.copy_(log_rate(half_life))
             output, _ = ops.attend(query, key, value, kernel.kernel(scaling))
-        errors = torch.stack([gate_error(output, gate - kernel.log_gate, teacher) for gate in GATES])
+        if self.gates is None:
+            natural = kernel.log_gate + missing_mass(output, lse)
+            self.gates = natural + torch.tensor(GATES, device=natural.device)[:, None]
+        errors = torch.stack([gate_error(output, gate - kernel.log_gate, teacher) for gate in self.gates])
         self.errors = errors if self.errors is None else self.errors + errors
-        best = torch.tensor(GATES, device=errors.device)[self.errors.argmin(0)]
-        kernel.log_gate.copy_(best)
+        kernel.log_gate.copy_(self.gates.gather(0, self.errors.argmin(0)[None])[0])
         return teacher
 
 
@@ -67,6 +102,17 @@ def look_back(query: Tensor, key: Tensor, scaling: float, window: int) -> Tensor
     return torch.stack([(p * age).sum((0, 2, 3, 4)), p.sum((0, 2, 3, 4))])
 
 
+def missing_mass(output: AttentionOutput, lse: Tensor) -> Tensor:
+    """What each gate [H] lacks until the memory has the mass that softmax, with its `lse` [B, H, T], has out there.
+
+    The mean over the tokens, weighted by that mass; 0 where the memory is empty.
+    """
+    share = -torch.expm1((output.exact_lse - lse).clamp(max=0))
+    weight = share.where((share > LEAST_MASS) & output.memory_lse.isfinite(), 0)
+    lacks = (lse + share.clamp(min=LEAST_MASS).log() - output.memory_lse).where(weight > 0, 0)
+    return (lacks * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=LEAST_MASS)
+
+
 def gate_error(output: AttentionOutput, shift: Tensor, teacher: Tensor) -> Tensor:
     """Squared error a head [H] against the teacher's [B, H, T, D] if every gate were moved by `shift` [H]."""
     weight = torch.sigmoid(output.exact_lse - output.memory_lse - shift[:, None])[..., None]
@@ -76,13 +122,26 @@ def gate_error(output: AttentionOutput, shift: Tensor, teacher: Tensor) -> Tenso
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, sequences: Sequence[Tensor]) -> None:
-    """Sets gates and half-lives of every converted layer with a memory from token ids [B, T] of ordinary text."""
+    """Sets maps, gates and half-lives of every converted layer with a memory from token ids [B, T] of ordinary text."""
     layers = [m.kernelize for m in kernelized_layers(model).values() if m.kernelize.spec.has_memory]
-    for layer in layers:
-        layer.probe = CalibrationProbe()
+    stride = -(-sum(ids.numel() for ids in sequences) // SAMPLES)
+    samples = [(layer, SamplingProbe(stride)) for layer in layers if layer.map_q.calibrated]
+    if samples:
+        run_probes(model, samples, sequences)
+    for layer, probe in samples:
+        probe.fit(layer)
+    run_probes(model, [(layer, CalibrationProbe()) for layer in layers], sequences)
+
+
+def run_probes(
+    model: PreTrainedModel, probes: Sequence[tuple[KernelAttention, Probe]], texts: Sequence[Tensor]
+) -> None:
+    """One forward a text with the layers' probes in place."""
+    for layer, probe in probes:
+        layer.probe = probe
     try:
-        for ids in sequences:
+        for ids in texts:
             model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
-        for layer in layers:
+        for layer, _ in probes:
             layer.probe = None
