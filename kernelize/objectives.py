@@ -70,7 +70,7 @@ class Transfer(Objective):
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 3]
         weights = terms.new_tensor([self.weights.output, self.weights.far, self.weights.mass])
-        layers = terms @ weights
+        layers = (terms * weights).sum(-1)  # a product of matrices would be bfloat16 under autocast
         return Losses(layers.mean(), terms.detach().mean(0), layers.detach())
 
     def close(self) -> None:
