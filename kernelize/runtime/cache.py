@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,18 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .state import State
+
+Replay = Callable[[int], State]
+
+
+@dataclass(frozen=True)
+class Advance:
+    """One call that a layer can take back: what was before, and the state after the first n of its tokens."""
+
+    before: State | None
+    length: Tensor | int
+    tokens: int
+    replay: Replay
 
 
 class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -24,10 +38,14 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.state: State | None = None
         self.length: Tensor | int = 0  # tokens, padding included
         self.mask_peer: CacheLayerMixin | None = None  # a softmax layer of the same cache: masks are shared
+        self.record_past = False
+        self.recorded: list[Advance] = []  # since the last `crop`
 
-    def advance(self, state: State, tokens: int) -> None:
-        """Takes over the state after `tokens` more tokens."""
-        if self.state is None or not self.static or torch.is_grad_enabled():
+    def advance(self, state: State, tokens: int, replay: Replay | None = None) -> None:
+        """Takes over the state after `tokens` more tokens; with `replay` this can be taken back by `crop`."""
+        if replay is not None:
+            self.recorded.append(Advance(self.state, self.length, tokens, replay))
+        if self.state is None or not self.static or self.record_past or torch.is_grad_enabled():
             self.state = state
         else:
             for old, new in zip(self.state, state, strict=True):
@@ -67,6 +85,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def _map(self, f: Any) -> None:
+        self.recorded.clear()
         if self.state is not None:
             self.state = self.state.map(f)
             self.batch_size = self.state.keys.shape[0]
@@ -74,6 +93,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything; the next token is the first one."""
         self.state, self.length, self.is_initialized = None, 0, False
+        self.recorded.clear()
         self.has_previous_state[0] = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -95,7 +115,11 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return False
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """From now on every call can be taken back by `crop`; it keeps that call's q, k and v until then."""
+        self.record_past = True
 
     def snapshot(self) -> tuple[State | None, Tensor | int]:
         """A copy to which `restore` can return; the roll-back that a recurrent state otherwise lacks."""
@@ -103,17 +127,35 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def restore(self, snapshot: tuple[State | None, Tensor | int]) -> None:
         state, length = snapshot
-        if state is None:
-            self.reset()
-            return
-        self.state, self.length = state.map(torch.clone), length
-        self.batch_size = state.keys.shape[0]
+        self.recorded.clear()
+        self._put(None if state is None else state.map(torch.clone), length)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        """Forgets the last −tokens_to_remove tokens: what of a recorded call is to stay is read again.
+
+        As Transformers counts: 0 only drops what was recorded. RuntimeError for tokens that were not recorded.
+        """
+        left = -tokens_to_remove
+        if not 0 <= left <= sum(call.tokens for call in self.recorded):
             raise RuntimeError(
-                f"crop({tokens_to_remove}): a kernelized state cannot forget tokens; take a snapshot() and restore() it"
+                f"crop({tokens_to_remove}): a kernelized state can take back tokens read since "
+                "activate_past_recording() and the last crop; else take a snapshot() and restore() it"
             )
+        while left:
+            call = self.recorded.pop()
+            kept = max(0, call.tokens - left)
+            left -= call.tokens - kept
+            self._put(call.replay(kept) if kept else call.before, call.length + kept)
+        self.recorded.clear()
+
+    def _put(self, state: State | None, length: Tensor | int) -> None:
+        if state is None:
+            calls = list(self.recorded)
+            self.reset()
+            self.recorded = calls
+            return
+        self.state, self.length = state, length
+        self.batch_size = state.keys.shape[0]
 
 
 def kernel_layers(cache: Cache) -> list[KernelState]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,49 +18,201 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import ATTENTION, KernelAttention
-from .cache import adopt_cache
+from .attention import ATTENTION, KernelAttention, attention_function
+from .cache import KernelState, adopt_cache
 from .feature_maps import FeatureMap
-from .layout import layout_of
+from .layout import Layout, layout_of
 from .spec import KernelSpec, SpecError
 
 VERSION = 1  # of the `kernelize` entry of a config
 PREFIX = "kernelized_"
 
 
+class KernelizedAttentionMixin:
+    """In front of an attention class: its forward gets no cache, the attention function gets the layer's state."""
+
+    kernelize: KernelAttention
+    layer_idx: int
+
+    def forward(
+        self, *args: Any, past_key_values: Cache | None = None, layer_past: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        state = self.state_in(past_key_values if layer_past is None else layer_past)
+        return super().forward(*args, kernelize_cache=state, **kwargs)  # type: ignore[misc]
+
+    def state_in(self, cache: Cache | None) -> KernelState | None:
+        return None if cache is None else cache.layers[self.layer_idx]  # type: ignore[return-value]
+
+
+class Offset:
+    """Stands where an attention class asks its cache for a length, and keeps nothing."""
+
+    def __init__(self, state: KernelState):
+        self.state = state
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.state.get_seq_length()
+
+    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+
+class OffsetAttentionMixin(KernelizedAttentionMixin):
+    """For an attention class that scales queries by their position, which it takes from the cache (Llama 4)."""
+
+    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
+        state = self.state_in(past_key_values)
+        offset = None if state is None else Offset(state)
+        return super(KernelizedAttentionMixin, self).forward(  # type: ignore[misc]
+            *args, past_key_values=offset, kernelize_cache=state, **kwargs
+        )
+
+
+class DirectAttentionMixin(KernelizedAttentionMixin):
+    """For an attention class that does not ask `AttentionInterface`: its `_attn(q, k, v)` is replaced.
+
+    Nothing but q, k and v reaches `_attn`: state and layout wait on the module.
+    """
+
+    waiting_state: KernelState | None = None
+    waiting_layout: Layout | None = None
+    fixed_scaling: float | None = None  # None: head_dim ** -0.5
+
+    def forward(self, *args: Any, layer_past: Cache | None = None, **kwargs: Any) -> Any:
+        self.waiting_state = self.state_in(layer_past)
+        return super(KernelizedAttentionMixin, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> tuple[Tensor, None]:
+        y, _ = attention_function(
+            self,  # type: ignore[arg-type]
+            query,
+            key,
+            value,
+            None,
+            self.fixed_scaling,
+            kernelize_cache=self.waiting_state,
+            kernelize_layout=self.waiting_layout,
+        )
+        return y.transpose(1, 2), None
+
+
+class UnscaledDirectAttentionMixin(DirectAttentionMixin):
+    """GPT-Neo: scores are not scaled."""
+
+    fixed_scaling = 1.0
+
+
+def projected(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key heads, head size) of the layer's own projections: they may differ from layer to layer."""
+    size = attention.head_dim
+    return attention.q_proj.out_features // size, attention.k_proj.out_features // size, size
+
+
+def configured(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]:
+    """The same from the config, where q, k and v come from one matrix."""
+    return config.num_attention_heads, kv_heads_of(config), head_dim_of(config)
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where a model type keeps its decoder layers, and how a layer calls its self-attention."""
+    """Where a model type keeps its decoder layers, how a layer calls its self-attention, and what is odd."""
 
     layers: str = "model.layers"
     attention: str = "self_attn"
     note: str = ""
+    shape: Callable[[Any, PreTrainedConfig], tuple[int, int, int]] = projected
+    mixin: type = KernelizedAttentionMixin
+    refused: str = ""  # why it is not supported
+    lacks: str = ""  # what Transformers' own attention of the layers that are kept cannot do: packing, static cache
 
 
+LOCAL = "layers with a native sliding window keep it"
 FAMILIES: dict[str, Family] = {
-    "gemma3_text": Family(note="its sliding-window layers stay as they are"),
-    "gpt2": Family("transformer.h", "attn"),
-    "gpt_neox": Family("gpt_neox.layers", "attention"),
-    "gpt_oss": Family(note="its sliding-window layers stay as they are; attention sinks stay in the normaliser"),
+    "bloom": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
+    "cohere": Family(note="q/k norm where the config has it; parallel residual"),
+    "falcon": Family(refused="its attention neither asks the attention interface nor keeps softmax in one method"),
+    "gemma": Family(),
+    "gemma2": Family(note=f"{LOCAL}; soft-capped scores, in the window as in the slots"),
+    "gemma3_text": Family(note=f"{LOCAL}; q/k norm"),
+    "gpt2": Family("transformer.h", "attn", "learned positions", configured),
+    "gpt_bigcode": Family("transformer.h", "attn", "learned positions; one key-value head", configured),
+    "gpt_neo": Family(
+        "transformer.h", "attn.attention", f"{LOCAL}; learned positions; scores are not scaled; no sdpa", configured,
+        UnscaledDirectAttentionMixin, lacks="static cache",
+    ),
+    "gpt_neox": Family("gpt_neox.layers", "attention", "partial RoPE", configured),
+    "gpt_oss": Family(note=f"{LOCAL}; its learned sinks stay in the normaliser", lacks="packing"),
+    "gptj": Family("transformer.h", "attn", "partial RoPE; no sdpa", configured, DirectAttentionMixin),
+    "granite": Family(note="its own scaling"),
     "llama": Family(),
-    "mistral": Family(),
-    "phi3": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "smollm3": Family(),
-}
+    "llama4_text": Family(note="chunked layers stay as they are; NoPE layers", mixin=OffsetAttentionMixin),
+    "mistral": Family(note=LOCAL),
+    "mixtral": Family(note=LOCAL),
+    "mpt": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
+    "olmo2": Family(note="q/k norm over all heads"),
+    "opt": Family("model.decoder.layers", note="learned positions, offset by two"),
+    "phi": Family(note="partial RoPE"),
+    "phi3": Family(note=f"partial RoPE; {LOCAL}", shape=configured),
+    "qwen2": Family(note=LOCAL),
+    "qwen2_moe": Family(note=LOCAL),
+    "qwen3": Family(note=f"q/k norm; {LOCAL}"),
+    "qwen3_moe": Family(note=f"q/k norm; {LOCAL}"),
+    "smollm3": Family(note=f"NoPE layers; {LOCAL}"),
+    "starcoder2": Family(note=LOCAL),
+}  # fmt: skip
+
+
+def supported() -> list[str]:
+    """The model types that can be converted."""
+    return sorted(name for name, family in FAMILIES.items() if not family.refused)
 
 
 def family_of(model_type: str) -> Family:
     """The row of a model type, with or without the prefix; SpecError when there is none."""
     base = model_type.removeprefix(PREFIX)
     if base not in FAMILIES:
-        raise SpecError(f"model type {base!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise SpecError(f"model type {base!r} is not supported; supported: {', '.join(supported())}")
+    if FAMILIES[base].refused:
+        raise SpecError(f"model type {base!r} is not supported: {FAMILIES[base].refused}")
     return FAMILIES[base]
+
+
+def native_windows(config: PreTrainedConfig) -> set[int]:
+    """Layers that look at a window of their own: they cost constant memory already, and are left as they are."""
+    data = config.to_dict()
+    types = data.get("layer_types") or data.get("attention_layers")
+    if types:
+        return {i for i, kind in enumerate(types) if kind not in ("full_attention", "global")}
+    window = data.get("sliding_window")
+    local = window is not None and window < config.max_position_embeddings
+    return set(range(config.num_hidden_layers)) if local else set()
+
+
+def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
+    """Raises SpecError for what would not be right: a family, a layer with a native window, an odd config."""
+    base, data = config.model_type, config.to_dict()
+    if base.startswith(PREFIX):
+        raise SpecError(f"the model is already kernelized ({base})")
+    family_of(base)
+    if all(spec is None for spec in layers):
+        raise SpecError("the plan keeps softmax in every layer; nothing to convert")
+    for field in ("alibi", "add_cross_attention", "use_bidirectional_attention"):
+        if data.get(field):
+            raise SpecError(f"{field}={data[field]!r} in the config of {base!r} is not supported; allowed: false")
+    local = sorted(i for i in native_windows(config) if i < len(layers) and layers[i] is not None)
+    if local:
+        raise SpecError(
+            f"layers {', '.join(map(str, local))} of {base!r} have a native sliding window: keep them as they are "
+            "(null in the plan), or take the window out of the config first, which changes the model"
+        )
 
 
 def attentions(model: nn.Module, model_type: str) -> dict[int, Any]:
@@ -83,21 +235,10 @@ def unwrapped(model: nn.Module) -> Any:
     return model
 
 
-class KernelizedAttentionMixin:
-    """In front of an attention class: its forward gets no cache, the attention function gets the layer's state."""
-
-    kernelize: KernelAttention
-    layer_idx: int
-
-    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        return super().forward(*args, past_key_values=None, kernelize_cache=state, **kwargs)  # type: ignore[misc]
-
-
 class KernelizedModelMixin:
     """In front of a ForCausalLM class: converts its attention when it is built, lays out every batch once."""
 
-    _is_stateful = True
+    _is_stateful = False  # for Transformers: the state can be rolled back, see KernelState.crop
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["kernelize"]
     config: Any
@@ -132,7 +273,13 @@ class KernelizedModelMixin:
         if past_key_values is not None:
             adopt_cache(past_key_values, self.converted)
         has_cache = past_key_values is not None
-        kwargs["kernelize_layout"] = layout_of(length, attention_mask, position_ids, batch, has_cache)
+        layout = layout_of(length, attention_mask, position_ids, batch, has_cache)
+        self.refuse_for_kept(layout, past_key_values)
+        if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
+            for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
+                attention.waiting_layout = layout
+        else:
+            kwargs["kernelize_layout"] = layout
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -142,6 +289,18 @@ class KernelizedModelMixin:
             use_cache=has_cache,
             **kwargs,
         )
+
+    def refuse_for_kept(self, layout: Layout | None, cache: Cache | None) -> None:
+        """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
+        lacks, base = family_of(self.config.model_type).lacks, self.config.model_type.removeprefix(PREFIX)
+        if not lacks or len(self.converted) == self.config.num_hidden_layers:
+            return
+        packed = lacks == "packing" and layout is not None and layout.documents is not None
+        static = lacks == "static cache" and isinstance(cache, StaticCache)
+        if packed or static:
+            raise SpecError(
+                f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it"
+            )
 
     @property
     def converted(self) -> tuple[int, ...]:
@@ -154,6 +313,13 @@ class KernelizedModelMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is not None:
             adopt_cache(model_kwargs["past_key_values"], self.converted)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
+        raise NotImplementedError(
+            "continuous batching (generate_batch) pages keys and values, and a kernelized layer has none; "
+            "use generate() on a padded batch"
+        )
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """The ordinary checkpoint, and beside it the runtime that loads it where kernelize is not installed."""
@@ -196,11 +362,7 @@ def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> 
     Raises SpecError for a model type without a row, a model that is converted already, or a plan that does not fit.
     """
     base = model.config.model_type
-    if base.startswith(PREFIX):
-        raise SpecError(f"the model is already kernelized ({base})")
-    family_of(base)
-    if all(s is None for s in layers):
-        raise SpecError("the plan keeps softmax in every layer; nothing to convert")
+    refuse(model.config, layers)
     config = kernelized_config(model.config, layers)
     plan_of(config)
     old = model.config
@@ -231,7 +393,7 @@ def kernelized_config(config: PreTrainedConfig, layers: list[KernelSpec | None])
 def install(model: Any, layers: list[KernelSpec | None]) -> None:
     """Puts a KernelAttention into every layer that has a spec; parameters are on the layer's device, float32."""
     config = model.config
-    heads = config.num_attention_heads
+    family = family_of(config.model_type)
     if all(spec is not None for spec in layers):
         # masks are made for the model's implementation, and no converted layer needs one (it would be T×T)
         config._attn_implementation_internal = ATTENTION
@@ -239,13 +401,13 @@ def install(model: Any, layers: list[KernelSpec | None]) -> None:
         spec = layers[i]
         if spec is None:
             continue
-        attention.__class__ = attention_class(type(attention))
+        attention.__class__ = attention_class(type(attention), family.mixin)
+        attention.layer_idx = i
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = ATTENTION
         weight = next(attention.parameters())
-        kv_heads, head_dim = kv_heads_of(config), head_dim_of(config)
         with torch.device(weight.device):
-            attention.kernelize = KernelAttention(spec, heads, kv_heads, head_dim).float()
+            attention.kernelize = KernelAttention(spec, *family.shape(attention, config)).float()
 
 
 @contextmanager
@@ -258,7 +420,7 @@ def softmax_twin(model: Any) -> Iterator[Any]:
     kept = [config._attn_implementation_internal for config in configs]
     try:
         for part, kind in zip(changed, classes, strict=True):
-            part.__class__ = kind.__mro__[2]  # [kernelized, mixin, original]
+            part.__class__ = kind.__bases__[1]  # after the mixin
         for config in configs:
             config._attn_implementation_internal = "eager"
         yield model
@@ -271,7 +433,10 @@ def softmax_twin(model: Any) -> Iterator[Any]:
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
     """Key-value heads; model types without grouped heads do not name them."""
-    return config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+    data = config.to_dict()
+    if data.get("multi_query"):  # GPT-BigCode
+        return 1
+    return data.get("num_key_value_heads") or config.num_attention_heads
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -283,11 +448,11 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 _CLASSES: dict[str, type] = {}
 
 
-def attention_class(original: type) -> type:
-    """The original attention class with the mixin in front."""
+def attention_class(original: type, mixin: type) -> type:
+    """The original attention class with the family's mixin in front."""
     name = f"Kernelized{original.__name__}"
     if name not in _CLASSES:
-        _CLASSES[name] = type(name, (KernelizedAttentionMixin, original), {"__module__": __name__})
+        _CLASSES[name] = type(name, (mixin, original), {"__module__": __name__})
     return _CLASSES[name]
 
 
@@ -310,6 +475,9 @@ def _classes(base: str) -> tuple[type, type]:
         config = type(config_name, (original_config,), {**fields, "__annotations__": annotations})
         body = {"config_class": config, "__annotations__": {"config": config}, "__module__": __name__}
         _CLASSES[config_name] = config
+        mapping = get_checkpoint_conversion_mapping(base)
+        if mapping is not None:  # experts are stored one by one and held together
+            register_checkpoint_conversion_mapping(PREFIX + base, mapping, overwrite=True)
         _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original), body)
     return _CLASSES[config_name], _CLASSES[model_name]
 
@@ -319,7 +487,7 @@ def register(*base_types: str) -> None:
 
     Importing a model's code takes time, so nothing is registered unasked. A remote copy is registered by its loader.
     """
-    for base in base_types or FAMILIES:
+    for base in base_types or supported():
         config, model = _classes(base)
         if not __name__.startswith("transformers_modules"):
             AutoConfig.register(PREFIX + base, config, exist_ok=True)
@@ -328,7 +496,7 @@ def register(*base_types: str) -> None:
 
 def __getattr__(name: str) -> type:
     """KernelizedLlamaForCausalLM and the like, by name: the remote-code loader asks for them."""
-    for base in FAMILIES:
+    for base in supported():
         config: type = CONFIG_MAPPING[base]
         model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
         if name in (f"Kernelized{config.__name__}", f"Kernelized{model.__name__}"):
