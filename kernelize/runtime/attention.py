@@ -15,7 +15,7 @@ from .feature_maps import FEATURE_MAPS
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
 from .spec import KernelSpec
-from .state import AttentionOutput, Kernel
+from .state import AttentionOutput, Kernel, State
 
 ATTENTION = "kernelize"  # its name in AttentionInterface
 INITIAL_LOG_GATE = -4.0  # an untrained memory must not hurt
@@ -74,13 +74,27 @@ class KernelAttention(nn.Module):
             out = self.attend_documents(query, key, value, kernel, layout)
         else:
             valid = None if layout is None else layout.valid
-            state = None if cache is None else cache.state
-            out, state = attend(query, key, value, kernel, state, valid)
+            before = None if cache is None else cache.state
+            out, state = attend(query, key, value, kernel, before, valid)
             if cache is not None:
-                cache.advance(state, query.shape[2])
+                cache.advance(state, query.shape[2], self.replay(query, key, value, kernel, cache, valid))
         if self.probe is not None:
             return self.probe(self, query, key, value, kernel.scaling, layout, out)
         return out.y
+
+    def replay(
+        self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, cache: KernelState, valid: Tensor | None
+    ) -> Callable[[int], State] | None:
+        """Where `cache` may be asked to take this call back: how to get the state after its first n tokens alone."""
+        if not cache.record_past:
+            return None
+        before = cache.state
+
+        def first(n: int) -> State:
+            parts = (x[:, :, :n] for x in (query, key, value))
+            return attend(*parts, kernel, before, None if valid is None else valid[:, :n])[1]
+
+        return first
 
     def attend_documents(
         self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, layout: Layout
