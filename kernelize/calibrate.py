@@ -45,12 +45,14 @@ class SamplingProbe:
         layout: Layout | None,
         output: AttentionOutput,
     ) -> Tensor:
-        self.query.append(self.sample(query, scaling))
-        self.key.append(self.sample(key, scaling))
+        self.see(query, key, scaling, kernel.spec.sinks)
         return softmax_attention(query, key, value, scaling)[0]
 
-    def sample(self, x: Tensor, scaling: float) -> Tensor:  # [B, H, T, D] -> [N, H, D]
-        return x.transpose(1, 2).flatten(0, 1)[:: self.stride].float() * scaling**0.5
+    def see(self, query: Tensor, key: Tensor, scaling: float, sinks: int) -> None:
+        """Keeps a sample of one text's queries and keys, without its sinks: they are unlike all other keys."""
+        for kept, x in ((self.query, query), (self.key, key)):
+            tokens = x[:, :, sinks:].transpose(1, 2).flatten(0, 1)  # [B, H, T, D] -> [N, H, D]
+            kept.append(tokens[:: self.stride].float() * scaling**0.5)
 
     def fit(self, kernel: KernelAttention) -> None:
         """Fits the layer's maps to what was kept."""

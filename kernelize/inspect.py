@@ -97,10 +97,11 @@ def inspect_model(
     heads: list[HeadRow] = []
     rows: list[MapRow] = []
     for i, layer in enumerate(chosen):
-        on_progress(f"layer {layer}", i, len(chosen))
+        on_progress(i, len(chosen), f"layer {layer}")
         seen = observed.pop(layer)
         heads += head_rows(layer, seen[-1], spec)
         rows += [measure_layer(layer, seen, each, shape) for each in specs]
+    on_progress(len(chosen), len(chosen), "inspected")
     return Inspection(shape.layers, possible, spec, tuple(heads), tuple(rows))
 
 
@@ -113,7 +114,7 @@ def head_rows(layer: int, seen: Seen, spec: KernelSpec) -> list[HeadRow]:
     first = max(0, T - LENGTH)
     q = key_heads(seen.query[0, :, first:].transpose(0, 1), seen.key.shape[1])
     age = torch.arange(first, T)[:, None] - torch.arange(T)
-    rows = []
+    rows: list[HeadRow] = []
     for group, queries in enumerate(q.unflatten(1, (T - first, -1)).unbind(0)):
         for queries_of_head in queries.unbind(1):
             scores = (queries_of_head @ seen.key[0, group].mT * seen.scaling).masked_fill(age < 0, -torch.inf)
@@ -125,13 +126,13 @@ def head_row(layer: int, head: int, p: Tensor, age: Tensor, spec: KernelSpec) ->
     """p and age [queries, keys]: probabilities, and how many tokens a key lies behind a query."""
     energy = torch.linalg.eigvalsh(p @ p.mT).flip(0).clamp(min=0)
     share = energy.cumsum(0) / energy.sum()
-    ranks = (int((share < part).sum()) + 1 for part in (0.90, 0.95, 0.99))
+    rank90, rank95, rank99 = (int((share < part).sum()) + 1 for part in (0.90, 0.95, 0.99))
     sinks = (torch.arange(p.shape[1]) < spec.sinks) & (age >= 0)
     window = (age < spec.ring) & ~sinks
     far = p * (~window & ~sinks & (age >= 0))
     mass, total = far.sum(), p.sum()
     return HeadRow(
-        layer, head, *ranks,
+        layer, head, rank90, rank95, rank99,
         freedom=float((energy / (energy + RIDGE * energy[0])).sum()),
         look_back=float((p * age).sum() / total),
         far_look_back=float((far * age).sum() / mass.clamp(min=1e-9)),

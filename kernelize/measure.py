@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .calibrate import SAMPLES, CalibrationProbe, SamplingProbe
 from .errors import InputError
+from .evaluate import read_text, sample_text
 from .losses import far_part, softmax_attention
 from .plan import AttentionShape, LayerCost
 from .runtime import ops
@@ -29,9 +30,10 @@ from .runtime.state import AttentionOutput
 
 WATCHED = "kernelize_watched"  # a name in AttentionInterface, taken while a model is observed
 SIZES = (32, 128)
+TEXTS, TOKENS = 3, 1536
 QUERIES = 128  # a text's last queries, of which negative mass is taken
 
-Report = Callable[[str, int, int], None]  # what is done, how many of how many
+Report = Callable[[int, int, str], object]  # how many are done, of how many, what is next
 
 
 # --- what a layer sees ----------------------------------------------------------------------------------------
@@ -82,6 +84,17 @@ def observe(model: PreTrainedModel, texts: Sequence[Tensor], layers: Collection[
         for ids in texts:
             model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
     return found
+
+
+def sample_texts(tokenizer: Any, tokens: int = TOKENS, text: str | None = None) -> list[Tensor]:
+    """Texts of `tokens` tokens each, [1, T]: to calibrate from the training sample, to measure from `text`.
+
+    `text` is what `evaluate.read_text` takes; by default the shipped novel.
+    """
+    training, measured = sample_text("train"), read_text(text or "novel")
+    starts = range(0, len(training), len(training) // (TEXTS - 1))
+    pieces = [*(training[i:] for i in starts[: TEXTS - 1]), measured[len(measured) // 3 :]]
+    return [torch.tensor([tokenizer(piece[: 8 * tokens])["input_ids"][:tokens]]) for piece in pieces]
 
 
 def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
@@ -147,8 +160,7 @@ def fit(kernel: KernelAttention, seen: Sequence[Seen]) -> None:
     if kernel.map_q.calibrated:
         samples = SamplingProbe(-(-sum(s.query.shape[2] for s in seen) // SAMPLES))
         for s in seen:
-            samples.query.append(samples.sample(s.query, s.scaling))
-            samples.key.append(samples.sample(s.key, s.scaling))
+            samples.see(s.query, s.key, s.scaling, kernel.spec.sinks)
         samples.fit(kernel)
     gates = CalibrationProbe()
     for s in seen:
@@ -232,8 +244,9 @@ def measure_maps(
     seen = observe(model, texts, chosen)
     rows = []
     for i, each in enumerate(specs):
-        on_progress(f"{each.feature_map} {each.feature_dim}", i, len(specs))
+        on_progress(i, len(specs), f"{each.feature_map} {each.feature_dim}")
         rows.append(mean_row([measure_layer(layer, seen[layer], each, shape) for layer in chosen]))
+    on_progress(len(specs), len(specs), "measured")
     return sorted(rows, key=lambda row: row.output)
 
 

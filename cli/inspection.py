@@ -1,0 +1,107 @@
+"""inspect: what attention does in each layer, which kernel comes nearest, and the plan that follows.
+
+Also what `list --measure` and `convert --spec auto` need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Device, DType, Json, Revision, Source, Trust
+from .output import say, show, show_plan, write_json
+from .progress import Progress, doing
+
+if TYPE_CHECKING:
+    from kernelize.inspect import Inspection
+    from kernelize.plan import ConversionPlan
+
+Tokens = Annotated[int, typer.Option(min=256, help="Length of each text in tokens.")]
+Maps = Annotated[list[str], typer.Option("--map", help="Feature map to measure; may be repeated.")]
+Sizes = Annotated[list[int], typer.Option("--size", help="Features a head to measure; may be repeated.")]
+Layers = Annotated[str | None, typer.Option(help="Layers to inspect, e.g. 0,7,12-14; by default all.")]
+Text = Annotated[str | None, typer.Option(help="Text to measure on: .txt, .txt.xz, .jsonl, or a sample.")]
+MAPS, SIZES = ("none", "codebook"), (32, 128)
+
+
+def inspect(
+    source: Source,
+    state_bytes: Annotated[int | None, typer.Option(help="Recommend a plan of at most so many bytes.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as YAML.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw layers and heads: .png, .pdf or .svg.")] = None,
+    layers: Layers = None,
+    maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
+    sizes: Sizes = list(SIZES),  # noqa: B006
+    tokens: Tokens = 1536,
+    text: Text = None,
+    device: Device = None,
+    dtype: DType = None,
+    revision: Revision = None,
+    trust: Trust = False,
+    json: Json = None,
+) -> None:
+    """Show ranks, look-back and the error of kernels, layer by layer."""
+    from kernelize.inspect import head_table, map_table, recommend
+    from kernelize.inspect import plot as draw
+    from kernelize.pipeline import load_for_use
+    from kernelize.plan import describe, parse_layers
+
+    chosen = parse_layers(layers) if layers else None
+    with doing(f"loading {source}"):
+        loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    report = inspect_loaded(*loaded, tokens=tokens, text=text, maps=maps, sizes=sizes, layers=chosen)
+    show(head_table(report))
+    show(map_table(report.maps))
+    found = report.to_dict()
+    if state_bytes is not None:
+        plan = recommend(report, state_bytes)
+        show_plan(describe(plan, loaded[0].config))
+        found["plan"] = plan.to_dict()
+        if output is not None:
+            output.write_text(plan.to_yaml(), "utf-8")
+            say(f"wrote {output}")
+    if plot is not None:
+        draw(report, plot)
+        say(f"wrote {plot}")
+    write_json(json, found)
+
+
+def inspect_loaded(model, tokenizer, *, tokens: int = 1536, text: str | None = None, **options) -> Inspection:
+    """Inspects a loaded model on the shipped texts, with a bar; `options` as `inspect_model`."""
+    from kernelize.inspect import inspect_model
+    from kernelize.measure import sample_texts
+
+    with Progress("layers") as progress:
+        return inspect_model(model, sample_texts(tokenizer, tokens, text), on_progress=progress, **options)
+
+
+def auto_plan(source: str, state_bytes: int, **loading) -> ConversionPlan:
+    """The plan of `convert --spec auto --state-bytes N`."""
+    from kernelize.inspect import recommend
+    from kernelize.pipeline import load_for_use
+
+    return recommend(inspect_loaded(*load_for_use(source, **loading)), state_bytes)
+
+
+def show_measured(
+    source: str,
+    sizes: Sequence[int] = SIZES,
+    *,
+    layers: Sequence[int] | None = None,
+    json: Path | None = None,
+    **loading,
+) -> None:
+    """The table of `list --measure SOURCE`: every map on the queries and keys of a few layers, best first."""
+    from kernelize.inspect import map_table
+    from kernelize.measure import measure_maps, sample_texts
+    from kernelize.pipeline import load_for_use
+
+    model, tokenizer = load_for_use(source, **loading)
+    with Progress("maps") as progress:
+        rows = measure_maps(model, sample_texts(tokenizer), sizes, layers=layers, on_progress=progress)
+    show(map_table(rows))
+    write_json(json, {"maps": [asdict(row) for row in rows]})
