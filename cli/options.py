@@ -50,8 +50,8 @@ class KernelFlags:
     block: Annotated[int | None, typer.Option(help="Tokens that leave the window at a time.")] = None
     feature_map: Annotated[str | None, typer.Option(help="Map of the memory, or none.")] = None
     feature_dim: Annotated[int | None, typer.Option(help="Features a head.")] = None
-    policy: Annotated[str | None, typer.Option(help="Who gets a slot: attention, recall, value, mixed.")] = None
-    decay: Annotated[str | None, typer.Option(help="none or fixed.")] = None
+    policy: Annotated[str | None, typer.Option(help="Who gets a slot; see `kernelize list`.")] = None
+    decay: Annotated[str | None, typer.Option(help="none, fixed or gated.")] = None
     keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14.")] = None
     pattern: Annotated[str | None, typer.Option(help="K kernelized, S softmax, repeated: KKKS.")] = None
 

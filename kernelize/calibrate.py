@@ -78,7 +78,7 @@ class CalibrationProbe:
         output: AttentionOutput,
     ) -> Tensor:
         teacher, lse = softmax_attention(query, key, value, scaling)
-        if kernel.spec.decay == "fixed":
+        if kernel.spec.decay != "none":
             found = look_back(query, key, scaling, kernel.spec.ring)
             self.look_back = found if self.look_back is None else self.look_back + found
             age, mass = self.look_back

@@ -7,13 +7,23 @@ from .runtime.feature_maps import FEATURE_MAPS, FeatureMap
 from .runtime.modeling import FAMILIES
 from .runtime.spec import DECAYS, POLICIES, RULES
 
-DECAY_MEANING = {"none": "nothing fades", "fixed": "one learned half-life a key-value head"}
-RULE_MEANING = {"additive": "S + φ(k) vᵀ, under one normaliser with the exact part"}
+DECAY_MEANING = {
+    "none": "nothing fades",
+    "fixed": "one learned half-life a key-value head",
+    "gated": "every token sets its own, from its key and value",
+}
+RULE_MEANING = {
+    "additive": "S + φ(k) vᵀ, under one normaliser with the exact part",
+    "delta": "S + φ(k) β(v − Sᵀφ(k))ᵀ: corrects what the memory answers; weighted by the additive mass",
+    "gated_delta": "the same on a memory that decays",
+}
 POLICY_MEANING = {
     "attention": "slots go to the tokens that received most attention in the window",
     "recall": "slots go to the tokens that the memory recalls worst",
     "value": "slots go to the tokens with the longest values",
-    "mixed": "half by attention, half by recall",
+    "keydiff": "slots go to the tokens whose keys are least like the mean key",
+    "learned": "slots go by a trained read-out of those four, key and value; starts as attention",
+    "mixed": "half by attention, half by recall; any two are joined as in 'learned+recall'",
 }
 
 

@@ -5,6 +5,7 @@ Follows docs/architecture.md line by line; everything else is compared with it.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -16,15 +17,19 @@ def attend(q, k, v, kernel):
     y = torch.zeros(H, T, v.shape[-1], dtype=q.dtype)
     pos = torch.arange(T)[None, None]
     root = kernel.scaling**0.5
-    phi_q = kernel.map_q(q[None] * root, pos)[0] if spec.has_memory else None
-    phi_k = kernel.map_k(k[None] * root, pos)[0] if spec.has_memory else None
+    phi_q = kernel.map_q(q[None] * root, pos)[0] if spec.has_memory else [None] * H
+    phi_k = kernel.map_k(k[None] * root, pos)[0] if spec.has_memory else [None] * Hk
     for h in range(Hk):
         heads = range(h * H // Hk, (h + 1) * H // Hk)
-        scores = token_scores(q[heads.start : heads.stop], k[h], v[h], None if phi_k is None else phi_k[h], kernel, h)
+        rates = token_rates(k[h], v[h], kernel, h)
+        scores = token_scores(q[heads.start : heads.stop], k[h], v[h], phi_k[h], rates, kernel, h)
+        held = [exact_sets(b * spec.block, T, scores, spec) for b in range(block(T - 1, spec) + 1)]
         for t in range(T):
-            exact, memory = sets(t, scores, spec)
+            history = held[: block(t, spec) + 1]
             for head in heads:
-                y[head, t] = mix(q[head, t], k[h], v[h], exact, memory, t, head, h, phi_q, phi_k, kernel)
+                y[head, t] = mix(
+                    q[head, t], k[h], v[h], history, t, head, h, phi_q[head], phi_k[h], rates, scores, kernel
+                )
     return y
 
 
@@ -33,19 +38,51 @@ def score(a, b, kernel):
     return s if kernel.softcap is None else kernel.softcap * math.tanh(s / kernel.softcap)
 
 
-def mix(q, k, v, exact, memory, t, head, h, phi_q, phi_k, kernel):
-    weights = {j: math.exp(score(q, k[j], kernel)) for j in exact}
-    rate = 0.0 if kernel.log_decay is None else float(kernel.log_decay[h])
-    folded = len([j for j in range(t + 1) if left(j, t, kernel.spec)])  # the memory's clock
-    sinks = kernel.spec.sinks
-    for j in memory:
-        age = folded - 1 - (j - sinks)
-        gate = math.exp(float(kernel.log_gate[head]) + rate * age)
-        weights[j] = gate * float(phi_q[head, t] @ phi_k[h, j])
-    norm = sum(weights.values())
+def mix(q, k, v, history, t, head, h, phi_q, phi_k, rates, scores, kernel):
+    """The quotient of the architecture; history: for each block up to t's, what holds a slot, a share."""
+    spec, slots = kernel.spec, history[-1]
+    gone = [j for j in range(t + 1) if left(j, t, spec)]
+    window = [j for j in range(t + 1) if j not in gone]
+    weights = {j: math.exp(score(q, k[j], kernel)) for j in [*window, *itertools.chain(*slots)]}
+    for s, (name, _) in enumerate(spec.shares):
+        for j in slots[s] if name == "learned" else ():
+            weights[j] /= 1 + math.exp(-scores[s][j])  # sigmoid(score)
+    memory = {}
+    for j in gone if spec.has_memory else ():
+        if j not in weights:
+            decay = math.exp(sum(rates[i] for i in gone if i > j))  # the memory's clock: tokens that left after j
+            memory[j] = math.exp(float(kernel.log_gate[head])) * decay * float(phi_q[t] @ phi_k[j])
+    total = sum(w * v[j] for j, w in weights.items())
+    if spec.is_delta and memory:
+        total = total + sum(memory.values()) * delta_answer(phi_q[t], k, v, history, phi_k, rates, h, kernel)
+    else:
+        total = total + sum(w * v[j] for j, w in memory.items())
+    norm = sum(weights.values()) + sum(memory.values())
     if kernel.sink_logits is not None:
         norm += math.exp(float(kernel.sink_logits[head]))
-    return sum(w * v[j] for j, w in weights.items()) / norm
+    return total / norm
+
+
+def delta_answer(phi, k, v, history, phi_k, rates, h, kernel):
+    """What the corrected memory answers: S <- d S, S <- S + k beta (v - S'k)', the dying in order of position.
+
+    A token that dies long after it left the window has faded meanwhile as the memory has.
+    """
+    spec, memory, alive = kernel.spec, torch.zeros(phi.shape[-1], v.shape[-1], dtype=v.dtype), set()
+    fade = {}
+    for b, slots in enumerate(history):
+        comes = [j for j in range(v.shape[0]) if left(j, b * spec.block, spec) and block(j, spec) == b - spec.back - 1]
+        now = set(itertools.chain(*slots))
+        for j in sorted(alive | set(comes)):
+            if j in comes:
+                memory = memory * math.exp(rates[j])
+                fade = {i: f * math.exp(rates[j]) for i, f in fade.items()} | {j: 1.0}
+            if j not in now:
+                unit = phi_k[j] / phi_k[j].norm()
+                beta = 1 / (1 + math.exp(-float(kernel.beta_weight[h] @ k[j] + kernel.beta_bias[h])))
+                memory = memory + torch.outer(unit, beta * (fade[j] * v[j] - unit @ memory))
+        alive = now
+    return (phi / phi.norm()) @ memory
 
 
 def block(t, spec):
@@ -57,26 +94,47 @@ def left(j, t, spec):
     return j >= spec.sinks and block(j, spec) < block(t, spec) - spec.back
 
 
-def sets(t, scores, spec):
-    """(exact set, memory) of query t."""
-    gone = [j for j in range(t + 1) if left(j, t, spec)]
-    exact = [j for j in range(t + 1) if j not in gone]
-    pool = gone
-    previous = []
-    for s, (_, capacity) in enumerate(spec.shares if spec.slots else ()):
-        best = sorted(pool, key=lambda j: (-scores[s][j], j))[:capacity]
-        previous += best
+def exact_sets(t, T, scores, spec):
+    """What holds a slot during the block that begins with t: a list a share."""
+    pool = [j for j in range(min(t + 1, T)) if left(j, t, spec)]
+    found = []
+    for s, (_, capacity) in enumerate(spec.shares):
+        best = sorted(pool, key=lambda j: (-scores[s][j], j))[:capacity] if spec.slots else []
+        found.append(best)
         pool = [j for j in pool if j not in best]
-    return exact + previous, pool if spec.has_memory else []
+    return found
 
 
-def token_scores(q, k, v, phi_k, kernel, h):
+def token_rates(k, v, kernel, h):
+    """The log decay that each token puts on those before it, when it leaves the window."""
+    if kernel.log_decay is None:
+        return [0.0] * len(k)
+    rate = float(kernel.log_decay[h])
+    if kernel.decay_weight is None:
+        return [rate] * len(k)
+    x = torch.cat([k, v], -1) @ kernel.decay_weight[h] + math.log(math.e - 1)
+    return (rate * torch.log1p(x.exp())).tolist()
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def token_scores(q, k, v, phi_k, rates, kernel, h):
     """One list a share: the score of every token, as if it left the window."""
-    table = {"attention": mass, "value": lambda q, k, v, *_: v.norm(dim=-1).tolist(), "recall": recall}
-    return [table[name](q, k, v, phi_k, kernel, h) for name, _ in kernel.spec.shares] if kernel.spec.slots else []
+    spec = kernel.spec
+    if not spec.slots:
+        return []
+    table = {
+        "attention": lambda: mass(q, k, kernel),
+        "recall": lambda: recall(k, v, phi_k, rates, spec),
+        "value": lambda: v.norm(dim=-1).tolist(),
+        "keydiff": lambda: keydiff(k, spec),
+    }
+    table["learned"] = lambda: learned({name: table[name]() for name in spec.statistics}, k, v, kernel, h)
+    return [table[name]() for name, _ in spec.shares]
 
 
-def mass(q, k, v, phi_k, kernel, h):
+def mass(q, k, kernel):
     spec, T = kernel.spec, k.shape[0]
     total = [0.0] * T
     for g in range(q.shape[0]):
@@ -90,14 +148,29 @@ def mass(q, k, v, phi_k, kernel, h):
     return total
 
 
-def recall(q, k, v, phi_k, kernel, h):
-    spec, T = kernel.spec, k.shape[0]
-    rate = 0.0 if kernel.log_decay is None else float(kernel.log_decay[h])
+def recall(k, v, phi_k, rates, spec):
     errors = []
-    for j in range(T):
-        before = [i for i in range(spec.sinks, T) if block(i, spec) < block(j, spec)]
-        last = before[-1] if before else 0
-        weights = torch.tensor([math.exp(rate * (last - i)) * float(phi_k[j] @ phi_k[i]) for i in before])
-        answer = sum(w * v[i] for w, i in zip(weights, before, strict=True)) / weights.sum() if before else 0.0
+    for j in range(k.shape[0]):
+        before = [i for i in range(spec.sinks, k.shape[0]) if block(i, spec) < block(j, spec)]
+        weights = [math.exp(sum(rates[m] for m in before if m > i)) * float(phi_k[j] @ phi_k[i]) for i in before]
+        answer = sum(w * v[i] for w, i in zip(weights, before, strict=True)) / sum(weights) if before else 0.0
         errors.append(float((v[j] - answer).norm()))
     return errors
+
+
+def keydiff(k, spec):
+    """−cos of a key and the mean key of all blocks before the one that lets it leave, sinks left out."""
+    found = []
+    for j in range(k.shape[0]):
+        mean = k[spec.sinks : (block(j, spec) + spec.back + 1) * spec.block].sum(0)
+        found.append(-float(torch.nn.functional.cosine_similarity(k[j], mean, dim=0)))
+    return found
+
+
+def learned(statistics, k, v, kernel, h):
+    columns = [
+        torch.tensor(x) if name == "keydiff" else (torch.tensor(x, dtype=k.dtype) + 1e-6).log()
+        for name, x in statistics.items()
+    ]
+    x = torch.cat([torch.stack(columns, -1).to(k.dtype), k, v], -1)
+    return (x @ kernel.score_weight[h] + kernel.score_bias[h]).tolist()

@@ -14,7 +14,7 @@ from tolerances import MEMORY_FACTOR
 
 from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
 
-CORE, SOME = contract.core_specs(), contract.some_specs()
+CORE, MAPS, FEW = contract.core_specs(), contract.map_specs(), contract.few_specs()
 
 
 def over(specs: list[KernelSpec]):
@@ -35,13 +35,13 @@ HOLES = torch.rand(3, contract.LENGTH, generator=torch.Generator().manual_seed(3
 HOLES[0], HOLES[1, :17] = True, False
 
 
-@over(SOME)
+@over(list(dict.fromkeys(CORE + MAPS)))
 def test_any_split_of_a_padded_batch(spec):
     contract.law_streams(spec, [7, 1, 1, 20, 12], HOLES)
 
 
 @pytest.mark.slow
-@over([s for s in contract.all_specs() if s not in SOME])
+@over([s for s in contract.all_specs() if s not in CORE + MAPS])
 def test_any_split_of_a_padded_batch_for_every_combination(spec):
     contract.law_streams(spec, [7, 1, 1, 20, 12], HOLES)
 
@@ -60,12 +60,12 @@ def test_any_length_split_batch_and_padding(exact, pieces):
     contract.law_streams(KernelSpec(feature_dim=8, **exact), *pieces)
 
 
-@over(CORE)
+@over(FEW)
 def test_branches_are_the_same_and_make_y(spec):
     contract.law_branches(spec)
 
 
-@over(CORE)
+@over(FEW)
 def test_no_look_into_the_future(spec):
     contract.law_causal(spec, changed=23)
 
@@ -75,23 +75,23 @@ def test_gradients_are_the_same(spec):
     contract.law_gradients(spec)
 
 
-@over(SOME)
+@over(MAPS)
 def test_float32_is_near_float64(spec):
     contract.law_float32(spec)
 
 
-@over(SOME)
+@over(MAPS)
 def test_finite_for_large_queries_and_keys(spec):
     for dtype in (torch.float32, torch.bfloat16):
         contract.law_finite(spec, dtype, scale=30.0)
 
 
-@over(CORE)
+@over(FEW)
 def test_documents_do_not_see_each_other(spec):
     contract.law_documents(spec)
 
 
-@over(SOME)
+@over(MAPS)
 def test_a_window_over_everything_is_softmax(spec):
     contract.law_softmax(spec.replace(window=contract.LENGTH))
 
@@ -159,5 +159,5 @@ def test_refuses_nonsense_by_name(fields, named):
 
 
 def test_spec_survives_its_data():
-    for spec in SOME:
+    for spec in CORE + MAPS:
         assert KernelSpec.from_dict(spec.to_dict()) == spec

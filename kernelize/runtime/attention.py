@@ -20,12 +20,19 @@ from .state import AttentionOutput, Kernel, State
 ATTENTION = "kernelize"  # its name in AttentionInterface
 INITIAL_LOG_GATE = -4.0  # an untrained memory must not hurt
 INITIAL_HALF_LIFE = 512.0  # tokens
+INITIAL_SCORE = 8.0  # of a token that received mass 1: an untrained score must not dampen the slots
+INITIAL_SINK_LOGIT = -12.0  # an untrained sink must not be seen
 
 Probe = Callable[["KernelAttention", Tensor, Tensor, Tensor, float, "Layout | None", AttentionOutput], Tensor]
 
 
 class KernelAttention(nn.Module):
-    """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head."""
+    """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head.
+
+    And what its spec asks for beyond that: read-outs of key and value for a gated decay, for the delta rule's beta and
+    for the learned score; sink logits. Untrained, a gated decay is the fixed one, and a learned score ranks as
+    `attention` does.
+    """
 
     def __init__(self, spec: KernelSpec, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
@@ -37,22 +44,50 @@ class KernelAttention(nn.Module):
             self.map_q = kind(heads, head_dim, spec.feature_dim)
             self.map_k = kind(kv_heads, head_dim, spec.feature_dim)
             self.log_gate = nn.Parameter(torch.empty(heads))
-            if spec.decay == "fixed":
+            if spec.decay != "none":
                 self.log_rate = nn.Parameter(torch.empty(kv_heads))  # log of −log decay
+            if spec.decay == "gated":
+                self.decay_weight = nn.Parameter(torch.empty(kv_heads, 2 * head_dim))
+            if spec.is_delta:
+                self.beta_weight = nn.Parameter(torch.empty(kv_heads, head_dim))
+                self.beta_bias = nn.Parameter(torch.empty(kv_heads))
+        if spec.learned_share is not None:
+            self.score_weight = nn.Parameter(torch.empty(kv_heads, len(spec.statistics) + 2 * head_dim))
+            self.score_bias = nn.Parameter(torch.empty(kv_heads))
+        if spec.sink_logits:
+            self.sink_logit = nn.Parameter(torch.empty(heads))
 
     def reset(self) -> None:
-        if self.spec.has_memory:
+        spec = self.spec
+        if spec.has_memory:
             init.constant_(self.log_gate, INITIAL_LOG_GATE)
-            if self.spec.decay == "fixed":
+            if spec.decay != "none":
                 init.constant_(self.log_rate, log_rate(INITIAL_HALF_LIFE))
+            if spec.decay == "gated":
+                init.zeros_(self.decay_weight)
+            if spec.is_delta:
+                init.zeros_(self.beta_weight)
+                init.zeros_(self.beta_bias)
+        if spec.learned_share is not None:
+            ranks_as_attention = torch.zeros(self.score_weight.shape[1])
+            ranks_as_attention[spec.statistics.index("attention")] = 1.0
+            init.copy_(self.score_weight, ranks_as_attention.expand_as(self.score_weight))
+            init.constant_(self.score_bias, INITIAL_SCORE)
+        if spec.sink_logits:
+            init.constant_(self.sink_logit, INITIAL_SINK_LOGIT)
 
     def kernel(self, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None) -> Kernel:
         """The layer's arithmetic for these head properties."""
         spec = self.effective_spec()
-        if not spec.has_memory:
-            return Kernel(spec, scaling, None, None, None, None, softcap, sink_logits)
-        decay = -self.log_rate.exp() if spec.decay == "fixed" else None
-        return Kernel(spec, scaling, self.map_q, self.map_k, self.log_gate, decay, softcap, sink_logits)
+        if spec.sink_logits:
+            mine = self.sink_logit
+            sink_logits = mine if sink_logits is None else torch.logaddexp(mine, sink_logits.to(mine.dtype))
+        kernel = Kernel(spec, scaling, None, None, None, None, softcap, sink_logits)
+        if spec.has_memory:
+            decay = None if spec.decay == "none" else -self.log_rate.exp()
+            kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k, log_decay=decay)
+        own: dict[str, Any] = {name: p for name, p in self._parameters.items() if name in Kernel._fields}
+        return kernel._replace(**own)
 
     def effective_spec(self) -> KernelSpec:
         if not (self.training and self.window_dropout):

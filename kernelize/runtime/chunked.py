@@ -27,10 +27,16 @@ from .state import (
     Kernel,
     State,
     add_sink_logits,
+    betas,
     empty_state,
     features,
+    log_decays,
     logits,
     merge,
+    novelty,
+    scores_from,
+    unit,
+    weigh_answers,
     wide,
     with_ones,
 )
@@ -93,10 +99,11 @@ def segment(
     mass = received(grid, local, kernel.spec)
     life = live(grid, mass, kernel)
     exact, lse = exact_branch(grid, local, life, kernel)
-    total = memory_branch(grid, life, kernel) if kernel.spec.has_memory else None
+    parts = folds(grid, life, kernel)
+    total = memory_branch(grid, life, parts, kernel) if parts else None
     out = merge(exact, lse, total, kernel.log_gate)
     out = AttentionOutput(out.y.to(q.dtype), *out[1:])
-    return AttentionOutput(*(grid.unalign(x) for x in out)), final_state(grid, life, mass, kernel)
+    return AttentionOutput(*(grid.unalign(x) for x in out)), final_state(grid, life, mass, parts, kernel)
 
 
 # --- 1. rows on their own block grid ------------------------------------------------------------------------
@@ -263,7 +270,7 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
 @torch.no_grad()
 def received(grid: Grid, local: Local, spec: KernelSpec) -> Tensor:
     """Attention mass [B, Hk, front + n·tile] from the queries of later blocks, under sinks and window alone."""
-    if all(name != "attention" for name, _ in spec.shares) or not spec.slots:
+    if not spec.measures("attention"):
         return grid.mass
     first, reach = window_reach(grid, spec)
     block = torch.arange(grid.n * grid.tile, device=grid.k.device) // spec.block
@@ -329,55 +336,56 @@ def live(grid: Grid, mass: Tensor, kernel: Kernel) -> Life:
     arrive = torch.where(pos == EMPTY, blocks, arrive)
 
     log_decay = grid.mass.new_zeros(B, Hk, left.shape[2])
-    if kernel.log_decay is not None:
-        log_decay = log_decay + kernel.log_decay.to(log_decay.dtype)[:, None]
+    own = log_decays(kernel, grid.k[:, :, leaving], grid.v[:, :, leaving])
+    if own is not None:
+        log_decay = log_decay + own
     clock = (log_decay * (left != EMPTY)).cumsum(2)
     clock_end = clock[:, :, spec.block - 1 :: spec.block]
     phi = None
     if kernel.map_k is not None and spec.has_memory:
         phi = features(kernel, kernel.map_k, key, pos)
     clock = torch.cat([-state.decay[:, :, slot], clock], 2)
-    score = store_scores(grid, mass[:, :, leaving], value, phi, pos, clock, clock_end, kernel)
-    rejected = lifetimes(spec, score, arrive, blocks)
-    return Life(key, value, pos, score, arrive, rejected, clock, clock_end, phi)
+    life = Life(key, value, pos, grid.state.score, arrive, (), clock, clock_end, phi)
+    score = store_scores(grid, life, mass[:, :, leaving], kernel)
+    return life._replace(score=score, rejected=lifetimes(spec, score.detach(), arrive, blocks))
 
 
-@torch.no_grad()
-def store_scores(
-    grid: Grid,
-    mass: Tensor,
-    value: Tensor,
-    phi: Tensor | None,
-    pos: Tensor,
-    clock: Tensor,
-    clock_end: Tensor,
-    kernel: Kernel,
-) -> Tensor:
+def store_scores(grid: Grid, life: Life, mass: Tensor, kernel: Kernel) -> Tensor:
     """[B, Hk, X, shares]: what the holders brought along, and the scores of those who leave in this segment."""
-    spec, columns = kernel.spec, []
+    spec = kernel.spec
     if not spec.slots:
-        return mass.new_zeros(*pos.shape, len(spec.shares))
-    fresh = value[:, :, spec.slots :]
-    for name, _ in spec.shares:
-        if name == "attention":
-            columns.append(mass)
-        elif name == "value":
-            columns.append(fresh.to(mass.dtype).norm(dim=-1))
-        else:
-            assert phi is not None
-            columns.append(recall_errors(grid, value, phi, pos, clock, clock_end, kernel))
-    return torch.cat([grid.state.score, torch.stack(columns, -1)], 2)
+        return mass.new_zeros(*life.pos.shape, len(spec.shares))
+    key, value = life.key[:, :, spec.slots :], life.value[:, :, spec.slots :]
+    found = {}
+    with torch.no_grad():
+        if spec.measures("attention"):
+            found["attention"] = mass
+        if spec.measures("recall"):
+            found["recall"] = recall_errors(grid, life, kernel)
+        if spec.measures("value"):
+            found["value"] = value.to(mass.dtype).norm(dim=-1)
+        if spec.measures("keydiff"):
+            blocks = key.unflatten(2, (-1, spec.block))
+            found["keydiff"] = novelty(blocks, key_sums(grid, spec)[:, :, :-1, None]).flatten(2)
+    return torch.cat([grid.state.score, scores_from(kernel, found, key, value)], 2)
 
 
-def recall_errors(
-    grid: Grid, value: Tensor, phi: Tensor, pos: Tensor, clock: Tensor, clock_end: Tensor, kernel: Kernel
-) -> Tensor:
+def key_sums(grid: Grid, spec: KernelSpec) -> Tensor:
+    """[B, Hk, n·tile/block + 1, D]: the sum of all keys before each block, sinks left out; the last: of all."""
+    coordinate = torch.arange(grid.n * grid.tile, device=grid.k.device)
+    new = (grid.pos[:, grid.front :] != EMPTY) & (coordinate >= (grid.state.seen - grid.base)[:, None])
+    start = grid.state.key_sum[:, :, None]
+    keys = (grid.k[:, :, grid.front :].to(start.dtype) * new[:, None, :, None]).unflatten(2, (-1, spec.block))
+    return torch.cat([start, keys.sum(3)], 2).cumsum(2)
+
+
+def recall_errors(grid: Grid, life: Life, kernel: Kernel) -> Tensor:
     """‖v − answer‖ [B, Hk, leaving] of the memory of *all* blocks before a token's own, to that token's key."""
-    spec, slots = kernel.spec, kernel.spec.slots
-    acc = phi.dtype
-    known = pos != EMPTY
-    phi = phi * known[..., None]
-    v1 = with_ones(value.to(acc))
+    assert life.phi is not None
+    spec, slots, value = kernel.spec, kernel.spec.slots, life.value
+    clock, clock_end = life.clock, life.clock_end
+    phi = life.phi * (life.pos != EMPTY)[..., None]
+    v1 = with_ones(value.to(phi.dtype))
     held = phi[:, :, :slots] * (-clock[:, :, :slots, None]).exp()
     start = grid.state.memory + held.transpose(-1, -2) @ v1[:, :, :slots]  # everything that has left so far
     phi, v1, clock = phi[:, :, slots:], v1[:, :, slots:], clock[:, :, slots:]
@@ -473,7 +481,10 @@ def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[
     visible = grouped(local.inside, rows)[:, None]
     if spec.slots:
         visible = grouped(local.inside[:, None] | holding_in_reach(grid, life, spec), rows)
-    scores = [local.sinks, local.window.masked_fill(~visible, -torch.inf)]
+    window = local.window
+    if spec.learned_share is not None:
+        window = window + grouped(reach_bias(grid, life, spec), rows)
+    scores = [local.sinks, window.masked_fill(~visible, -torch.inf)]
     if spec.slots:
         first_block = query_blocks(grid, spec)[:, :1]  # [n, 1]
         holder = (life.arrive[:, :, None] <= first_block) & (life.death[:, :, None] > first_block)
@@ -481,7 +492,10 @@ def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[
         death = pick(life.death, index, EMPTY)[:, :, :, None]
         alive = death > query_blocks(grid, spec)[..., None]  # [B, Hk, n, tile, slots]
         slot_k, slot_v = pick(life.key, index).to(acc), pick(life.value, index).to(acc)
-        scores.append(logits(local.query, slot_k, kernel).masked_fill(~grouped(alive, rows), -torch.inf))
+        slot_scores = logits(local.query, slot_k, kernel)
+        if spec.learned_share is not None:
+            slot_scores = slot_scores + grouped(slot_bias(grid, life, index, spec), rows)
+        scores.append(slot_scores.masked_fill(~grouped(alive, rows), -torch.inf))
     widths = [s.shape[-1] for s in scores]
     joined = torch.cat(scores, -1)
     lse = joined.logsumexp(-1)
@@ -493,66 +507,164 @@ def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[
     return add_sink_logits(time_rows(grid, exact), time_rows(grid, lse), kernel)
 
 
-def holding_in_reach(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
-    """[B, Hk, n, tile, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
+def over_reach(grid: Grid, x: Tensor, spec: KernelSpec, blank: float) -> Tensor:
+    """The leaving tokens' part of x [B, Hk, X], laid over the reach of every tile: [B, Hk, n, 1, reach]."""
     first, reach = window_reach(grid, spec)
     lead = first - (grid.front - spec.ring)  # entries between the first leaving token and the first reach
+    x = x[:, :, spec.slots :]
+    x = x[:, :, lead:] if lead >= 0 else torch.nn.functional.pad(x, (-lead, 0), value=blank)
+    need = reach + (grid.n - 1) * grid.tile
+    x = torch.nn.functional.pad(x, (0, max(0, need - x.shape[2])), value=blank)
+    return tiles(x, reach, grid.tile, 2)[:, :, :, None]
 
-    def over(x: Tensor, blank: int) -> Tensor:  # the leaving tokens' x, laid over the reach of every tile
-        x = x[:, :, spec.slots :]
-        x = x[:, :, lead:] if lead >= 0 else torch.nn.functional.pad(x, (-lead, 0), value=blank)
-        need = reach + (grid.n - 1) * grid.tile
-        x = torch.nn.functional.pad(x, (0, max(0, need - x.shape[2])), value=blank)
-        return tiles(x, reach, grid.tile, 2)[:, :, :, None]
 
+def holding_in_reach(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
+    """[B, Hk, n, tile, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
     block = query_blocks(grid, spec)[..., None]
-    arrive = over(life.arrive, torch.iinfo(torch.int64).max)
+    arrive = over_reach(grid, life.arrive, spec, torch.iinfo(torch.int64).max)
     inside_tile = arrive > query_blocks(grid, spec)[:, :1, None]  # earlier ones stand in the slot table
-    return inside_tile & (arrive <= block) & (over(life.death, EMPTY) > block)
+    return inside_tile & (arrive <= block) & (over_reach(grid, life.death, spec, EMPTY) > block)
+
+
+def learned_tenure(life: Life, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(log sigmoid(score), first block, first block after) of every token's time under the learned share."""
+    share = spec.learned_share
+    assert share is not None
+    since = life.rejected[share - 1] if share else life.arrive
+    return torch.nn.functional.logsigmoid(life.score[..., share]), since, life.rejected[share]
+
+
+def slot_bias(grid: Grid, life: Life, index: Tensor, spec: KernelSpec) -> Tensor:
+    """[B, Hk, n, tile, slots]: what the learned score adds to the logits of the slots' tokens `index`."""
+    bias, since, until = learned_tenure(life, spec)
+    block = query_blocks(grid, spec)[..., None]
+    holds = (pick(since, index)[:, :, :, None] <= block) & (pick(until, index, EMPTY)[:, :, :, None] > block)
+    return torch.where(holds, pick(bias, index)[:, :, :, None], 0.0)
+
+
+def reach_bias(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
+    """[B, Hk, n, tile, reach]: the same for the tokens of the reach; 0 for those that are in the window."""
+    bias, since, until = learned_tenure(life, spec)
+    block = query_blocks(grid, spec)[..., None]
+    never = torch.iinfo(torch.int64).max
+    holds = (over_reach(grid, since, spec, never) <= block) & (over_reach(grid, until, spec, EMPTY) > block)
+    return torch.where(holds, over_reach(grid, bias, spec, 0.0), 0.0)
 
 
 # --- 5. the memory ------------------------------------------------------------------------------------------
 
 
-def memory_branch(grid: Grid, life: Life, kernel: Kernel) -> Tensor:
-    """Numerator and normaliser [B, H, n·tile, D + 1] of everything that has lost its place.
+class Fold(NamedTuple):
+    """What the tokens of the store add to columns of the memory once they are dead: exp(now − clock) phi valueᵀ."""
 
-    The tokens stand in the order of their deaths: those that die in (first block of tile i−1, first block of tile i]
-    are group i, and at most a tile's worth, since a place is lost only to somebody who comes.
-    """
-    spec, per = kernel.spec, grid.tile // kernel.spec.block
-    assert kernel.map_q is not None
+    start: Tensor  # [B, Hk, F, C] the memory's columns before the segment
+    phi: Tensor  # [B, Hk, X, F]
+    value: Tensor  # [B, Hk, X, C]
+    clock: Tensor  # [B, Hk, X]
+
+
+def folds(grid: Grid, life: Life, kernel: Kernel) -> list[Fold]:
+    """The memory's columns: all by one rule, or the values' by the delta rule and the normaliser's additively."""
+    if not kernel.spec.has_memory:
+        return []
     assert life.phi is not None
-    acc = life.phi.dtype
-    Hk = grid.k.shape[1]
+    start, value = grid.state.memory, life.value.to(life.phi.dtype)
+    if not kernel.spec.is_delta:
+        return [Fold(start, life.phi, with_ones(value), life.clock)]
+    mass = Fold(start[..., -1:], life.phi, torch.ones_like(value[..., :1]), life.clock)
+    return [corrected(grid, life, Fold(start[..., :-1], unit(life.phi), value, life.clock), kernel), mass]
+
+
+def death_groups(grid: Grid, life: Life, spec: KernelSpec, order: Tensor | None = None) -> Tensor:
+    """Entries of the store [B, Hk, n + 1, tile] by the tile at which they die, in `order` [B, Hk, X]; X: no entry.
+
+    Those that die in (first block of tile i−1, first block of tile i] are group i, and at most a tile's worth, since
+    a place is lost only to somebody who comes.
+    """
+    per = grid.tile // spec.block
     group = torch.where(life.death < 0, 0, -(-life.death // per))  # [B, Hk, X]
-    gone = (life.pos != EMPTY) & (life.death < grid.n * per)
+    group = group.masked_fill((life.pos == EMPTY) | (life.death >= grid.n * per), EMPTY)
+    group = group if order is None else group.gather(2, order)
     groups = torch.arange(grid.n + 1, device=group.device)[:, None]
-    index = table((group[:, :, None] == groups) & gone[:, :, None], grid.tile)  # [B, Hk, n + 1, tile]
-    phi, v1 = pick(life.phi, index), with_ones(pick(life.value.to(acc), index))
-    clock, death = pick(life.clock, index), pick(life.death, index, torch.iinfo(torch.int64).max)
+    index = table(group[:, :, None] == groups, grid.tile)
+    if order is None:
+        return index
+    return torch.nn.functional.pad(order, (0, 1), value=order.shape[2]).gather(2, index.flatten(2)).view_as(index)
+
+
+def memory_branch(grid: Grid, life: Life, parts: list[Fold], kernel: Kernel) -> Tensor:
+    """Numerator and normaliser [B, H, n·tile, D + 1] of everything that has lost its place."""
+    assert kernel.map_q is not None
+    pos = grid.base[:, None] + torch.arange(grid.n * grid.tile, device=grid.q.device)
+    phi_q = query_rows(grid, features(kernel, kernel.map_q, grid.q, pos[:, None]), grid.k.shape[1])
+    index = death_groups(grid, life, kernel.spec)
+    totals = [linear(grid, life, part, phi_q, index, kernel.spec) for part in parts]
+    if not kernel.spec.is_delta:
+        return time_rows(grid, totals[0])
+    return time_rows(grid, weigh_answers(torch.cat(totals, -1), phi_q))
+
+
+def linear(grid: Grid, life: Life, part: Fold, phi_q: Tensor, index: Tensor, spec: KernelSpec) -> Tensor:
+    """What the queries' features [B, Hk, n, rows, F] read: a linear attention over tokens in order of death."""
+    per = grid.tile // spec.block
+    phi, value, clock = (pick(x, index) for x in part[1:])
+    death = pick(life.death, index, torch.iinfo(torch.int64).max)
 
     at = life.clock_end[:, :, ::per]  # [B, Hk, n] the clock at a tile's first block
-    gain = (phi[:, :, :-1] * (at[..., None] - clock[:, :, :-1]).clamp(max=0).exp()[..., None]).transpose(-1, -2) @ v1[
-        :, :, :-1
-    ]
-    memory = scan(grid.state.memory, gain, torch.cat([torch.zeros_like(at[:, :, :1]), at], 2))[:, :, 1:]
+    gain = phi[:, :, :-1] * (at[..., None] - clock[:, :, :-1]).clamp(max=0).exp()[..., None]
+    gain = gain.transpose(-1, -2) @ value[:, :, :-1]
+    memory = scan(part.start, gain, torch.cat([torch.zeros_like(at[:, :, :1]), at], 2))[:, :, 1:]
 
-    pos = grid.base[:, None] + torch.arange(grid.n * grid.tile, device=group.device)
-    phi_q = query_rows(grid, features(kernel, kernel.map_q, grid.q, pos[:, None]), Hk)
     now = life.clock_end.repeat_interleave(spec.block, 2).unflatten(2, (grid.n, grid.tile))  # [B, Hk, n, tile]
     weight = (now[..., None] - clock[:, :, 1:, None]).clamp(max=0).exp()
     weight = weight * (death[:, :, 1:, None] <= query_blocks(grid, spec)[..., None])  # died inside the tile, before
     rows = phi_q.shape[3]
-    near = ((phi_q @ phi[:, :, 1:].transpose(-1, -2)) * grouped(weight, rows)) @ v1[:, :, 1:]
+    near = ((phi_q @ phi[:, :, 1:].transpose(-1, -2)) * grouped(weight, rows)) @ value[:, :, 1:]
     far = (phi_q @ memory) * grouped((now - at[..., None]).exp()[..., None], rows)
-    return time_rows(grid, near + far)
+    return near + far
+
+
+def corrected(grid: Grid, life: Life, part: Fold, kernel: Kernel) -> Fold:
+    """The delta rule (arXiv:2102.11174) as a fold: every value becomes what its token really adds when it dies.
+
+    Tokens are folded in the order of death, then position. Inside a group the corrections solve a triangular system
+    (the WY form, arXiv:2406.06484; decays as in arXiv:2412.06464); between groups there is one small step.
+    """
+    spec, per = kernel.spec, grid.tile // kernel.spec.block
+    by_pos = life.pos.argsort(dim=-1, stable=True)
+    order = by_pos.gather(2, life.death.gather(2, by_pos).argsort(dim=-1, stable=True))
+    index = death_groups(grid, life, spec, order)
+    start = torch.cat([torch.zeros_like(life.clock_end[:, :, :1]), life.clock_end], 2)  # [B, Hk, blocks + 1]
+    turn = start.gather(2, life.death.clamp(0, start.shape[2] - 1))  # the clock when the block of its death begins
+    turn = torch.minimum(turn, life.clock)  # a token that dies on leaving is folded at its own time
+
+    phi, value, aged, now = (pick(x, index) for x in (part.phi, part.value, (turn - part.clock).exp(), turn))
+    beta = pick(betas(kernel, life.key), index)[..., None]  # [B, Hk, n + 1, tile, 1]
+    since = torch.cat([torch.zeros_like(start[:, :, :1]), life.clock_end[:, :, ::per]], 2)  # [B, Hk, n + 1]
+    until = torch.cat([since[:, :, 1:], since[:, :, -1:]], 2)
+    decay = (now[..., :, None] - now[..., None, :]).clamp(max=0).exp()
+    earlier = (beta * decay * (phi @ phi.transpose(-1, -2)).to(phi.dtype)).tril(-1)
+    wanted = torch.cat([aged[..., None] * value, phi * (now - since[..., None]).clamp(max=0).exp()[..., None]], -1)
+    solved = torch.linalg.solve_triangular(earlier, beta * wanted, upper=False, unitriangular=True)
+    own, reads = solved.split((value.shape[-1], phi.shape[-1]), -1)
+
+    left = phi * (until[..., None] - now).clamp(max=0).exp()[..., None]
+    memory, added = part.start, []
+    for i in range(grid.n + 1):
+        added.append(own[:, :, i] - reads[:, :, i] @ memory)
+        kept = memory * (until[:, :, i] - since[:, :, i]).exp()[..., None, None]
+        memory = kept + left[:, :, i].transpose(-1, -2) @ added[-1]
+    X = life.pos.shape[2]
+    flat, added_all = index.flatten(2), torch.cat(added, 2)
+    out = added_all.new_zeros(*flat.shape[:2], X + 1, added_all.shape[-1])
+    out = out.scatter(2, flat[..., None].expand_as(added_all), added_all)[:, :, :X]
+    return part._replace(value=out, clock=turn)
 
 
 # --- the state afterwards -----------------------------------------------------------------------------------
 
 
-def final_state(grid: Grid, life: Life, mass: Tensor, kernel: Kernel) -> State:
+def final_state(grid: Grid, life: Life, mass: Tensor, parts: list[Fold], kernel: Kernel) -> State:
     spec, state = kernel.spec, grid.state
     B, Hk = grid.k.shape[:2]
     last = grid.last[:, None, None]  # [B, 1, 1]
@@ -586,29 +698,30 @@ def final_state(grid: Grid, life: Life, mass: Tensor, kernel: Kernel) -> State:
         return pick(x, index[:, :, None], blank)[:, :, 0]
 
     zeros = state.mass[:, :, : spec.sinks] * 0
-    rate = (
-        torch.zeros_like(end)
-        if kernel.log_decay is None
-        else kernel.log_decay.to(end.dtype).view(1, -1, 1).expand_as(end)
-    )
-    memory = state.memory
-    if spec.has_memory:
-        assert life.phi is not None
-        lost = (life.pos != EMPTY) & (life.death <= last) & (life.arrive <= last)
-        weight = (end - life.clock).clamp(max=0).exp() * lost
-        memory = memory * end[..., None].exp()
-        memory = memory + (life.phi * weight[..., None]).transpose(-1, -2) @ with_ones(life.value.to(memory.dtype))
+    keys, values = ring(grid.k), ring(grid.v)
+    rate = log_decays(kernel, keys, values)
+    rate = torch.zeros_like(end) if rate is None else rate
+    memory, lost = state.memory, (life.pos != EMPTY) & (life.death <= last) & (life.arrive <= last)
+    if parts:
+        memory = torch.cat([memory_after(part, lost, end) for part in parts], -1)
     alive = slots(life.pos, EMPTY) != EMPTY
     sink_pos = grid.sink_pos[:, None].expand(B, Hk, -1)
     ring_pos = torch.where(held, p, EMPTY)[:, None].expand(B, Hk, -1)
     sink_here = (sink_pos != EMPTY)[..., None]
     return State(
-        keys=assemble(grid.sink_k * sink_here, ring(grid.k), slots(life.key)),
-        values=assemble(grid.sink_v * sink_here, ring(grid.v), slots(life.value)),
+        keys=assemble(grid.sink_k * sink_here, keys, slots(life.key)),
+        values=assemble(grid.sink_v * sink_here, values, slots(life.value)),
         pos=assemble(sink_pos, ring_pos, slots(life.pos, EMPTY)),
         decay=assemble(zeros, rate * held[:, None], (end - slots(life.clock)).clamp(max=0) * alive),
         mass=assemble(zeros, ring(mass), slots(life.clock) * 0),
         score=slots(life.score),
         memory=memory,
         seen=grid.seen,
+        key_sum=key_sums(grid, spec)[:, :, -1] if spec.measures("keydiff") else state.key_sum,
     )
+
+
+def memory_after(part: Fold, lost: Tensor, end: Tensor) -> Tensor:
+    """The memory's columns [B, Hk, F, C] at the clock `end` [B, Hk, 1], with the tokens `lost` [B, Hk, X] in them."""
+    weight = (end - part.clock).clamp(max=0).exp() * lost
+    return part.start * end[..., None].exp() + (part.phi * weight[..., None]).transpose(-1, -2) @ part.value

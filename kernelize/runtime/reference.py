@@ -15,10 +15,16 @@ from .state import (
     Kernel,
     State,
     add_sink_logits,
+    betas,
     empty_state,
     features,
+    log_decays,
     logits,
     merge,
+    novelty,
+    scores_from,
+    unit,
+    weigh_answers,
     wide,
     with_ones,
 )
@@ -86,9 +92,45 @@ def settle(kernel: Kernel, state: State, leaving: Tensor) -> State:
     if spec.has_memory:
         assert kernel.map_k is not None
         phi = features(kernel, kernel.map_k, key, pos)
-        lost = ((place == EMPTY) & (pos != EMPTY)) * held.exp()  # [B, Hk, X]
+        gone = (place == EMPTY) & (pos != EMPTY)
+        lost = gone * held.exp()  # [B, Hk, X]
         memory = memory + (phi * lost[..., None]).transpose(-1, -2) @ with_ones(value.to(phi.dtype))
+        if spec.is_delta:
+            clock = block.cumsum(-1)
+            weight = torch.where(fresh, 0.0, decay).exp()
+            corrected = fold_delta(kernel, state.memory[..., :-1], gone, phi, key, value, pos, weight, clock)
+            memory = torch.cat([corrected, memory[..., -1:]], -1)
     return refill(state, spec, index, place, key, value, pos, held, score)._replace(memory=memory)
+
+
+def fold_delta(
+    kernel: Kernel,
+    memory: Tensor,
+    gone: Tensor,
+    phi: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos: Tensor,
+    weight: Tensor,
+    clock: Tensor,
+) -> Tensor:
+    """S <- d S; S <- S + k beta (weight v − Sᵀk)ᵀ for the entries that are `gone` [B, Hk, X], in order of position.
+
+    memory [B, Hk, F, D]; `clock` is the log decay that has passed in this block when an entry's turn comes.
+    """
+    order = pos.masked_fill(~gone, torch.iinfo(pos.dtype).max).argsort(dim=-1)[..., : kernel.spec.block]
+    end = clock[..., -1]
+    now = torch.zeros_like(end)
+    key_unit = unit(take(phi, order)) * gone.gather(2, order)[..., None]
+    aged = take(value, order).to(phi.dtype) * weight.gather(2, order)[..., None]
+    beta, turn = betas(kernel, take(key, order)), clock.gather(2, order)
+    turn = torch.where(gone.gather(2, order), turn, end[..., None])
+    for i in range(order.shape[2]):
+        memory = memory * (turn[..., i] - now).exp()[..., None, None]
+        k, now = key_unit[:, :, i, :, None], turn[..., i]  # [B, Hk, F, 1]
+        error = aged[:, :, i, None] - k.transpose(-1, -2) @ memory
+        memory = memory + k @ (beta[:, :, i, None, None] * error)
+    return memory * (end - now).exp()[..., None, None]
 
 
 def scores(
@@ -102,18 +144,20 @@ def scores(
     fresh: Tensor,
 ) -> Tensor:
     """What decides over the slots, [B, Hk, X, shares]: fixed for holders, computed for those who leave the window."""
-    spec, columns = kernel.spec, []
-    for name, _ in spec.shares:
-        if name == "attention":
-            new = state.mass.gather(2, index)
-        elif name == "value":
-            new = value.to(wide(value.dtype)).norm(dim=-1)
-        else:
-            new = recall_error(kernel, state, key, value, pos, decay, fresh)
-        columns.append(new)
-    held = state.score.new_zeros(*index.shape, len(columns))
-    held[:, :, : spec.slots] = state.score
-    return torch.where(fresh[:, None], torch.stack(columns, -1), held).detach()
+    spec = kernel.spec
+    if not spec.slots:
+        return state.score.new_zeros(*index.shape, len(spec.shares))
+    found = {}
+    if spec.measures("attention"):
+        found["attention"] = state.mass.gather(2, index)
+    if spec.measures("recall"):
+        found["recall"] = recall_error(kernel, state, key, value, pos, decay, fresh)
+    if spec.measures("value"):
+        found["value"] = value.to(wide(value.dtype)).norm(dim=-1)
+    if spec.measures("keydiff"):
+        found["keydiff"] = novelty(key, state.key_sum[:, :, None])
+    held = torch.nn.functional.pad(state.score, (0, 0, 0, spec.block))
+    return torch.where(fresh[:, None], scores_from(kernel, found, key, value), held)
 
 
 def recall_error(
@@ -211,15 +255,19 @@ def write(k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor) -> 
     entry = torch.where(p < spec.sinks, p, spec.sinks + p % spec.ring)  # [B]
     here = (torch.arange(spec.positions, device=p.device) == entry[:, None]) & valid[:, None]  # [B, P]
     one = here[:, None, :, None]
-    log_decay = torch.zeros_like(state.decay[:, :, :1])
-    if kernel.log_decay is not None:
-        log_decay = log_decay + kernel.log_decay.to(log_decay.dtype)[:, None]
+    log_decay, own = torch.zeros_like(state.decay[:, :, :1]), log_decays(kernel, k, v)
+    if own is not None:
+        log_decay = log_decay + own
+    key_sum = state.key_sum
+    if spec.measures("keydiff"):
+        key_sum = key_sum + k[:, :, 0] * (valid & (p >= spec.sinks))[:, None, None]
     return state._replace(
         keys=torch.where(one, k, state.keys),
         values=torch.where(one, v, state.values),
         pos=torch.where(here[:, None], p[:, None, None], state.pos),
         decay=torch.where(here[:, None], log_decay, state.decay),
         mass=torch.where(here[:, None], 0.0, state.mass),
+        key_sum=key_sum,
     )
 
 
@@ -231,18 +279,32 @@ def read(q: Tensor, kernel: Kernel, state: State) -> tuple[AttentionOutput, Tens
     s = logits(query, state.keys.to(acc), kernel).masked_fill(
         (state.pos == EMPTY)[:, :, None], -torch.inf
     )  # [B, Hk, G, P]
-    lse = s.logsumexp(-1)
-    exact = (s - lse[..., None]).exp() @ state.values.to(acc)
+    joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None]
+    lse = joined.logsumexp(-1)
+    exact = (joined - lse[..., None]).exp() @ state.values.to(acc)
     exact, lse = add_sink_logits(exact.view(B, H, 1, -1), lse.view(B, H, 1), kernel)
     total = None
     if spec.has_memory:
         assert kernel.map_q is not None
         phi = features(kernel, kernel.map_q, q, state.seen[:, None, None])
         total = (phi.view(B, Hk, H // Hk, -1) @ state.memory).view(B, H, 1, -1)
+        total = weigh_answers(total, phi) if spec.is_delta else total
     out = merge(exact, lse, total, kernel.log_gate)
-    counts = spec.slots and any(name == "attention" for name, _ in spec.shares)
+    counts = spec.measures("attention")
     mass = state.mass + received(s.detach(), spec, state) if counts else state.mass
     return AttentionOutput(out.y.to(q.dtype), *out[1:]), mass
+
+
+def slot_bias(spec: KernelSpec, state: State) -> Tensor:
+    """[B, Hk, P]: log sigmoid(score) where the learned score holds the slot, else 0; the score's only gradient."""
+    share = spec.learned_share
+    assert share is not None
+    capacities = [capacity for _, capacity in spec.shares]
+    first = sum(capacities[:share])
+    score = state.score[:, :, first : first + capacities[share], share]
+    before = spec.sinks + spec.ring + first
+    after = spec.positions - before - capacities[share]
+    return torch.nn.functional.pad(torch.nn.functional.logsigmoid(score), (before, after))
 
 
 def received(s: Tensor, spec: KernelSpec, state: State) -> Tensor:

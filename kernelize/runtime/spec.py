@@ -6,9 +6,12 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
-RULES = ("additive",)
-DECAYS = ("none", "fixed")
-POLICIES = ("attention", "recall", "value", "mixed")
+RULES = ("additive", "delta", "gated_delta")
+DECAYS = ("none", "fixed", "gated")
+STATISTICS = ("attention", "recall", "value", "keydiff")  # what a token's score may be made of
+SCORES = (*STATISTICS, "learned")
+POLICIES = (*SCORES, "mixed")  # and any two scores, "attention+value"
+MIXED = "attention+recall"
 NO_MEMORY = "none"
 
 
@@ -35,6 +38,10 @@ class KernelSpec:
 
     Positions are cut into blocks of `block` tokens, counted from the first token of the sequence; tokens leave
     the window a whole block at a time. `block=1` is the classical sliding window.
+
+    A `policy` is one score, or two joined by "+": the first then decides over `share` of the slots, the second, among
+    those that the first rejects, over the rest. "mixed" stands for "attention+recall". `sink_logits` gives every query
+    head a learned logit that only the normaliser sees.
     """
 
     feature_map: str = "hedgehog"
@@ -46,6 +53,8 @@ class KernelSpec:
     block: int = 16
     decay: str = "fixed"
     rule: str = "additive"
+    share: float = 0.5
+    sink_logits: bool = False
 
     def __post_init__(self) -> None:
         for field in ("feature_dim", "window", "sinks", "slots", "block"):
@@ -58,23 +67,63 @@ class KernelSpec:
                 raise SpecError(f"{field}={getattr(self, field)} is below {low}")
         choose("rule", self.rule, RULES)
         choose("decay", self.decay, DECAYS)
-        choose("policy", self.policy, POLICIES)
         if self.feature_map != NO_MEMORY:
             from .feature_maps import FEATURE_MAPS
 
             choose("feature_map", self.feature_map, (*FEATURE_MAPS, NO_MEMORY))
             FEATURE_MAPS[self.feature_map].check(self.feature_dim)
-        if self.slots and self.policy in ("recall", "mixed") and not self.has_memory:
+        self._check_rule()
+        self._check_policy()
+        if not isinstance(self.sink_logits, bool):
+            raise SpecError(f"sink_logits={self.sink_logits!r} is neither true nor false")
+
+    def _check_rule(self) -> None:
+        if self.is_delta and not self.has_memory:
+            raise SpecError(f"rule={self.rule!r} corrects the memory, but feature_map='none' has no memory")
+        if self.rule == "delta" and self.decay != "none":
+            raise SpecError(f"decay={self.decay!r}, but rule='delta' does not decay; use 'none' or rule='gated_delta'")
+        if self.rule == "gated_delta" and self.decay == "none":
+            raise SpecError("rule='gated_delta' decays; use decay='fixed' or 'gated', or rule='delta'")
+
+    def _check_policy(self) -> None:
+        names = self._score_names()
+        if len(names) > 2 or (len(names) == 2 and (set(names) - set(SCORES) or names[0] == names[1])):
             raise SpecError(
-                f"policy={self.policy!r} ranks tokens by the error of the memory, but feature_map='none' has no "
-                "memory; use policy='attention' or 'value'"
+                f"policy={self.policy!r} is not two different scores of {', '.join(SCORES)} joined by '+', "
+                "as in 'attention+recall'"
             )
+        if len(names) == 1:
+            choose("policy", self.policy, POLICIES)
+        if isinstance(self.share, bool) or not isinstance(self.share, float) or not 0 < self.share < 1:
+            raise SpecError(f"share={self.share!r} is not a number between 0 and 1")
+        if len(names) == 1 and self.share != 0.5:
+            raise SpecError(f"share={self.share} divides slots between two scores; policy={self.policy!r} is one")
+        if self.slots and "recall" in names and not self.has_recall:
+            why = "feature_map='none' has no memory"
+            if self.has_memory:
+                why = f"under rule={self.rule!r} what the memory answers depends on who holds the slots"
+            raise SpecError(
+                f"policy={self.policy!r} ranks tokens by the error of the memory, but {why}; "
+                "use policy='attention', 'value', 'keydiff' or 'learned'"
+            )
+
+    def _score_names(self) -> tuple[str, ...]:
+        return tuple((MIXED if self.policy == "mixed" else str(self.policy)).split("+"))
 
     # --- sizes, in tokens -----------------------------------------------------------------------------------
 
     @property
     def has_memory(self) -> bool:
         return self.feature_map != NO_MEMORY
+
+    @property
+    def is_delta(self) -> bool:
+        return self.rule != "additive"
+
+    @property
+    def has_recall(self) -> bool:
+        """Whether a token's recall error is defined before it is known who holds the slots."""
+        return self.has_memory and not self.is_delta
 
     @property
     def back(self) -> int:
@@ -94,10 +143,27 @@ class KernelSpec:
     @property
     def shares(self) -> tuple[tuple[str, int], ...]:
         """The slots as (score, capacity) in the order in which a token applies for them."""
-        if self.policy == "mixed":
-            half = self.slots // 2
-            return (("attention", self.slots - half), ("recall", half))
-        return ((self.policy, self.slots),)
+        names = self._score_names()
+        if len(names) == 1:
+            return ((names[0], self.slots),)
+        second = int(self.slots * (1 - self.share) + 1e-9)
+        return ((names[0], self.slots - second), (names[1], second))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the learned score reads, besides keys and values."""
+        return tuple(s for s in STATISTICS if s != "recall" or self.has_recall)
+
+    def measures(self, statistic: str) -> bool:
+        """Whether some score needs `statistic` of every token."""
+        names = self._score_names() if self.slots else ()
+        return statistic in names or ("learned" in names and statistic in self.statistics)
+
+    @property
+    def learned_share(self) -> int | None:
+        """The index in `shares` of the learned score, if the policy has it."""
+        names = self._score_names() if self.slots else ()
+        return names.index("learned") if "learned" in names else None
 
     # --- data -----------------------------------------------------------------------------------------------
 

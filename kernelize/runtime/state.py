@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import KernelSpec
 
 EMPTY = -1  # the position of an entry that holds no token
+UNIT_SOFTPLUS = math.log(math.e - 1)  # softplus of this is 1
+TINY = 1e-6  # keeps the logarithm of a statistic finite
 
 
 class Kernel(NamedTuple):
@@ -24,6 +28,11 @@ class Kernel(NamedTuple):
     log_decay: Tensor | None  # [Hk], log of the factor a folded token puts on all earlier ones, <= 0
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sink_logits: Tensor | None = None  # [H], logits that only the normaliser sees
+    decay_weight: Tensor | None = None  # [Hk, 2D], read-out of key and value: a token's own share of log_decay
+    beta_weight: Tensor | None = None  # [Hk, D], read-out of the key: how far the delta rule corrects
+    beta_bias: Tensor | None = None  # [Hk]
+    score_weight: Tensor | None = None  # [Hk, S + 2D], read-out of S statistics, key and value: the learned score
+    score_bias: Tensor | None = None  # [Hk]
 
 
 class AttentionOutput(NamedTuple):
@@ -50,6 +59,7 @@ class State(NamedTuple):
     score: Tensor  # [B, Hk, slots, shares] the scores that slot holders hold their places by
     memory: Tensor  # [B, Hk, F, D + 1] the last column is the normaliser
     seen: Tensor  # [B] int64, valid tokens so far
+    key_sum: Tensor  # [B, Hk, D] of all tokens but the sinks; [B, Hk, 0] where no score asks for it
 
     def map(self, f: Callable[[Tensor], Tensor]) -> State:
         return State(*map(f, self))
@@ -78,6 +88,7 @@ def empty_state(spec: KernelSpec, key: Tensor, value: Tensor) -> State:
         score=key.new_zeros(B, Hk, spec.slots, len(spec.shares), dtype=acc),
         memory=key.new_zeros(B, Hk, features, Dv + 1, dtype=acc),
         seen=torch.zeros(B, dtype=torch.int64, device=key.device),
+        key_sum=key.new_zeros(B, Hk, D if spec.measures("keydiff") else 0, dtype=acc),
     )
 
 
@@ -123,3 +134,82 @@ def add_sink_logits(exact: Tensor, lse: Tensor, kernel: Kernel) -> tuple[Tensor,
 def features(kernel: Kernel, mapping: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor) -> Tensor:
     """phi of x [B, H, T, D], scaled so that its target is exp(q·k·scaling); pos [B, 1 or H, T] -> [B, H, T, F]."""
     return mapping(x.to(wide(x.dtype)) * kernel.scaling**0.5, pos)
+
+
+# --- read-outs: token-wise, so that a layer still needs nothing but q, k, v -----------------------------------
+
+
+def read_out(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, Hk, T, D] against one vector a key head, weight [Hk, D] -> [B, Hk, T]."""
+    return (x @ weight.to(x.dtype)[:, :, None])[..., 0]
+
+
+def log_decays(kernel: Kernel, k: Tensor, v: Tensor) -> Tensor | None:
+    """Each token's own log decay, [B, Hk, T] or [Hk, 1], of k and v [B, Hk, T, D]; None where nothing decays.
+
+    Gated (arXiv:2312.06635, one number a head): the head's rate times softplus of a read-out, which starts at 1.
+    """
+    if kernel.log_decay is None:
+        return None
+    acc = wide(k.dtype)
+    rate = kernel.log_decay.to(acc)[:, None]
+    if kernel.decay_weight is None:
+        return rate
+    x = torch.cat([k, v], -1).to(acc)
+    return rate * F.softplus(read_out(x, kernel.decay_weight) + UNIT_SOFTPLUS)
+
+
+def betas(kernel: Kernel, k: Tensor) -> Tensor:
+    """Of k [B, Hk, T, D]: the share of its error that the delta rule corrects, [B, Hk, T] in (0, 1)."""
+    assert kernel.beta_weight is not None
+    assert kernel.beta_bias is not None
+    k = k.to(wide(k.dtype))
+    return torch.sigmoid(read_out(k, kernel.beta_weight) + kernel.beta_bias.to(k.dtype)[:, None])
+
+
+def unit(phi: Tensor) -> Tensor:
+    """Features of length one: a token then recalls its own value, if beta is one."""
+    return phi / length(phi)
+
+
+def length(phi: Tensor) -> Tensor:  # [..., F] -> [..., 1]
+    return phi.norm(dim=-1, keepdim=True).clamp(min=1e-18)  # its square is still a float32
+
+
+def weigh_answers(total: Tensor, phi_q: Tensor) -> Tensor:
+    """Delta: total [..., D + 1] = phi_q P, its numerator as if `mass` tokens had given the memory's answer.
+
+    The last column of P is additive under every rule, so the weight of the memory stays positive; the answer itself
+    is read with phi_q [..., F] of length one.
+    """
+    mass = total[..., -1:]
+    return torch.cat([total[..., :-1] * (mass / length(phi_q)), mass], -1)
+
+
+def novelty(key: Tensor, key_sum: Tensor) -> Tensor:
+    """How unlike the mean key a key is (KeyDiff, arXiv:2504.15364): −cos, [...] of [..., D] and [..., D]."""
+    return -F.cosine_similarity(key.to(key_sum.dtype), key_sum, dim=-1)
+
+
+def learned_score(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+    """The read-out [B, Hk, X] of `spec.statistics` [B, Hk, X], keys and values [B, Hk, X, D].
+
+    Its gradient reaches the weights alone.
+    """
+    assert kernel.score_weight is not None
+    assert kernel.score_bias is not None
+    acc = wide(key.dtype)
+    columns = [
+        statistics[name] if name == "keydiff" else (statistics[name] + TINY).log() for name in kernel.spec.statistics
+    ]
+    x = torch.cat([torch.stack(columns, -1), key.to(acc), value.to(acc)], -1).detach()
+    return read_out(x, kernel.score_weight) + kernel.score_bias.to(acc)[:, None]
+
+
+def scores_from(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+    """[B, Hk, X, shares]: the score of every share, from what has been measured of tokens [B, Hk, X]."""
+    columns = [
+        learned_score(kernel, statistics, key, value) if name == "learned" else statistics[name].detach()
+        for name, _ in kernel.spec.shares
+    ]
+    return torch.stack(columns, -1)
