@@ -266,10 +266,11 @@ def test_opposite_directions_lower_the_variance():
     assert weight_error("favor_hyperbolic", 128)[0] < weight_error("favor", 128)[0]
 
 
-@pytest.mark.parametrize(("name", "sizes"), [
-    ("nystrom", (4, 16, 64)), ("lowrank", (2, 8, 64)), ("codebook", (4, 16, 64)), ("taylor", (6, 21, 45)),
+@pytest.mark.parametrize(("name", "sizes", "share"), [
+    ("nystrom", (4, 16, 64), 0.1), ("taylor", (6, 21, 45), 0.1), ("lowrank", (2, 8, 64), 0.5),
+    ("codebook", (4, 16, 64), 0.7),  # nearest centres: in 8 dimensions 16 times as many halve no distance
 ])  # fmt: skip
-def test_error_falls_with_rank(name, sizes):
+def test_error_falls_with_rank(name, sizes, share):
     errors = [output_error(name, size) for size in sizes]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[0] / 2
+    assert errors[-1] < share * errors[0]
