@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .train import TrainResult
 
-CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 4
+CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
 
 
 def check_output(output: str | Path, overwrite: bool = False) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -269,7 +268,7 @@ def test_demo_compares_four_models_and_writes_a_checkpoint(folder, tmp_path, cap
     from kernelize.recipe import Recipe
 
     monkeypatch.setattr(demo, "load_recipe", lambda name: Recipe.from_yaml(RECIPE))
-    monkeypatch.setattr(demo, "check", partial(demo.check, only=["chunked prefill", "state bytes"]))
+    monkeypatch.setattr(demo, "CHECKS", ("chunked prefill", "state bytes"))
     options = ["--source", folder / "source", "-o", tmp_path / "out", "--json", tmp_path / "demo.json"]
     assert run("demo", *options) == 0
     found = json.loads((tmp_path / "demo.json").read_text())
