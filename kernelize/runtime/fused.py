@@ -1,0 +1,333 @@
+"""The operation in Triton kernels: same signature as `reference.attend` and `chunked.attend`.
+
+The stages are those of chunked.py, each over the whole length at once:
+
+1. rows on their own block grid: nothing to do for a new sequence without padding (`fresh`), else `chunked.align`;
+2. scores of the tokens that leave, and from them every token's lifetime (fused_select.py);
+3. the exact branch over sinks, window and slot holders (fused_exact.py);
+4. the memory over the tokens in the order of their deaths, merged with it (fused_memory.py).
+
+`supports` says what the kernels cannot do; `ops` then takes chunked.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked import Grid, align
+from .fused_exact import Exact, ExactFunction
+from .fused_map import mapped
+from .fused_memory import MemoryFunction, order_of, recall_errors
+from .fused_select import TILE, Lives, lifetimes, received
+from .fused_triton import interpreted, rows_first, triton
+from .reference import take
+from .spec import KernelSpec
+from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST = 256  # channels or features of a head
+POLICIES = ("attention", "recall", "value")
+MOST_SLOTS = 1024
+
+
+def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the fused kernels cannot compute this, or None if they can; q [B, H, T, D], k and v [B, Hk, T, D]."""
+    spec = kernel.spec
+    if triton is None:
+        return "Triton is not installed"
+    if not q.is_cuda and not interpreted():
+        return f"the tensors are on {q.device.type}, not on a GPU"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
+    if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
+        return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
+    return unsupported(spec)
+
+
+def unsupported(spec: KernelSpec) -> str | None:
+    """What the kernels lack for a spec, whatever the tensors."""
+    if spec.block > TILE or spec.block & (spec.block - 1):
+        return f"block={spec.block} is not a power of two up to {TILE}"
+    if spec.slots > MOST_SLOTS:
+        return f"slots={spec.slots} are more than {MOST_SLOTS}"
+    if spec.has_memory and spec.feature_dim > WIDEST:
+        return f"feature_dim={spec.feature_dim} is above {WIDEST}"
+    if spec.rule != "additive":
+        return f"rule={spec.rule!r} is not 'additive'"
+    if spec.has_memory and spec.decay not in ("none", "fixed"):
+        return f"decay={spec.decay!r} is not 'none' or 'fixed'"
+    others = [name for name, _ in spec.shares if spec.slots and name not in POLICIES]
+    return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel,
+    state: State | None = None,
+    valid: Tensor | None = None,
+    branches: bool = True,
+) -> tuple[AttentionOutput, State]:
+    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
+
+    Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty.
+    """
+    store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
+    phi_q, phi_k = feature_maps(store, kernel)
+    clock, clock_end = clocks(store, kernel)
+    lives, scores = select(store, kernel, phi_k, clock, clock_end)
+    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, kernel.scaling, kernel.softcap)
+    exact, lse = add_sink_logits(*ExactFunction.apply(store.q, store.k, store.v, given), kernel)
+    exact = exact.to(q.dtype)
+    if not kernel.spec.has_memory:
+        out = AttentionOutput(exact, exact, lse, torch.zeros_like(exact), torch.full_like(lse, -torch.inf))
+        return store.unalign(out), final_state(store, kernel, lives, scores, clock, clock_end, store.state.memory)
+    assert kernel.log_gate is not None
+    order = order_of(lives.order, kernel.spec.block, decays(store, kernel))
+    y, memory, memory_lse, total = MemoryFunction.apply(
+        phi_q, phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, kernel.log_gate.float(), order,
+        branches or torch.is_grad_enabled(),
+    )  # fmt: skip
+    out = AttentionOutput(y, exact, lse, memory, memory_lse)
+    return store.unalign(out), final_state(store, kernel, lives, scores, clock, clock_end, total)
+
+
+# --- 1. the store -------------------------------------------------------------------------------------------
+
+
+class Store(NamedTuple):
+    """All keys and values that a call can read, and its queries on their rows' block grid.
+
+    The store is [sinks | old slots | ring | new tokens], coordinate c at front + c; for a new sequence just its tokens.
+    """
+
+    q: Tensor  # [B, H, W, D]
+    k: Tensor  # [B, Hk, X, D]
+    v: Tensor  # [B, Hk, X, D]
+    bounds: Tensor  # [B, 4] int32: first and end coordinate of the tokens, first new query, position of coordinate 0
+    last: Tensor  # [B] the last block that has begun at the end (−1: none of this call)
+    seen: Tensor  # [B] valid tokens at the end
+    front: int
+    old: int  # slots that the store holds
+    state: State  # before the call
+    grid: Grid | None  # None: a new sequence without padding
+
+    @property
+    def n(self) -> int:
+        return -(-self.q.shape[2] // TILE)
+
+    @property
+    def pos(self) -> Tensor:
+        """[B, 1, X] positions as far as the feature maps need them; sinks and empty places have any."""
+        lead = self.bounds[:, 3:].long() - self.front
+        return (lead + torch.arange(self.k.shape[2], device=self.k.device))[:, None]
+
+    def unalign(self, out: AttentionOutput) -> AttentionOutput:
+        if self.grid is None:
+            return out
+        return AttentionOutput(*(self.grid.unalign(x) if x.numel() else x for x in out))
+
+
+@lru_cache(maxsize=64)
+def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(bounds, last, seen) of new sequences of T tokens."""
+    bounds = torch.tensor([[sinks, T, 0, 0]], dtype=torch.int32).repeat(B, 1)
+    last, seen = (torch.full((B,), x, dtype=torch.int64) for x in ((T - 1) // block, T))
+    return bounds.to(device), last.to(device), seen.to(device)
+
+
+def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:
+    spec = kernel.spec
+    bounds, last, seen = fresh_bounds(q.shape[0], spec.sinks, q.shape[2], spec.block, q.device)
+    q, k, v = (rows_first(x) for x in (q, k, v))
+    return Store(q, k, v, bounds, last, seen, 0, 0, empty_state(spec, k, v), None)
+
+
+def resumed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None, valid: Tensor | None) -> Store:
+    spec = kernel.spec
+    state = empty_state(spec, k, v) if state is None else state
+    grid = align(q, k, v, kernel, state, valid, aligned=False)
+    slots = slice(spec.sinks + spec.ring, spec.positions)
+    key = torch.cat([grid.sink_k, state.keys[:, :, slots], grid.k], 2)
+    value = torch.cat([grid.sink_v, state.values[:, :, slots], grid.v], 2)
+    begun = state.seen % spec.block > 0  # the ring's newest block is the one at coordinate 0
+    low = torch.where(begun, -spec.back * spec.block, -spec.ring)
+    low = torch.maximum(low, spec.sinks - grid.base).clamp(min=-grid.front)
+    bounds = torch.stack([low, grid.seen - grid.base, state.seen - grid.base, grid.base], 1).int()
+    front = spec.sinks + spec.slots + grid.front
+    return Store(grid.q.contiguous(), key, value, bounds, grid.last, grid.seen, front, spec.slots, state, grid)
+
+
+def feature_maps(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """phi of all queries [B, H, W, F] and of the store [B, Hk, X, F]; without a memory, nothing."""
+    if kernel.map_q is None or kernel.map_k is None:
+        return store.q[..., :0], store.k[..., :0]
+    dtype = torch.float32 if store.q.dtype == torch.float32 else torch.bfloat16  # features outgrow float16
+    at = store.bounds[:, 3:].long() + torch.arange(store.q.shape[2], device=store.q.device)
+    phi_q = mapped(kernel, kernel.map_q, store.q, at[:, None], dtype)
+    if store.grid is None:
+        return phi_q, mapped(kernel, kernel.map_k, store.k, store.pos, dtype)
+    slots = slice(kernel.spec.positions - store.old, kernel.spec.positions)
+    pos = store.pos.expand(-1, store.k.shape[1], -1).clone()
+    pos[:, :, kernel.spec.sinks : kernel.spec.sinks + store.old] = store.state.pos[:, :, slots]
+    return phi_q, mapped(kernel, kernel.map_k, store.k, pos, dtype)
+
+
+def decays(store: Store, kernel: Kernel) -> bool:
+    """Without a decay the clock stands still, also for a state that was made without."""
+    return kernel.log_decay is not None
+
+
+def clocks(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """The clock at which each token was folded [B, Hk, X], and that at the end of each block [B, Hk, blocks]."""
+    spec, (B, Hk, X, _) = kernel.spec, store.k.shape
+    blocks = store.n * TILE // spec.block
+    if kernel.log_decay is None:
+        return store.k.new_zeros(B, Hk, 1, dtype=torch.float32).expand(-1, -1, X), store.k.new_zeros(
+            B, Hk, blocks, dtype=torch.float32
+        )
+    low, high = store.bounds[:, :1].long(), store.bounds[:, 1:2].long()
+    end = torch.minimum(torch.arange(1, blocks + 1, device=low.device), store.last[:, None] + 1)
+    folded_end = torch.minimum(end * spec.block - spec.ring, high) - low
+    folded = torch.minimum(torch.arange(X, device=low.device) - store.front + 1, high) - low
+    rate = kernel.log_decay.float().view(1, -1, 1)
+    clock = folded.clamp(min=0)[:, None] * rate
+    if store.old:
+        slots = slice(spec.positions - store.old, spec.positions)
+        held = -store.state.decay[:, :, slots]
+        clock = torch.cat([clock[:, :, : spec.sinks], held, clock[:, :, spec.sinks + store.old :]], 2)
+    return clock.contiguous(), (folded_end.clamp(min=0)[:, None] * rate).contiguous()
+
+
+# --- 2. who holds a slot ------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    of_share: list[Tensor]  # a share: [R, X] float32
+    mass: Tensor | None  # [B, Hk, X] attention received so far, where a share asks for it
+
+
+def leaving(store: Store, spec: KernelSpec) -> Tensor:
+    """[R, n·tile] int32: the tokens by the block at which they leave the window, −1 where none does."""
+    c = torch.arange(store.n * TILE, device=store.k.device, dtype=torch.int32)
+    block, c = c // spec.block, c - spec.ring
+    here = (c >= store.bounds[:, :1]) & (c < store.bounds[:, 1:2]) & (block <= store.last[:, None])
+    index = torch.where(here, store.front + c, EMPTY)  # [B, n·tile]
+    return index[:, None].expand(-1, store.k.shape[1], -1).flatten(0, 1).contiguous()
+
+
+@torch.no_grad()
+def select(store: Store, kernel: Kernel, phi_k: Tensor, clock: Tensor, clock_end: Tensor) -> tuple[Lives, Scores]:
+    spec, applicants = kernel.spec, leaving(store, kernel.spec)
+    if not spec.slots:
+        return lifetimes(spec, applicants, [], applicants[:, :0]), Scores([], None)
+    asked = any(name == "attention" for name, _ in spec.shares)
+    mass = mass_of(store, kernel) if asked else None
+    scores = []
+    for share, (name, _) in enumerate(spec.shares):
+        if name == "attention":
+            assert mass is not None
+            new = mass
+        elif name == "value":
+            new = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
+        else:
+            new = errors_of(store, kernel, applicants, phi_k, clock, clock_end)
+        scores.append(with_holders(new, share, store, spec).flatten(0, 1))
+    return lifetimes(spec, applicants, scores, old_slots(store, spec)), Scores(scores, mass)
+
+
+def with_holders(new: Tensor, share: int, store: Store, spec: KernelSpec) -> Tensor:
+    """New scores [B, Hk, X], with those that the holders brought along in their places."""
+    if not store.old:
+        return new
+    held = store.state.score[..., share]
+    return torch.cat([new[:, :, : spec.sinks], held, new[:, :, spec.sinks + store.old :]], 2)
+
+
+def old_slots(store: Store, spec: KernelSpec) -> Tensor:
+    """[R, old] int32: where the store has the state's slot holders, −1 for an empty slot."""
+    pos = store.state.pos[:, :, spec.positions - store.old :].flatten(0, 1)
+    index = spec.sinks + torch.arange(store.old, device=pos.device)
+    return torch.where(pos == EMPTY, EMPTY, index).int()
+
+
+def mass_of(store: Store, kernel: Kernel) -> Tensor:
+    mass = received(kernel, store.q, store.k, store.bounds, store.front)
+    if store.grid is not None:
+        mass[:, :, store.front - store.grid.front :] += store.grid.mass
+    return mass
+
+
+def errors_of(
+    store: Store, kernel: Kernel, applicants: Tensor, phi_k: Tensor, clock: Tensor, clock_end: Tensor
+) -> Tensor:
+    """What the memory of all earlier blocks misses of each leaving token, [B, Hk, X]."""
+    spec, memory = kernel.spec, store.state.memory
+    if store.old:
+        held = slice(spec.sinks, spec.sinks + store.old)
+        there = (store.state.pos[:, :, spec.positions - store.old :] != EMPTY)[..., None]
+        phi = phi_k[:, :, held].float() * (-clock[:, :, held, None]).exp() * there
+        value = store.v[:, :, held].float()
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        memory = memory + phi.mT @ value
+    order = order_of(applicants, spec.block, decays(store, kernel))
+    return recall_errors(order, phi_k, store.v, clock.contiguous(), clock_end, memory).view(clock.shape)
+
+
+# --- the state afterwards -----------------------------------------------------------------------------------
+
+
+def final_state(
+    store: Store, kernel: Kernel, lives: Lives, scores: Scores, clock: Tensor, clock_end: Tensor, memory: Tensor
+) -> State:
+    """The state after the call; slots in the order of their scores."""
+    spec, (B, Hk, X, _), device = kernel.spec, store.k.shape, store.k.device
+    low, high, _, base = (x[:, None].long() for x in store.bounds.unbind(1))
+    sink = torch.arange(spec.sinks, device=device).expand(B, -1)
+    sink = torch.where(sink < store.seen[:, None], sink, EMPTY)
+
+    r = torch.arange(spec.ring, device=device)
+    newest = (base // spec.block + store.last[:, None]) * spec.block + spec.block - 1  # [B, 1]
+    p = newest - (newest - r) % spec.ring - base  # the coordinate that belongs at entry r
+    ring = torch.where((p >= low) & (p < high) & (p + base >= 0), store.front + p, EMPTY)
+    index = torch.cat([sink, ring], 1)[:, None].expand(-1, Hk, -1)
+    index = torch.cat([index, lives.holders.view(B, Hk, -1).long()], 2)  # [B, Hk, P] in the store
+    here, at = index != EMPTY, index.clamp(min=0)
+    in_ring, slots = at[:, :, spec.sinks : spec.sinks + spec.ring], at[:, :, spec.sinks + spec.ring :]
+    decay = torch.zeros(B, Hk, spec.positions, device=device)
+    if kernel.log_decay is not None:
+        rate = kernel.log_decay.float().view(1, -1, 1).expand_as(in_ring)
+        age = (clock_end[:, :, -1:] - clock.gather(2, slots)).clamp(max=0)
+        decay = torch.cat([decay[:, :, : spec.sinks], rate, age], 2) * here
+    mass = torch.zeros_like(decay)
+    if scores.mass is not None:
+        mass[:, :, spec.sinks : spec.sinks + spec.ring] = scores.mass.gather(2, in_ring)
+    score = [x.view(B, Hk, X).gather(2, slots) for x in scores.of_share]
+    return store.state._replace(
+        keys=take(store.k, at) * here[..., None],
+        values=take(store.v, at) * here[..., None],
+        pos=torch.where(here, positions_at(store, spec, at), EMPTY),
+        decay=decay,
+        mass=mass * here,
+        score=torch.stack(score, -1) * here[:, :, spec.sinks + spec.ring :, None] if score else store.state.score,
+        memory=memory,
+        seen=store.seen,
+    )
+
+
+def positions_at(store: Store, spec: KernelSpec, at: Tensor) -> Tensor:
+    """Positions of the tokens at the indices `at` [B, Hk, P] of the store."""
+    pos = at + (store.bounds[:, 3].long() - store.front)[:, None, None]
+    if store.grid is None:
+        return pos
+    held = at - spec.sinks
+    if store.old:
+        holders = store.state.pos[:, :, spec.positions - store.old :]
+        old = holders.gather(2, held.clamp(0, store.old - 1))
+        pos = torch.where((held >= 0) & (held < store.old), old, pos)
+    return torch.where(held < 0, at, pos)

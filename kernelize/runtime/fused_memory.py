@@ -1,0 +1,647 @@
+"""The memory branch: a linear attention over the tokens in the order of their deaths, merged with the exact branch.
+
+Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
+tiles: each segment's own gain first (all at once), then a scan over the few segments, then every segment walks its
+tiles with the memory in registers. M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when
+block b's predecessors have been folded, edge(i) is clock_end of the block before tile i, and M stands at edge.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fused_select import TILE
+from .fused_triton import constexpr, jit, power_of_two, precision, tl
+
+PROGRAMS = 264  # that fill the largest GPUs: two a multiprocessor
+STATE = 16384  # entries of M that one program holds in registers
+
+
+@jit
+def entries(
+    Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, e,
+    F: constexpr, D: constexpr, TILE: constexpr, DECAY: constexpr,
+):  # fmt: skip
+    """(index, phi [TILE, F], phi of the features `f`, v of the channels `d`, clock) of the entries of one tile."""
+    j = tile * TILE + tl.arange(0, TILE)
+    index = tl.load(Order + row * length + j, mask=j < length, other=-1).to(tl.int64)
+    here = index >= 0
+    phi = tl.load(Phi + (row * X + index)[:, None] * F + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
+    v = tl.load(V + b * svb + h * svh + index[:, None] * svt + d[None, :], mask=here[:, None] & (d < D)[None, :],
+                other=0.0)  # fmt: skip
+    clock = tl.zeros([TILE], tl.float32)
+    if DECAY:
+        clock = tl.load(Clock + row * X + index, mask=here, other=0.0)
+    return index, here, phi, v.to(phi.dtype), clock
+
+
+@jit
+def gain_kernel(
+    Order, Phi, V, Clock, Edge, Out,
+    svb, svh, svt, X, n, length, segments, tiles, kv_heads,
+    F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, DECAY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """What one segment adds to the memory, as it stands at the segment's end."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
+    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
+        _, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            shrink = tl.exp(after - before)
+            acc, norm = acc * shrink, norm * shrink
+            phi = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
+        acc += tl.dot(tl.trans(phi), v, input_precision=PRECISION)
+        norm += tl.sum(phi.to(tl.float32), 0)
+    out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
+    tl.store(out[:, None] + d[None, :], acc, mask=(f < F)[:, None] & (d < D)[None, :])
+    if part == 0:
+        tl.store(out + D, norm, mask=f < F)
+
+
+@jit
+def near_weights(
+    block, first, here, now, clock, TILE: constexpr, BLOCK: constexpr, STRICT: constexpr, DECAY: constexpr
+):
+    """Weights [rows, TILE] of a tile's entries for queries of the blocks `block`, whose clock is `now`."""
+    theirs = first + tl.arange(0, TILE) // BLOCK
+    if STRICT:
+        seen = theirs[None, :] < block[:, None]
+    else:
+        seen = theirs[None, :] <= block[:, None]
+    seen = seen & here[None, :]
+    if DECAY:
+        return tl.where(seen, tl.exp(tl.minimum(now[:, None] - clock[None, :], 0.0)), 0.0)
+    else:
+        return tl.where(seen, 1.0, 0.0)
+
+
+@jit
+def recall_kernel(
+    Order, Phi, V, Clock, ClockEnd, Edge, Memory, Out,
+    svb, svh, svt, X, n, length, segments, tiles, kv_heads,
+    F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
+    PRECISION: constexpr,
+):  # fmt: skip
+    """‖v − answer‖² over the channels of one part, of what the memory of all earlier blocks answers to each token."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
+    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    norm = tl.load(start + D, mask=f < F, other=0.0)
+    blocks = n * (TILE // BLOCK)
+    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
+        index, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        first = tile * (TILE // BLOCK)
+        block = first + tl.arange(0, TILE) // BLOCK
+        now = tl.zeros([TILE], tl.float32)
+        far = now + 1.0
+        before, after = 0.0, 0.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            now = tl.load(ClockEnd + row * blocks + block - 1, mask=block > 0, other=0.0)
+            far = tl.exp(tl.minimum(now - before, 0.0))
+        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, True, DECAY)
+        a = tl.dot(phi, tl.trans(phi), input_precision=PRECISION) * weight
+        total = tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
+        total += tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * far[:, None]
+        z = tl.sum(a, 1) + tl.sum(phi.to(tl.float32) * norm[None, :], 1) * far
+        answer = tl.where((z > 1.1754943508222875e-38)[:, None], total / tl.where(z > 0, z, 1.0)[:, None], 0.0)
+        error = v.to(tl.float32) - answer
+        error = tl.sum(tl.where((d < D)[None, :], error * error, 0.0), 1)
+        tl.store(Out + (part * tl.num_programs(2) + row) * X + index, error, mask=here)
+        gone = phi
+        if DECAY:
+            shrink = tl.exp(after - before)
+            acc, norm = acc * shrink, norm * shrink
+            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
+        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
+        norm += tl.sum(gone.to(tl.float32), 0)
+
+
+@jit
+def memory_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Memory, Exact, Lse, Gate, Y, Branch, BranchLse,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Reads the memory for every query and merges: y, and where asked for the memory alone with its normaliser."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
+    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    norm = tl.load(start + D, mask=f < F, other=0.0)
+    blocks = n * (TILE // BLOCK)
+    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
+        _, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        first = tile * (TILE // BLOCK)
+        at = tile * TILE + tl.arange(0, TILE)
+        block = at // BLOCK
+        now = tl.zeros([TILE], tl.float32)
+        far = now + 1.0
+        before, after = 0.0, 0.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            now = tl.load(ClockEnd + row * blocks + block)
+            far = tl.exp(tl.minimum(now - before, 0.0))
+        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
+        low = acc.to(phi.dtype)
+        for g in range(G):
+            out = (row * G + g) * W + at
+            live = at < W
+            wide = live[:, None] & (d < D)[None, :]
+            phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
+            a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
+            total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
+            total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
+            z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
+            filled = z > 1.1754943508222875e-38
+            safe = tl.where(filled, z, 1.0)
+            memory = tl.where(filled[:, None], total / safe[:, None], 0.0)
+            lse = tl.where(filled, tl.log(safe) + tl.load(Gate + h * G + g), float("-inf"))
+            exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
+            share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
+            y = share * exact + (1 - share) * memory
+            tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
+            if BRANCHES:
+                tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
+                if part == 0:
+                    tl.store(BranchLse + out, lse, mask=live)
+        gone = phi
+        if DECAY:
+            shrink = tl.exp(after - before)
+            acc, norm = acc * shrink, norm * shrink
+            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
+        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
+        norm += tl.sum(gone.to(tl.float32), 0)
+
+
+# --- backward -----------------------------------------------------------------------------------------------
+
+
+@jit
+def merge_grad_kernel(
+    Grad, GradBranch, GradBranchLse, Exact, Lse, Branch, BranchLse, Gate, GradExact, GradLse, Down, Row, GradGate,
+    W, heads, D: constexpr, DP: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Through y = w exact + (1 − w) memory: gradients of exact and its lse, of the memory (Down), and two numbers a row.
+
+    With N, n the memory's numerator and normaliser, dN = Down / n and dn = c / n; Row holds 1/n and c.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    at, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, DP)
+    out, live = row * W + at, at < W
+    where = out[:, None] * D + d[None, :]
+    wide = live[:, None] & (d < D)[None, :]
+    g = tl.load(Grad + where, mask=wide, other=0.0).to(tl.float32)
+    g_branch = tl.load(GradBranch + where, mask=wide, other=0.0).to(tl.float32)
+    exact = tl.load(Exact + where, mask=wide, other=0.0).to(tl.float32)
+    memory = tl.load(Branch + where, mask=wide, other=0.0).to(tl.float32)
+    lse = tl.load(BranchLse + out, mask=live, other=float("-inf"))
+    share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)
+    turn = tl.sum(g * (exact - memory), 1) * share * (1 - share)
+    filled = lse > float("-inf")
+    g_lse = tl.where(filled, tl.load(GradBranchLse + out, mask=live, other=0.0) - turn, 0.0)
+    down = tl.where(filled[:, None], (1 - share)[:, None] * g + g_branch, 0.0)
+    tl.store(GradExact + where, (share[:, None] * g).to(GradExact.dtype.element_ty), mask=wide)
+    tl.store(GradLse + out, turn, mask=live)
+    tl.store(Down + where, down.to(Down.dtype.element_ty), mask=wide)
+    inverse = tl.where(filled, tl.exp(tl.load(Gate + row % heads) - tl.where(filled, lse, 0.0)), 0.0)
+    tl.store(Row + out * 2, inverse, mask=live)
+    tl.store(Row + out * 2 + 1, g_lse - tl.sum(down * memory, 1), mask=live)
+    tl.store(GradGate + out, g_lse, mask=live)
+
+
+@jit
+def phi_q_grad_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Memory, Down, Row, GradPhiQ, GradClock,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Gradient of phi(q), for FB of its features; walks forward like `memory_kernel`."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
+    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
+    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    norm = tl.load(start + D, mask=f < F, other=0.0)
+    blocks = n * (TILE // BLOCK)
+    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
+        _, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        first = tile * (TILE // BLOCK)
+        at = tile * TILE + tl.arange(0, TILE)
+        block = at // BLOCK
+        now = tl.zeros([TILE], tl.float32)
+        far = now + 1.0
+        before, after = 0.0, 0.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            now = tl.load(ClockEnd + row * blocks + block)
+            far = tl.exp(tl.minimum(now - before, 0.0))
+        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
+        low = acc.to(phi.dtype)
+        for g in range(G):
+            out = (row * G + g) * W + at
+            live = at < W
+            down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+            inverse = tl.load(Row + out * 2, mask=live, other=0.0)
+            c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
+            a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
+            total = tl.dot(a.to(phi.dtype), phi, input_precision=PRECISION)
+            total += (tl.dot(down, tl.trans(low), input_precision=PRECISION) + c[:, None] * norm[None, :]) * far[
+                :, None
+            ]
+            total = total * inverse[:, None]
+            where = out[:, None] * F + f[None, :]
+            wide = live[:, None] & (f < F)[None, :]
+            tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=wide)
+            if DECAY:
+                phi_q = tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32)
+                turn = tl.sum(phi_q * total, 1)
+                tl.store(GradClock + part * tl.num_programs(2) * G * W + out, turn, mask=live)
+        gone = phi
+        if DECAY:
+            shrink = tl.exp(after - before)
+            acc, norm = acc * shrink, norm * shrink
+            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
+        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
+        norm += tl.sum(gone.to(tl.float32), 0)
+
+
+@jit
+def queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G: constexpr, F: constexpr, D: constexpr):
+    """(phi(q), Down, c) of one head's tile; phi(q) is divided by the normaliser."""
+    out, live = (row * G + g) * W + at, at < W
+    phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
+    down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    inverse = tl.load(Row + out * 2, mask=live, other=0.0)
+    c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
+    return (phi_q * inverse[:, None]).to(phi_q.dtype), down, c
+
+
+@jit
+def reverse_gain_kernel(
+    PhiQ, ClockEnd, Edge, Down, Row, Out,
+    W, n, segments, tiles,
+    G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """What one segment's queries add to the gradient of the memory at the segment's start."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
+    blocks = n * (TILE // BLOCK)
+    stop = tl.minimum((segment + 1) * tiles, n)
+    for step in tl.range(stop - segment * tiles):
+        tile = stop - 1 - step
+        at = tile * TILE + tl.arange(0, TILE)
+        far = tl.zeros([TILE], tl.float32) + 1.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            acc, norm = acc * tl.exp(after - before), norm * tl.exp(after - before)
+            far = tl.exp(tl.minimum(tl.load(ClockEnd + row * blocks + at // BLOCK) - before, 0.0))
+        for g in range(G):
+            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
+            if DECAY:
+                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
+            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
+            norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
+    out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
+    tl.store(out[:, None] + d[None, :], acc, mask=(f < F)[:, None] & (d < D)[None, :])
+    if part == 0:
+        tl.store(out + D, norm, mask=f < F)
+
+
+@jit
+def phi_k_grad_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, GradMemory, Down, Row, GradPhi,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Gradient of phi(k), for FB of its features; walks backward with the gradient of the memory."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
+    start = GradMemory + (row * (segments + 1) + segment + 1) * F * (D + 1) + f * (D + 1)
+    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    norm = tl.load(start + D, mask=f < F, other=0.0)
+    blocks = n * (TILE // BLOCK)
+    stop = tl.minimum((segment + 1) * tiles, n)
+    for step in tl.range(stop - segment * tiles):
+        tile = stop - 1 - step
+        index, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        first = tile * (TILE // BLOCK)
+        at = tile * TILE + tl.arange(0, TILE)
+        block = at // BLOCK
+        now = tl.zeros([TILE], tl.float32)
+        far, late, shrink = now + 1.0, now + 1.0, 1.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            now = tl.load(ClockEnd + row * blocks + block)
+            far, late = tl.exp(tl.minimum(now - before, 0.0)), tl.exp(tl.minimum(after - clock, 0.0))
+            shrink = tl.exp(after - before)
+        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
+        total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
+        acc, norm = acc * shrink, norm * shrink
+        for g in range(G):
+            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
+            a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
+            total += tl.dot(tl.trans(a).to(phi.dtype), phi_q, input_precision=PRECISION)
+            if DECAY:
+                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
+            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
+            norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
+        out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
+        tl.store(out, total.to(GradPhi.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+
+
+@jit
+def value_grad_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, GradMemory, Down, Row, GradV,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Gradient of v, for DV of its channels; walks backward with the gradient of the memory."""
+    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    start = GradMemory + (row * (segments + 1) + segment + 1) * F * (D + 1) + f * (D + 1)
+    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    blocks = n * (TILE // BLOCK)
+    stop = tl.minimum((segment + 1) * tiles, n)
+    for step in tl.range(stop - segment * tiles):
+        tile = stop - 1 - step
+        index, here, phi, v, clock = entries(
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+        )
+        first = tile * (TILE // BLOCK)
+        at = tile * TILE + tl.arange(0, TILE)
+        block = at // BLOCK
+        now = tl.zeros([TILE], tl.float32)
+        far, late, shrink = now + 1.0, now + 1.0, 1.0
+        if DECAY:
+            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            now = tl.load(ClockEnd + row * blocks + block)
+            far, late = tl.exp(tl.minimum(now - before, 0.0)), tl.exp(tl.minimum(after - clock, 0.0))
+            shrink = tl.exp(after - before)
+        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
+        total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
+        acc = acc * shrink
+        for g in range(G):
+            phi_q, down, _ = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
+            a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
+            total += tl.dot(tl.trans(a).to(down.dtype), down, input_precision=PRECISION)
+            if DECAY:
+                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
+            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
+        out = GradV + (row * X + index)[:, None] * D + d[None, :]
+        tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
+
+
+# --- around the kernels -------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """Tokens in the order in which the memory takes them in, and how the sequence is cut; no gradients."""
+
+    index: Tensor  # [R, n·tile] int32, −1 where nothing comes
+    block: int
+    segments: int
+    tiles: int  # of a segment
+    decays: bool
+
+    @property
+    def n(self) -> int:
+        return self.index.shape[1] // TILE
+
+
+def order_of(index: Tensor, block: int, decays: bool) -> Order:
+    """Cuts the sequence into as many segments as fill the GPU."""
+    R, n = index.shape[0], index.shape[1] // TILE
+    tiles = max(1, -(-n // max(1, PROGRAMS // R)))
+    return Order(index, block, -(-n // tiles), tiles, decays)
+
+
+def edges(clock_end: Tensor, order: Order) -> Tensor:
+    """[R, n + 1]: the clock before each tile, and after the last."""
+    per = TILE // order.block
+    return torch.nn.functional.pad(clock_end.flatten(0, 1)[:, per - 1 :: per], (1, 0))
+
+
+def walk(start: Tensor, gain: Tensor, edge: Tensor, order: Order) -> Tensor:
+    """Memory at every segment's start and after the last: [R, segments + 1, F, D + 1]."""
+    steps = torch.cat([start[:, None], gain], 1)
+    if not order.decays:
+        return steps.cumsum(1)
+    return (decay_matrix(edge, order) @ steps.flatten(2)).view_as(steps)
+
+
+def walk_back(end: Tensor, gain: Tensor, edge: Tensor, order: Order) -> Tensor:
+    """The gradient of the memory at the same places, from that of the last."""
+    steps = torch.cat([gain, end[:, None]], 1)
+    if not order.decays:
+        return steps.flip(1).cumsum(1).flip(1)
+    return (decay_matrix(edge, order).mT @ steps.flatten(2)).view_as(steps)
+
+
+def decay_matrix(edge: Tensor, order: Order) -> Tensor:
+    """[R, segments + 1, segments + 1] lower triangular: decay from one segment's start to a later one's."""
+    at = torch.cat([edge[:, : -1 : order.tiles], edge[:, -1:]], 1)
+    return (at[:, :, None] - at[:, None]).clamp(max=0).exp().tril()
+
+
+def split(size: int, other: int) -> tuple[int, int]:
+    """(channels of one program, programs) so that its part of a [other, size] memory fits into registers."""
+    whole = power_of_two(size)
+    part = min(whole, max(16, STATE // power_of_two(other)))
+    return part, -(-size // part)
+
+
+def warps(F: int, D: int) -> int:
+    return 8 if power_of_two(F) * power_of_two(D) >= STATE else 4
+
+
+def gains(order: Order, phi: Tensor, v: Tensor, clock: Tensor, edge: Tensor) -> Tensor:
+    """What each segment adds: [R, segments, F, D + 1] float32."""
+    (B, Hk, X, F), D = phi.shape, v.shape[-1]
+    DV, parts = split(D, F)
+    out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    gain_kernel[(order.segments, parts, B * Hk)](
+        order.index, phi, v, clock, edge, out, *v.stride()[:3],
+        X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, DECAY=order.decays, PRECISION=precision(phi.dtype),
+        num_warps=warps(F, D),
+    )  # fmt: skip
+    return out
+
+
+def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor) -> Tensor:
+    """‖v − answer‖ [R, X] of the memory of all blocks before a token's own, for the tokens of `order`.
+
+    phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory [B, Hk, F, D + 1].
+    """
+    (B, Hk, X, F), D = phi.shape, v.shape[-1]
+    edge = edges(clock_end, order)
+    states = walk(memory.flatten(0, 1), gains(order, phi, v, clock, edge), edge, order)
+    DV, parts = split(D, F)
+    out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
+    recall_kernel[(order.segments, parts, B * Hk)](
+        order.index, phi, v, clock, clock_end, edge, states, out, *v.stride()[:3],
+        X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
+        PRECISION=precision(phi.dtype), num_warps=warps(F, D), num_stages=2,
+    )  # fmt: skip
+    return out.sum(0).sqrt()
+
+
+class MemoryFunction(torch.autograd.Function):
+    """Reads the memory and merges it with the exact branch.
+
+    phi_q [B, H, W, F], phi_k [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory
+    [B, Hk, F, D + 1], exact [B, H, W, D], lse [B, H, W], gate [H] (its log) ->
+    (y, memory's branch [B, H, W, D], its lse [B, H, W], the memory at the end). Without `branches` the second and
+    third are empty.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
+        exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
+        edge = edges(clock_end, order)
+        states = walk(memory.flatten(0, 1), gains(order, phi_k, v, clock, edge), edge, order)
+        DV, parts = split(D, F)
+        y = torch.empty_like(exact)
+        branch = torch.empty_like(exact) if branches else exact.new_empty(0)
+        branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
+        memory_kernel[(order.segments, parts, B * Hk)](
+            order.index, phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, y, branch, branch_lse,
+            *v.stride()[:3], W, X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+            G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
+            BRANCHES=branches, PRECISION=precision(phi_q.dtype), num_warps=warps(F, D), num_stages=2,
+        )  # fmt: skip
+        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, branch, branch_lse)
+        ctx.order = order
+        return y, branch, branch_lse, states[:, -1].view(B, Hk, F, D + 1)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor, grad_end: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        phi_q, phi_k, v, clock, clock_end, edge, states, *branches = ctx.saved_tensors
+        order: Order = ctx.order
+        (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
+        exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
+        given = (order, phi_q, phi_k, v, clock, clock_end, edge)
+        g_phi_q, g_end = phi_q_grad(*given, states, down, row)
+        back = walk_back(grad_end.flatten(0, 1), reverse_gains(*given, down, row), edge, order)
+        g_phi_k, g_v = key_grads(*given, back, down, row)
+        g_clock = g_clock_end = None
+        if order.decays:
+            g_clock = -(phi_k.float() * g_phi_k.float()).sum(-1)
+            g_end = torch.nn.functional.pad(g_end, (0, order.n * TILE - W))
+            g_clock_end = g_end.view(B, Hk, H // Hk, -1, order.block).sum((2, 4))
+            g_clock_end[..., -1] += (grad_end * states[:, -1].view_as(grad_end)).sum((2, 3))
+        return (
+            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, back[:, 0].view_as(grad_end), exact, lse,
+            g_gate.sum((0, 2)), None, None,
+        )  # fmt: skip
+
+
+def merge_grad(
+    dtype: torch.dtype, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor,
+    exact: Tensor, lse: Tensor, gate: Tensor, branch: Tensor, branch_lse: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of (exact, lse), then down [B, H, W, D] of `dtype`, row [B, H, W, 2] and the gate's [B, H, W]."""
+    B, H, W, D = exact.shape
+    g_exact, g_lse, g_gate = torch.empty_like(exact), torch.empty_like(lse), torch.empty_like(lse)
+    down = torch.empty(B, H, W, D, device=exact.device, dtype=dtype)
+    row = torch.empty(B, H, W, 2, device=exact.device, dtype=torch.float32)
+    merge_grad_kernel[(-(-W // TILE), B * H)](
+        grad.contiguous(), grad_branch.contiguous(), grad_lse.contiguous(), exact, lse, branch, branch_lse, gate,
+        g_exact, g_lse, down, row, g_gate, W, H, D=D, DP=power_of_two(D), TILE=TILE,
+    )  # fmt: skip
+    return g_exact, g_lse, down, row, g_gate
+
+
+def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[list, dict]:
+    """The backward kernels' common arguments."""
+    (_, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
+    scalars = [*v.stride()[:3], W, X, order.n, order.index.shape[1], order.segments, order.tiles, Hk]
+    sizes = {
+        "G": H // Hk, "F": F, "D": D, "TILE": TILE, "BLOCK": order.block, "DECAY": order.decays,
+        "PRECISION": precision(phi_q.dtype), "num_warps": warps(F, D), "num_stages": 1,
+    }  # fmt: skip
+    return scalars, sizes
+
+
+def phi_q_grad(
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    states: Tensor, down: Tensor, row: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradient of phi_q, and each query's part [B, H, W] of that of its block's clock)."""
+    (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
+    FB, parts = split(F, D)
+    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
+    out = torch.empty_like(phi_q)
+    turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
+    phi_q_grad_kernel[(order.segments, parts, B * Hk)](
+        order.index, phi_q, phi_k, v, clock, clock_end, edge, states, down, row, out, turn, *scalars,
+        **sizes, FB=FB, DP=power_of_two(D),
+    )  # fmt: skip
+    return out, turn.sum(0)
+
+
+def reverse_gains(
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    down: Tensor, row: Tensor,
+) -> Tensor:  # fmt: skip
+    """What each segment's queries add to the gradient of the memory: [R, segments, F, D + 1]."""
+    (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
+    DV, parts = split(D, F)
+    _, sizes = sizes_of(order, phi_q, phi_k, v)
+    out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    reverse_gain_kernel[(order.segments, parts, B * Hk)](
+        phi_q, clock_end, edge, down, row, out, W, order.n, order.segments, order.tiles,
+        **sizes, FP=power_of_two(F), DV=DV,
+    )  # fmt: skip
+    return out
+
+
+def key_grads(
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    back: Tensor, down: Tensor, row: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of phi_k [B, Hk, X, F] and of v [B, Hk, X, D]; zero for tokens that are not in the memory."""
+    (B, _, _, F), (_, Hk, X, D) = phi_q.shape, v.shape
+    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
+    g_phi = torch.zeros_like(phi_k)
+    g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
+    given = (order.index, phi_q, phi_k, v, clock, clock_end, edge, back, down, row)
+    FB, parts = split(F, D)
+    phi_k_grad_kernel[(order.segments, parts, B * Hk)](*given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D))
+    DV, parts = split(D, F)
+    value_grad_kernel[(order.segments, parts, B * Hk)](*given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV)
+    return g_phi, g_v

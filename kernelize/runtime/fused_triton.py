@@ -1,0 +1,44 @@
+"""Triton, where it is installed; kernels are then compiled on a GPU, or interpreted on the CPU for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+jit: Any
+tl: Any
+triton: Any
+constexpr: Any
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.language import constexpr
+except ImportError:
+    triton = tl = constexpr = None
+
+    def jit(function: Any) -> Any:
+        """Leaves the kernel an ordinary function, which nothing calls: `available()` says so."""
+        return function
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python (TRITON_INTERPRET=1, read when it was imported)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How a product of two float32 matrices is computed; others are exact in float32 anyway."""
+    return "ieee" if interpreted() or dtype != torch.float32 else "tf32x3"
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two from `least` on that holds n."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """x with a contiguous last axis, as the kernels need it; a copy only where it has none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
