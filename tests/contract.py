@@ -9,7 +9,7 @@ import itertools
 
 import definition
 import torch
-from tolerances import GRADIENT_TOLERANCE, assert_same
+from tolerances import GRADIENT_TOLERANCE, TOLERANCE, UNTRAINED_TOLERANCE, assert_same
 from torch import Tensor
 
 from kernelize.runtime import chunked, reference
@@ -107,8 +107,13 @@ def name_of(spec: KernelSpec) -> str:
 # --- layers and inputs --------------------------------------------------------------------------------------
 
 
-def layer(spec: KernelSpec, dtype: torch.dtype = torch.float64, sizes=(HEADS, KV_HEADS, HEAD_DIM)) -> KernelAttention:
-    """A layer with random parameters, a memory that matters, and a decay that shows within a few tokens."""
+def layer(
+    spec: KernelSpec, dtype: torch.dtype = torch.float64, sizes=(HEADS, KV_HEADS, HEAD_DIM), spread: float = 0.3
+) -> KernelAttention:
+    """A layer with random parameters, a memory that matters, and a decay that shows within a few tokens.
+
+    With a `spread` of 0 everything but these two is as it is before training.
+    """
     generator = torch.Generator().manual_seed(1)
     attention = KernelAttention(spec, *sizes)
     with torch.no_grad():
@@ -116,7 +121,7 @@ def layer(spec: KernelSpec, dtype: torch.dtype = torch.float64, sizes=(HEADS, KV
             if module is attention or type(module) in FEATURE_MAPS.values():
                 module.reset()
         for name, p in attention.named_parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator) + {"log_gate": 4.0, "log_rate": 4.0}.get(name, 0.0)
+            p += spread * torch.randn(p.shape, generator=generator) + {"log_gate": 4.0, "log_rate": 4.0}.get(name, 0.0)
     return attention.to(dtype)
 
 
@@ -210,6 +215,18 @@ def law_softmax(spec: KernelSpec) -> None:
     expected = softmax(q, k, v, kernel)
     for implementation in (reference, chunked):
         assert_same(implementation.attend(q, k, v, kernel)[0].y, expected, implementation.__name__)
+
+
+@torch.no_grad()
+def law_untrained(spec: KernelSpec, default: KernelSpec) -> None:
+    """With its initial parameters, `spec` computes what `default` does."""
+    outputs = []
+    for each in (spec, default):
+        attention = layer(each, torch.float32, spread=0.0)
+        outputs.append(chunked.attend(*tokens(2, LENGTH, torch.float32), kernel_of(attention))[0].y)
+    weighs = spec.sink_logits or spec.learned_share is not None
+    allowed = UNTRAINED_TOLERANCE if weighs else TOLERANCE
+    assert_same(*outputs, "untrained", allowed)
 
 
 def gradients(implementation, attention: KernelAttention, inputs, weight: Tensor) -> list[Tensor]:

@@ -102,6 +102,21 @@ def test_slots_for_everything_are_softmax(spec):
 
 
 FIRST_POLICY = next(iter(POLICIES))
+UNTRAINED = [
+    ({"decay": "gated"}, {"decay": "fixed"}),
+    ({"policy": "learned+recall"}, {"policy": "mixed"}),
+    ({"policy": "learned"}, {"policy": "attention"}),
+    ({"policy": "attention+recall"}, {"policy": "mixed"}),
+    ({"sink_logits": True}, {}),
+]
+
+
+@pytest.mark.parametrize(("option", "default"), UNTRAINED, ids=str)
+def test_an_untrained_option_is_the_default(option, default):
+    exact = contract.EXACT_SETS[0]
+    contract.law_untrained(KernelSpec(**exact, **option), KernelSpec(**exact, **default))
+
+
 SMALL = {"feature_dim": 4, "window": 2, "block": 1, "sinks": 1, "slots": 2}
 
 
@@ -150,12 +165,30 @@ def test_memory_is_linear_in_the_length():
         ({"decay": "gate"}, "decay"),
         ({"feature_map": "none"}, "memory"),
         ({"feature_dim": 7}, "feature_dim"),
+        ({"rule": "delta", "decay": "fixed"}, "gated_delta"),
+        ({"rule": "gated_delta", "decay": "none"}, "decays"),
+        ({"rule": "delta", "decay": "none", "feature_map": "none", "policy": "value"}, "no memory"),
+        ({"rule": "gated_delta", "policy": "value+recall"}, "who holds the slots"),
+        ({"policy": "recall+recall"}, "different"),
+        ({"policy": "recall+valu"}, "valu"),
+        ({"policy": "mixed+value"}, "mixed"),
+        ({"policy": "value", "share": 0.25}, "share"),
+        ({"share": 1.0}, "share"),
+        ({"sink_logits": 1}, "sink_logits"),
     ],
     ids=str,
 )
 def test_refuses_nonsense_by_name(fields, named):
     with pytest.raises(SpecError, match=named):
         KernelSpec(**fields)
+
+
+def test_share_divides_the_slots():
+    for slots in range(12):
+        for tenths in range(1, 10):
+            (_, first), (_, second) = KernelSpec(slots=slots, share=tenths / 10).shares
+            assert first + second == slots
+            assert second == slots * (10 - tenths) // 10
 
 
 def test_spec_survives_its_data():
