@@ -263,9 +263,13 @@ class KernelizedModelMixin:
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        kernelize_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the original, with past_key_values of constant size; logits are [B, T, V]."""
+        """As the original, with past_key_values of constant size; logits are [B, T, V].
+
+        `kernelize_mask` [B, T] stands for `attention_mask` where `generate` has made 4-D masks of it.
+        """
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:  # type: ignore[attr-defined]
@@ -273,7 +277,10 @@ class KernelizedModelMixin:
         if past_key_values is not None:
             adopt_cache(past_key_values, self.converted)
         has_cache = past_key_values is not None
-        layout = layout_of(length, attention_mask, position_ids, batch, has_cache)
+        mask = attention_mask if kernelize_mask is None else kernelize_mask
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
+        layout = layout_of(length, mask, position_ids, batch, has_cache)
         self.refuse_for_kept(layout, past_key_values)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
             for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
@@ -306,6 +313,18 @@ class KernelizedModelMixin:
     def converted(self) -> tuple[int, ...]:
         """Indices of the layers that hold a kernelized state."""
         return tuple(i for i, spec in enumerate(plan_of(self.config)) if spec is not None)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict:
+        """Keeps the mask of the new tokens beside the 4-D masks that are made for compilable caches."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, attention_mask=attention_mask, **kwargs
+        )
+        if attention_mask is not None:
+            new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any

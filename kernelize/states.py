@@ -1,0 +1,117 @@
+"""What a model has read, as a file: read a document once, ask many questions at the cost of the question."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from .errors import InputError, KernelizeError
+from .runtime.cache import KernelState, adopt_cache, kernel_layers
+from .runtime.modeling import unwrapped
+from .runtime.state import State
+
+FORMAT = "kernelize state 1"
+
+
+def read(model: Any, ids: Tensor, *, chunk: int = 2048) -> Cache:
+    """The cache after `ids` [B, T], taken `chunk` tokens at a time; no logits are kept."""
+    cache = DynamicCache(config=unwrapped(model).config)
+    with torch.no_grad():
+        for piece in ids.to(model.device).split(chunk, 1):
+            model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def fork(cache: Cache, continuations: int) -> Cache:
+    """A copy of `cache` in which every row stands `continuations` times."""
+    if continuations < 1:
+        raise InputError(f"continuations={continuations} is below 1")
+    forked = copy.deepcopy(cache)
+    forked.batch_repeat_interleave(continuations)
+    return forked
+
+
+def generate_from(model: Any, cache: Cache, ids: Tensor, **settings: Any) -> Tensor:
+    """Tokens [B, N] that `model.generate` writes after what `cache` has read and then `ids` [B, T]; `cache` goes on.
+
+    `generate` is shown placeholders where the text was, so settings that look at the prompt (repetition penalties,
+    prompt look-up) see only `ids`.
+    """
+    before = torch.zeros(ids.shape[0], int(cache.get_seq_length()), dtype=ids.dtype, device=ids.device)
+    prompt = torch.cat([before, ids], 1)
+    mask = torch.ones_like(prompt)
+    return model.generate(prompt, attention_mask=mask, past_key_values=cache, **settings)[:, prompt.shape[1] :]
+
+
+def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
+    """Writes what `cache` holds for `model` as a safetensors file, of a size that does not depend on the text.
+
+    InputError where a layer keeps softmax (its keys and values grow) or nothing was read yet.
+    """
+    layers = _states(cache)
+    tensors = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in _fields(layer).items()}
+    try:
+        save_file(tensors, Path(path), metadata={"format": FORMAT, "model": _identity(model)})
+    except (OSError, SafetensorError) as error:
+        raise KernelizeError(f"cannot write {str(path)!r}: {error}") from error
+    return Path(path)
+
+
+def load_state(path: str | Path, model: Any) -> Cache:
+    """The cache that was saved at `path`, on the model's device; InputError if it is no state of a model like this."""
+    config = unwrapped(model).config
+    cache = DynamicCache(config=config)
+    adopt_cache(cache, tuple(range(config.num_hidden_layers)))
+    try:
+        with safe_open(str(path), framework="pt", device=str(model.device)) as file:
+            _check(path, file.metadata() or {}, model)
+            for i, layer in enumerate(kernel_layers(cache)):
+                state = State(*(file.get_tensor(f"{i}.{name}") for name in State._fields))
+                layer.advance(state, 0)
+                layer.length = file.get_tensor(f"{i}.length")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} is no saved state: {error}") from error
+    return cache
+
+
+def _states(cache: Cache) -> list[KernelState]:
+    layers = kernel_layers(cache)
+    if not layers or any(layer.state is None for layer in layers):
+        raise InputError("the cache has read nothing yet; there is no state to save")
+    if len(layers) < len(cache.layers):
+        kept = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, KernelState)]
+        raise InputError(
+            f"layer {kept[0]} keeps softmax attention: its keys and values grow, and have no state to save"
+        )
+    return layers
+
+
+def _fields(layer: KernelState) -> dict[str, Tensor]:
+    assert layer.state is not None
+    fields = layer.state._asdict() | {"length": torch.as_tensor(layer.length)}
+    return {name: value.detach().clone().contiguous() for name, value in fields.items()}
+
+
+def _identity(model: Any) -> str:
+    """What a state depends on, as far as it can be told cheaply: model type, plan, sizes and dtype."""
+    base = unwrapped(model)
+    weight = next(base.parameters())
+    shape = [list(weight.shape), base.config.num_hidden_layers, str(weight.dtype)]
+    return json.dumps({"type": base.config.model_type, "plan": base.config.kernelize, "shape": shape}, sort_keys=True)
+
+
+def _check(path: str | Path, metadata: dict[str, str], model: Any) -> None:
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{str(path)!r} is no saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    theirs, ours = json.loads(metadata["model"]), json.loads(_identity(model))
+    other = [field for field in ours if ours[field] != theirs.get(field)]
+    if other:
+        raise InputError(f"{str(path)!r} is the state of another model: its {' and '.join(other)} differ")

@@ -1,0 +1,97 @@
+"""Every family obeys every law, and what cannot be right is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import REFUSED, SPEC, plan_for, tiny_config, tiny_student, tiny_teacher
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kernelize.check import LAWS, check
+from kernelize.lora import register_lora_targets
+from kernelize.runtime.modeling import PREFIX, family_of, kernelize_model, native_windows, supported
+from kernelize.runtime.spec import SpecError
+
+HERE = [
+    name for name in LAWS if name not in ("clean process", "state bytes")
+]  # test_check and test_hub start processes and read thousands of tokens
+
+
+@pytest.mark.parametrize("name", supported())
+def test_family_obeys_every_law(name):
+    rows = check(tiny_student(name), against=tiny_teacher(name), only=HERE)
+    assert len(rows) == len(HERE)
+    assert not [row for row in rows if not row.passed]
+    refused = {row.name for row in rows if row.note.startswith("refused")}
+    assert refused == {"gpt_oss": {"packed documents"}, "gpt_neo": {"static cache"}}.get(name, set())
+
+
+@pytest.mark.parametrize("name", supported())
+def test_original_weights_keep_their_names(name):
+    teacher, student = tiny_teacher(name).state_dict(), tiny_student(name).state_dict()
+    added = set(student) - set(teacher)
+    assert set(teacher) <= set(student)
+    assert added
+    assert all(".kernelize." in key for key in added)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_family_says_why(name):
+    with pytest.raises(SpecError, match=f"{name!r} is not supported: "):
+        family_of(name)
+
+
+def test_unknown_family_lists_the_supported_ones():
+    with pytest.raises(SpecError, match="'bert' is not supported; supported: cohere, gemma"):
+        family_of("bert")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neo", "llama4_text"])
+def test_native_windows_are_left_alone(name):
+    teacher = tiny_teacher(name)
+    local = native_windows(teacher.config)
+    assert local
+    with pytest.raises(SpecError, match="native sliding window"):
+        kernelize_model(teacher, [SPEC] * teacher.config.num_hidden_layers)
+
+
+def test_a_window_in_every_layer_is_native_unless_it_covers_all_positions():
+    assert native_windows(tiny_config("mistral", sliding_window=64)) == {0, 1}
+    assert native_windows(tiny_config("mistral", sliding_window=4096)) == set()
+
+
+def test_odd_configs_are_refused():
+    teacher = AutoModelForCausalLM.from_config(tiny_config("gpt2", add_cross_attention=True))
+    with pytest.raises(SpecError, match="add_cross_attention=True"):
+        kernelize_model(teacher, plan_for(teacher.config))
+
+
+def test_positions_of_llama4_follow_the_cache():
+    """Its queries grow with the position, which the class reads from the cache that ours does not get."""
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(tiny_config("llama4_text", floor_scale=16)).eval()
+    student = kernelize_model(teacher, plan_for(teacher.config)).eval()
+    rows = check(student, only=["chunked prefill", "one token at a time", "static cache"])
+    assert not [row for row in rows if not row.passed]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked by peft
+@pytest.mark.parametrize("name", ["cohere", "gpt2", "gpt_neo", "phi3", "qwen3_moe"])
+def test_lora_finds_its_targets_and_merges_exactly(name):
+    peft = pytest.importorskip("peft")
+    register_lora_targets()
+    student = tiny_student(name).double()
+    ids = torch.randint(1, 257, (1, 60), generator=torch.Generator().manual_seed(0))
+    transposed = name in ("gpt2",)
+    config = peft.LoraConfig(r=2, init_lora_weights=False, fan_in_fan_out=transposed)
+    wrapped = peft.get_peft_model(student, config).double().eval()
+    with torch.no_grad():
+        before = wrapped(input_ids=ids, use_cache=False).logits
+        after = wrapped.merge_and_unload()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # rotations and norms round to float32
+
+
+def test_kernelized_configs_are_known_to_auto_classes():
+    student = tiny_student("qwen3")
+    config = AutoConfig.for_model(PREFIX + "qwen3", **student.config.to_dict())
+    assert type(config) is type(student.config)
