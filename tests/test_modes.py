@@ -1,0 +1,177 @@
+"""Generation gives the same tokens in every mode, or is refused in one line."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import tiny_student
+from transformers import DynamicCache, pipeline
+
+from kernelize.errors import InputError
+from kernelize.runtime.cache import kernel_layers
+from kernelize.runtime.spec import KernelSpec
+from kernelize.states import fork, generate_from, load_state, read, save_state
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_student("llama").double()  # in float64 no tie between slots can flip
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 257, (2, 90), generator=torch.Generator().manual_seed(0))
+
+
+def write(model, ids, **settings):
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | settings
+    mask = settings.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+
+
+def rerun(model, ids):
+    """Greedy tokens without any cache."""
+    for _ in range(NEW):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, -NEW:]
+
+
+def test_greedy_equals_recomputation(model, ids):
+    assert torch.equal(write(model, ids), rerun(model, ids))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prefill_chunk_size": 17},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_mode_equals_greedy(model, ids, settings):
+    assert torch.equal(write(model, ids, **settings), write(model, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gptj", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_left_padded_batch_equals_single_rows(ids, family, cache):
+    model = tiny_student(family).double()
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    both = write(model, ids, attention_mask=mask, cache_implementation=cache)
+    assert torch.equal(both[:1], write(model, ids[:1, 13:]))
+    assert torch.equal(both[1:], write(model, ids[1:]))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+def test_search_equals_the_same_without_a_cache(model, ids, settings):
+    outcomes = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outcomes.append(write(model, ids, use_cache=use_cache, max_new_tokens=8, **settings))
+    assert torch.equal(*outcomes)
+
+
+def test_prompt_look_up_equals_greedy(model, ids):
+    again = torch.cat([ids[:1], ids[:1, :40]], 1)
+    assert torch.equal(write(model, again, prompt_lookup_num_tokens=4), write(model, again))
+
+
+def test_assisted_generation_equals_greedy(model, ids):
+    assistant = copy.deepcopy(model)
+    assistant.lm_head.weight.data += 0.05 * torch.randn(assistant.lm_head.weight.shape).double()
+    assert torch.equal(write(model, ids[:1], assistant_model=assistant), write(model, ids[:1]))
+
+
+def test_crop_without_recording_is_refused(model, ids):
+    cache = read(model, ids)
+    with pytest.raises(RuntimeError, match=r"crop\(-2\): .* snapshot\(\)"):
+        cache.crop(-2)
+
+
+def test_continuous_batching_is_refused(model, ids):
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model.generate_batch([ids[0].tolist()])
+
+
+def test_four_dimensional_mask_is_refused(model, ids):
+    mask = torch.ones(2, 1, 90, 90, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=mask)
+
+
+def test_pipeline_writes_text():
+    from tiny import byte_tokenizer
+
+    write_text = pipeline("text-generation", model=tiny_student("llama"), tokenizer=byte_tokenizer(), device="cpu")
+    text = write_text("Once upon a time", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("Once upon a time")
+
+
+def test_step_compiles_once_whatever_the_position(model, ids):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    cache = read(model, ids[:, :85])
+    for layer in kernel_layers(cache):
+        layer.static = True
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits[:, 85:]
+        steps = [step(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(85, 90)]
+    assert counter.frame_count == 1
+    torch.testing.assert_close(torch.cat(steps, 1), exact, rtol=0, atol=1e-5)  # rotations are float32
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_student("llama").double().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+# --- states ---------------------------------------------------------------------------------------------------
+
+
+def test_saved_state_answers_as_if_all_was_read_at_once(model, ids, tmp_path):
+    row = ids[:1]
+    path = save_state(read(model, row[:, :80], chunk=33), tmp_path / "book.safetensors", model)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    later = generate_from(
+        model, load_state(path, model), row[:, 80:], **settings
+    )  # fmt: skip
+    assert torch.equal(later, write(model, row))
+    longer = save_state(read(model, ids.view(1, -1)), tmp_path / "longer.safetensors", model)
+    assert longer.stat().st_size == path.stat().st_size
+
+
+def test_fork_leaves_the_original_alone(model, ids):
+    cache = read(model, ids[:1, :80])
+    both = fork(cache, 2)
+    with torch.no_grad():
+        out = model(ids[:, 80:], past_key_values=both, use_cache=True).logits
+        alone = model(ids[:1, 80:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(out[:1], alone, rtol=0, atol=1e-5)  # rotations are float32
+
+
+def test_state_of_another_plan_is_refused(model, ids, tmp_path):
+    path = save_state(read(model, ids), tmp_path / "a.safetensors", model)
+    other = tiny_student("llama", KernelSpec(window=8, block=8, slots=12, sinks=2, feature_dim=8)).double()
+    with pytest.raises(InputError, match="another model: its plan differ"):
+        load_state(path, other)
+    with pytest.raises(InputError, match="no saved state"):
+        load_state(tmp_path / "missing", model)
+    with pytest.raises(InputError, match="nothing yet"):
+        save_state(DynamicCache(), path, model)
+    hybrid = tiny_student("gemma2")
+    with pytest.raises(InputError, match="layer 0 keeps softmax"):
+        save_state(read(hybrid, ids), path, hybrid)
