@@ -14,7 +14,7 @@ from kernelize.runtime.cache import kernel_layers
 from kernelize.runtime.spec import KernelSpec
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
-NEW = 24
+NEW = 12
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_mode_equals_greedy(model, ids, settings):
 def test_left_padded_batch_equals_single_rows(ids, family, cache):
     model = tiny_student(family).double()
     mask = torch.ones_like(ids)
-    mask[0, :13] = 0
+    mask[0, :7] = 0  # sliding layers of Transformers give NaN where padding fills their window
     both = write(model, ids, attention_mask=mask, cache_implementation=cache)
-    assert torch.equal(both[:1], write(model, ids[:1, 13:]))
+    assert torch.equal(both[:1], write(model, ids[:1, 7:]))
     assert torch.equal(both[1:], write(model, ids[1:]))
 
 

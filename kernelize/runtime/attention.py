@@ -126,8 +126,8 @@ class KernelAttention(nn.Module):
         before = cache.state
 
         def first(n: int) -> State:
-            parts = (x[:, :, :n] for x in (query, key, value))
-            return attend(*parts, kernel, before, None if valid is None else valid[:, :n])[1]
+            kept = None if valid is None else valid[:, :n]
+            return attend(query[:, :, :n], key[:, :, :n], value[:, :, :n], kernel, before, kept)[1]
 
         return first
 
