@@ -52,6 +52,11 @@ class KernelFlags:
     feature_dim: Annotated[int | None, typer.Option(help="Features a head.")] = None
     policy: Annotated[str | None, typer.Option(help="Who gets a slot; see `kernelize list`.")] = None
     decay: Annotated[str | None, typer.Option(help="none, fixed or gated.")] = None
+    rule: Annotated[str | None, typer.Option(help="additive, delta or gated_delta.")] = None
+    share: Annotated[float | None, typer.Option(help="Part of the slots for the policy's first score.")] = None
+    sink_logits: Annotated[
+        bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
+    ] = None
     keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14.")] = None
     pattern: Annotated[str | None, typer.Option(help="K kernelized, S softmax, repeated: KKKS.")] = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from transformers import BertConfig, BertModel
 import kernelize
 from kernelize.cli import main
 from kernelize.cli.app import app
+from kernelize.cli.options import KernelFlags
 from kernelize.errors import KernelizeError
+from kernelize.runtime.spec import KernelSpec
 
 KERNEL = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "8", "--feature-dim", "16"]
 RECIPE = """\
@@ -198,6 +201,11 @@ def test_flags_override_the_recipe_and_leave_the_rest(folder, tmp_path):
     assert run("plan", folder / "source", "--config", folder / "recipe.yaml", "--slots", "4", "--json", path) == 0
     spec = json.loads(path.read_text())["layers"][0]["spec"]
     assert (spec["slots"], spec["window"], spec["feature_dim"]) == (4, 16, 16)
+
+
+def test_every_field_of_a_spec_has_a_flag():
+    fields = {field.name for field in dataclasses.fields(KernelSpec)}
+    assert fields == {field.name for field in dataclasses.fields(KernelFlags)} - {"config", "keep", "pattern"}
 
 
 def test_check_passes_after_convert(folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig
 
@@ -13,27 +13,40 @@ from kernelize.plan import ConversionPlan, describe, kept_by_pattern, parse_laye
 from kernelize.recipe import Recipe
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.ops import attend
-from kernelize.runtime.spec import KernelSpec, SpecError
+from kernelize.runtime.spec import DECAYS, POLICIES, RULES, KernelSpec, SpecError
+
+law = settings(deadline=None, max_examples=50)
 
 SPEC = KernelSpec(feature_dim=16, window=8, sinks=2, slots=6, block=4)
 LLAMA = LlamaConfig(
     hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype="float32"
 )
 
+
+def sensible(**fields) -> KernelSpec | None:
+    """The spec, or None where its rule, decay and policy make no sense together."""
+    try:
+        return KernelSpec(**fields)
+    except SpecError:
+        return None
+
+
 SPECS = st.builds(
-    KernelSpec,
+    sensible,
     feature_map=st.sampled_from(["hedgehog", "elu", "favor"]),
     feature_dim=st.sampled_from([8, 32]),
     window=st.integers(1, 40),
     sinks=st.integers(0, 5),
     slots=st.integers(0, 9),
-    policy=st.sampled_from(["attention", "recall", "value", "mixed"]),
+    policy=st.sampled_from(POLICIES),
     block=st.integers(1, 9),
-    decay=st.sampled_from(["none", "fixed"]),
-)
+    decay=st.sampled_from(DECAYS),
+    rule=st.sampled_from(RULES),
+).filter(bool)
 PLANS = st.lists(st.none() | SPECS, min_size=1, max_size=5).filter(any).map(lambda x: ConversionPlan(tuple(x)))
 
 
+@law
 @given(PLANS)
 def test_data_and_yaml_give_the_same_plan_back(plan):
     assert ConversionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
@@ -90,6 +103,7 @@ def test_layers_and_patterns_are_read_as_written():
     assert kept_by_pattern("SK", 5) == (0, 2, 4)
 
 
+@law
 @given(SPECS, st.sampled_from(["float32", "bfloat16"]))
 def test_state_bytes_are_those_of_the_real_state_at_every_length(spec, dtype):
     row = describe(ConversionPlan.uniform(spec, 4), LLAMA, dtype=dtype).layers[0]
@@ -102,6 +116,7 @@ def test_state_bytes_are_those_of_the_real_state_at_every_length(spec, dtype):
         assert state.nbytes == row.state_bytes
 
 
+@law
 @given(SPECS)
 def test_new_parameters_are_those_of_the_real_layer(spec):
     report = describe(ConversionPlan.from_pattern("KS", spec, 4), LLAMA)
@@ -110,6 +125,7 @@ def test_new_parameters_are_those_of_the_real_layer(spec):
     assert [row.new_parameters > 0 for row in report.layers] == [True, False, True, False]
 
 
+@law
 @given(PLANS)
 def test_break_even_is_the_first_length_that_is_cheaper(plan):
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": len(plan.layers)})
