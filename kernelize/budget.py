@@ -1,0 +1,188 @@
+"""Slot budgets that differ by layer: what a slot is worth in each layer, measured in one backward pass.
+
+What a layer's attention error δ costs at the output is, to second order, ½ E (g·δ)² with g the gradient of the log
+probability of a token drawn from the teacher (the Fisher information). One backward through the teacher gives g for
+every layer at once, and δ comes from the layer's own q, k, v under each number of slots: no layer is tried alone.
+Texts whose answer stands far back (`retrieval_text`) weigh in with the cost of the answer alone, since perplexity
+hardly notices retrieval.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import InputError
+from .losses import softmax_attention
+from .plan import ConversionPlan
+from .runtime import ops
+from .runtime.attention import KernelAttention
+from .runtime.layout import Layout
+from .runtime.modeling import kernelized_layers
+from .runtime.state import AttentionOutput
+
+SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
+LEAST, STEP = 16, 8  # slots: the smallest budget of a layer, and the unit in which the rest is given out
+RETRIEVAL_WEIGHT = 0.03  # of a nat of an answer's loss, against a nat of ordinary text's divergence
+NAMES = ("Abel", "Brook", "Cleo", "Dorian", "Edda", "Flint", "Greta", "Hollis", "Ivor", "Juno", "Kell", "Lark")
+
+
+@dataclass
+class BudgetText:
+    """One calibration text: token ids [1, T]; `answer`, its last tokens that alone count, or 0 for ordinary text."""
+
+    ids: Tensor
+    answer: int = 0
+
+
+@dataclass
+class CostProbe:
+    """Stands in a layer's `kernelize.probe`: passes softmax attention on, and prices its own error in the backward."""
+
+    sizes: Sequence[int]
+    cost: dict[bool, Tensor] = field(default_factory=dict)  # retrieval or not -> [sizes], summed
+    retrieval: bool = False
+
+    def __call__(
+        self,
+        kernel: KernelAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        layout: Layout | None,
+        output: AttentionOutput,
+    ) -> Tensor:
+        teacher = softmax_attention(query, key, value, scaling)[0]
+        inputs = (query.detach(), key.detach(), value.detach())
+        errors = [self.error(kernel, inputs, scaling, size, teacher) for size in self.sizes]
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        exact.register_hook(lambda gradient: self.price(gradient, errors))
+        return exact
+
+    @torch.no_grad()
+    def error(
+        self, kernel: KernelAttention, inputs: tuple[Tensor, ...], scaling: float, size: int, teacher: Tensor
+    ) -> Tensor:
+        """What the layer with `size` slots does wrong, [B, H, T, D]."""
+        arithmetic = kernel.kernel(scaling)
+        resized = arithmetic._replace(spec=arithmetic.spec.replace(slots=size))
+        q, k, v = inputs
+        return ops.attend(q, k, v, resized)[0].y - teacher
+
+    def price(self, gradient: Tensor, errors: list[Tensor]) -> None:
+        cost = torch.stack([(gradient * error).sum((1, 3)).square().sum() / 2 for error in errors])
+        self.cost[self.retrieval] = self.cost.get(self.retrieval, torch.zeros_like(cost)) + cost
+
+
+def retrieval_text(tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], length: int, seed: int) -> BudgetText:
+    """`length` tokens of `filler` in which three people's numbers are hidden, then one of them asked for."""
+    rng = random.Random(seed)
+    people = rng.sample(NAMES, 3)
+    numbers = [str(rng.randrange(10**5, 10**6)) for _ in people]
+    facts = [
+        tokenizer(f"\nNote: the locker of {name} opens with {number}.\n", add_special_tokens=False).input_ids
+        for name, number in zip(people, numbers, strict=True)
+    ]
+    chosen = rng.randrange(3)
+    question = tokenizer(f"\nNote: the locker of {people[chosen]} opens with", add_special_tokens=False).input_ids
+    answer = tokenizer(f" {numbers[chosen]}", add_special_tokens=False).input_ids
+    room = length - len(question) - len(answer) - sum(map(len, facts))
+    text = list(filler[:room])
+    for fact, place in zip(facts, sorted(rng.sample(range(8, room * 3 // 4), 3), reverse=True), strict=True):
+        text[place:place] = fact
+    return BudgetText(torch.tensor([text + question + answer]), len(answer))
+
+
+def layer_costs(
+    model: PreTrainedModel, texts: Sequence[BudgetText], sizes: Sequence[int] = SIZES, seed: int = 0
+) -> dict[int, Tensor]:
+    """What each converted layer costs with each of `sizes` slots, in nats a token: layer -> [sizes] float64.
+
+    `model` is converted and calibrated; its parameters are not touched, and it computes as the teacher meanwhile.
+    """
+    layers = {i: m.kernelize for i, m in kernelized_layers(model).items()}
+    probes = {i: CostProbe(sizes) for i in layers}
+    generator = torch.Generator().manual_seed(seed)
+    counts = {False: 0, True: 0}
+    for layer, probe in probes.items():
+        layers[layer].probe = probe
+    try:
+        for text in texts:
+            retrieval = text.answer > 0
+            for probe in probes.values():
+                probe.retrieval = retrieval
+            counts[retrieval] += text.answer or text.ids.shape[1]
+            _backward(model, text, generator)
+    finally:
+        for layer in layers.values():
+            layer.probe = None
+    return {i: _total(probe, counts) for i, probe in probes.items()}
+
+
+def _total(probe: CostProbe, counts: dict[bool, int]) -> Tensor:
+    weights = {False: 1.0, True: RETRIEVAL_WEIGHT}
+    parts = [weights[kind] * cost.double().cpu() / counts[kind] for kind, cost in probe.cost.items()]
+    return torch.stack(parts).sum(0)
+
+
+def _backward(model: PreTrainedModel, text: BudgetText, generator: torch.Generator) -> None:
+    """One forward and backward of the log probability of drawn tokens, or of the answer that the text gives."""
+    ids = text.ids.to(model.device)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        log_p = logits.log_softmax(-1)
+        if text.answer:
+            drawn, log_p = ids[0, -text.answer :], log_p[-text.answer - 1 : -1]
+        else:
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)[:, 0].to(ids.device)
+        torch.autograd.grad(log_p.gather(-1, drawn[:, None]).sum(), embedded)
+
+
+def share_out(costs: dict[int, Tensor], total: int, sizes: Sequence[int] = SIZES) -> dict[int, int]:
+    """Slots for each layer, `total` in all: each next `STEP` goes where it saves most.
+
+    Between and beyond the measured sizes the cost is taken to be linear in 1/√slots.
+    """
+    if total < LEAST * len(costs):
+        raise InputError(f"slots={total} in all are too few for {len(costs)} layers; at least {LEAST * len(costs)}")
+    curves = {i: _slopes(cost, sizes) for i, cost in costs.items()}
+    budget = dict.fromkeys(costs, LEAST)
+    for _ in range((total - LEAST * len(costs)) // STEP):
+        gains = {i: _cost(curves[i], sizes, c) - _cost(curves[i], sizes, c + STEP) for i, c in budget.items()}
+        budget[max(gains, key=lambda i: gains[i])] += STEP
+    return budget
+
+
+def _axis(slots: float) -> float:
+    return (slots + STEP) ** -0.5
+
+
+def _slopes(cost: Tensor, sizes: Sequence[int]) -> list[float]:
+    """Slopes of the cost in `_axis` between neighbouring sizes: none negative, each half its own and half the mean."""
+    steps = zip(cost.tolist()[:-1], cost.tolist()[1:], sizes[:-1], sizes[1:], strict=True)
+    slopes = [max(0.0, (a - b) / (_axis(x) - _axis(y))) for a, b, x, y in steps]
+    mean = sum(slopes) / len(slopes)
+    return [0.5 * (slope + mean) for slope in slopes]
+
+
+def _cost(slopes: list[float], sizes: Sequence[int], slots: int) -> float:
+    """The cost of `slots`, up to a constant."""
+    total, top = 0.0, _axis(slots)
+    for slope, low, high in zip(slopes, [0, *sizes[1:-1]], [*sizes[1:-1], float("inf")], strict=True):
+        total += slope * max(0.0, min(top, _axis(low)) - (_axis(high) if high != float("inf") else 0.0))
+    return total
+
+
+def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
+    """`plan` with the slots of its layers, as many in all, given out by `costs`."""
+    total = sum(spec.slots for spec in plan.layers if spec is not None)
+    return plan.override({i: {"slots": slots} for i, slots in share_out(costs, total).items()})
