@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from .state import State
 
 Replay = Callable[[int], State]
+RECORDED = 2  # calls that a second crop may still take back: an assistant model takes back twice
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last −tokens_to_remove tokens: what of a recorded call is to stay is read again.
 
-        As Transformers counts: 0 only drops what was recorded. RuntimeError for tokens that were not recorded.
+        As Transformers counts. RuntimeError for tokens that were not recorded, or dropped by an earlier crop.
         """
         left = -tokens_to_remove
         if not 0 <= left <= sum(call.tokens for call in self.recorded):
@@ -146,7 +147,9 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             kept = max(0, call.tokens - left)
             left -= call.tokens - kept
             self._put(call.replay(kept) if kept else call.before, call.length + kept)
-        self.recorded.clear()
+            if kept:
+                self.recorded.append(replace(call, tokens=kept))
+        self.recorded = self.recorded[-RECORDED:]
 
     def _put(self, state: State | None, length: Tensor | int) -> None:
         if state is None:

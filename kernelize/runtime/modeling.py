@@ -312,7 +312,8 @@ class KernelizedModelMixin:
     @property
     def converted(self) -> tuple[int, ...]:
         """Indices of the layers that hold a kernelized state."""
-        return tuple(i for i, spec in enumerate(plan_of(self.config)) if spec is not None)
+        # not through plan_of: this runs in every forward, and under torch.compile
+        return tuple(i for i, spec in enumerate(self.config.kernelize["layers"]) if spec is not None)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
@@ -332,6 +333,8 @@ class KernelizedModelMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if model_kwargs.get("past_key_values") is not None:
             adopt_cache(model_kwargs["past_key_values"], self.converted)
+            if generation_config.is_assistant:  # said before the layers were there
+                model_kwargs["past_key_values"].activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
