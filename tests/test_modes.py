@@ -59,7 +59,7 @@ def test_mode_equals_greedy(model, ids, settings):
     assert torch.equal(write(model, ids, **settings), write(model, ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gptj"]  # Gemma 2 itself gives NaN on padded rows here)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gptj"])  # Gemma 2 itself gives NaN on padded rows here
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_left_padded_batch_equals_single_rows(ids, family, cache):
     model = tiny_student(family).double()
