@@ -43,6 +43,8 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}, not on a GPU"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
+    if q.is_cuda and q.dtype == torch.float32:
+        return "in float32 the backward kernels fail on a GPU (illegal access, H200, Triton 3.6)"
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
     return unsupported(spec)
@@ -136,9 +138,10 @@ class Store(NamedTuple):
 @lru_cache(maxsize=64)
 def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(bounds, last, seen) of new sequences of T tokens."""
-    bounds = torch.tensor([[sinks, T, 0, 0]], dtype=torch.int32).repeat(B, 1)
-    last, seen = (torch.full((B,), x, dtype=torch.int64) for x in ((T - 1) // block, T))
-    return bounds.to(device), last.to(device), seen.to(device)
+    with torch.inference_mode(False):  # they outlive this call
+        bounds = torch.tensor([[sinks, T, 0, 0]], dtype=torch.int32).repeat(B, 1)
+        last, seen = (torch.full((B,), x, dtype=torch.int64) for x in ((T - 1) // block, T))
+        return bounds.to(device), last.to(device), seen.to(device)
 
 
 def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:

@@ -17,6 +17,7 @@ from .fused_triton import constexpr, jit, power_of_two, precision, tl
 from .spec import KernelSpec
 
 CHUNK = 64  # holders that are read together
+HEADS = 2  # of a group that one program takes, where they fit
 
 
 @jit
@@ -288,6 +289,16 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, heads: int) -> tupl
     return [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scalars], sizes
 
 
+def heads_of(q: Tensor, group: int) -> int:
+    """Heads of a group that one program takes: more share what they read, but fewer registers are left."""
+    narrow = q.shape[-1] <= 128 and q.dtype != torch.float32
+    return min(power_of_two(group, 1), HEADS if narrow else 1)
+
+
+def stages(q: Tensor) -> int:
+    return 2 if q.shape[-1] <= 128 and q.dtype != torch.float32 else 1
+
+
 class ExactFunction(torch.autograd.Function):
     """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32)."""
 
@@ -296,12 +307,12 @@ class ExactFunction(torch.autograd.Function):
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
-        heads = min(power_of_two(H // Hk, 1), 2 if D <= 128 else 1)
+        heads = heads_of(q, H // Hk)
         scalars, sizes = arguments(q, k, v, given, heads)
         grid = (-(-W // TILE), -(-(H // Hk) // heads), B * Hk)
         exact_kernel[grid](
             q, k, v, given.table, given.death, given.bounds, out, lse, *scalars, **sizes, num_warps=4 * heads,
-            num_stages=2,
+            num_stages=stages(q),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = given
@@ -315,16 +326,16 @@ class ExactFunction(torch.autograd.Function):
         tensors = (q, k, v, given.table, given.death, given.bounds)
         grad, grad_lse, n = grad.contiguous(), grad_lse.contiguous(), -(-W // TILE)
         delta, grad_q = torch.empty_like(lse), torch.empty_like(out)
-        heads = min(power_of_two(H // Hk, 1), 2 if D <= 128 else 1)
+        heads = heads_of(q, H // Hk)
         scalars, sizes = arguments(q, k, v, given, heads)
         query_grad_kernel[(n, -(-(H // Hk) // heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, grad_q, *scalars, **sizes, num_warps=8, num_stages=2
+            *tensors, out, lse, grad, grad_lse, delta, grad_q, *scalars, **sizes, num_warps=8, num_stages=stages(q)
         )
         grad_k = torch.zeros(B, Hk, X, D, device=q.device, dtype=torch.float32)
         grad_v = torch.zeros_like(grad_k)
         scalars, sizes = arguments(q, k, v, given, 1)
         chunks = sizes["REACH"] + sizes["CHUNKS"] + (given.spec.sinks > 0)
         key_grad_kernel[(n, chunks, B * Hk)](
-            *tensors, lse, grad, delta, grad_k, grad_v, *scalars, **sizes, num_warps=8 if D > 64 else 4, num_stages=2
+            *tensors, lse, grad, delta, grad_k, grad_v, *scalars, **sizes, num_warps=8 if D > 64 else 4, num_stages=1
         )
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None

@@ -14,6 +14,7 @@ from .state import Kernel, features
 
 ROWS = 64  # tokens a step
 STEPS = 8  # steps that one program of the backward takes
+LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
 @jit
@@ -106,7 +107,7 @@ class HedgehogFunction(torch.autograd.Function):
         grad_w = torch.empty(B, H, splits, D, weight.shape[2], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
             x, weight, grad.contiguous(), grad_x, grad_w, *x.stride()[:3], ctx.scale, T, H, splits,
-            **ctx.sizes, STEPS=STEPS, PRECISION=precision(x.dtype), num_warps=8,
+            **ctx.sizes, STEPS=STEPS, PRECISION=precision(x.dtype), num_warps=8, num_stages=1,
         )  # fmt: skip
         return grad_x, grad_w.sum((0, 2)), None, None
 
@@ -115,6 +116,6 @@ def mapped(
     kernel: Kernel, mapping: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """phi of x [B, H, T, D] at pos [B, 1 or H, T] -> [B, H, T, F] of `dtype`; hedgehog in one pass, others in torch."""
-    if type(mapping) is Hedgehog and mapping.columns <= 256:
+    if type(mapping) is Hedgehog and power_of_two(mapping.columns) * power_of_two(mapping.head_dim) <= LARGEST:
         return HedgehogFunction.apply(rows_first(x), mapping.weight.float().contiguous(), kernel.scaling**0.5, dtype)
     return features(kernel, mapping, x, pos).to(dtype).contiguous()

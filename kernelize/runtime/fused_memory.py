@@ -17,7 +17,7 @@ from .fused_select import TILE
 from .fused_triton import constexpr, jit, power_of_two, precision, tl
 
 PROGRAMS = 264  # that fill the largest GPUs: two a multiprocessor
-STATE = 16384  # entries of M that one program holds in registers
+STATE = {torch.bfloat16: 16384, torch.float32: 4096}  # entries of M that one program holds in registers
 
 
 @jit
@@ -425,7 +425,7 @@ def value_grad_kernel(
 class Order(NamedTuple):
     """Tokens in the order in which the memory takes them in, and how the sequence is cut; no gradients."""
 
-    index: Tensor  # [R, n·tile] int32, −1 where nothing comes
+    tokens: Tensor  # [R, n·tile] int32, −1 where nothing comes
     block: int
     segments: int
     tiles: int  # of a segment
@@ -433,7 +433,7 @@ class Order(NamedTuple):
 
     @property
     def n(self) -> int:
-        return self.index.shape[1] // TILE
+        return self.tokens.shape[1] // TILE
 
 
 def order_of(index: Tensor, block: int, decays: bool) -> Order:
@@ -471,27 +471,29 @@ def decay_matrix(edge: Tensor, order: Order) -> Tensor:
     return (at[:, :, None] - at[:, None]).clamp(max=0).exp().tril()
 
 
-def split(size: int, other: int) -> tuple[int, int]:
+def split(size: int, other: int, dtype: torch.dtype) -> tuple[int, int]:
     """(channels of one program, programs) so that its part of a [other, size] memory fits into registers."""
     whole = power_of_two(size)
-    part = min(whole, max(16, STATE // power_of_two(other)))
+    part = min(whole, max(16, STATE[dtype] // power_of_two(other)))
     return part, -(-size // part)
 
 
-def warps(F: int, D: int) -> int:
-    return 8 if power_of_two(F) * power_of_two(D) >= STATE else 4
+def launch(part: int, other: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and pipeline stages of a program that holds a [other, part] memory."""
+    wide = part * power_of_two(other) * dtype.itemsize >= 2 * 16384
+    return {"num_warps": 8 if wide else 4, "num_stages": 2 if dtype == torch.bfloat16 else 1}
 
 
 def gains(order: Order, phi: Tensor, v: Tensor, clock: Tensor, edge: Tensor) -> Tensor:
     """What each segment adds: [R, segments, F, D + 1] float32."""
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    DV, parts = split(D, F)
+    DV, parts = split(D, F, phi.dtype)
     out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
     gain_kernel[(order.segments, parts, B * Hk)](
-        order.index, phi, v, clock, edge, out, *v.stride()[:3],
-        X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+        order.tokens, phi, v, clock, edge, out, *v.stride()[:3],
+        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, DECAY=order.decays, PRECISION=precision(phi.dtype),
-        num_warps=warps(F, D),
+        **launch(DV, F, phi.dtype),
     )  # fmt: skip
     return out
 
@@ -504,13 +506,13 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     edge = edges(clock_end, order)
     states = walk(memory.flatten(0, 1), gains(order, phi, v, clock, edge), edge, order)
-    DV, parts = split(D, F)
+    DV, parts = split(D, F, phi.dtype)
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
     recall_kernel[(order.segments, parts, B * Hk)](
-        order.index, phi, v, clock, clock_end, edge, states, out, *v.stride()[:3],
-        X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+        order.tokens, phi, v, clock, clock_end, edge, states, out, *v.stride()[:3],
+        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-        PRECISION=precision(phi.dtype), num_warps=warps(F, D), num_stages=2,
+        PRECISION=precision(phi.dtype), **launch(DV, F, phi.dtype),
     )  # fmt: skip
     return out.sum(0).sqrt()
 
@@ -532,15 +534,15 @@ class MemoryFunction(torch.autograd.Function):
         (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
         edge = edges(clock_end, order)
         states = walk(memory.flatten(0, 1), gains(order, phi_k, v, clock, edge), edge, order)
-        DV, parts = split(D, F)
+        DV, parts = split(D, F, phi_k.dtype)
         y = torch.empty_like(exact)
         branch = torch.empty_like(exact) if branches else exact.new_empty(0)
         branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
         memory_kernel[(order.segments, parts, B * Hk)](
-            order.index, phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, y, branch, branch_lse,
-            *v.stride()[:3], W, X, order.n, order.index.shape[1], order.segments, order.tiles, Hk,
+            order.tokens, phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, y, branch, branch_lse,
+            *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            BRANCHES=branches, PRECISION=precision(phi_q.dtype), num_warps=warps(F, D), num_stages=2,
+            BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch(DV, F, phi_k.dtype),
         )  # fmt: skip
         ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, branch, branch_lse)
         ctx.order = order
@@ -589,10 +591,10 @@ def merge_grad(
 def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[list, dict]:
     """The backward kernels' common arguments."""
     (_, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-    scalars = [*v.stride()[:3], W, X, order.n, order.index.shape[1], order.segments, order.tiles, Hk]
+    scalars = [*v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk]
     sizes = {
         "G": H // Hk, "F": F, "D": D, "TILE": TILE, "BLOCK": order.block, "DECAY": order.decays,
-        "PRECISION": precision(phi_q.dtype), "num_warps": warps(F, D), "num_stages": 1,
+        "PRECISION": precision(phi_q.dtype),
     }  # fmt: skip
     return scalars, sizes
 
@@ -603,13 +605,13 @@ def phi_q_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of phi_q, and each query's part [B, H, W] of that of its block's clock)."""
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    FB, parts = split(F, D)
+    FB, parts = split(F, D, phi_k.dtype)
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
     phi_q_grad_kernel[(order.segments, parts, B * Hk)](
-        order.index, phi_q, phi_k, v, clock, clock_end, edge, states, down, row, out, turn, *scalars,
-        **sizes, FB=FB, DP=power_of_two(D),
+        order.tokens, phi_q, phi_k, v, clock, clock_end, edge, states, down, row, out, turn, *scalars,
+        **sizes, FB=FB, DP=power_of_two(D), **launch(FB, D, phi_k.dtype) | {"num_stages": 1},
     )  # fmt: skip
     return out, turn.sum(0)
 
@@ -620,12 +622,12 @@ def reverse_gains(
 ) -> Tensor:  # fmt: skip
     """What each segment's queries add to the gradient of the memory: [R, segments, F, D + 1]."""
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    DV, parts = split(D, F)
+    DV, parts = split(D, F, phi_k.dtype)
     _, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
     reverse_gain_kernel[(order.segments, parts, B * Hk)](
         phi_q, clock_end, edge, down, row, out, W, order.n, order.segments, order.tiles,
-        **sizes, FP=power_of_two(F), DV=DV,
+        **sizes, FP=power_of_two(F), DV=DV, **launch(DV, F, phi_k.dtype) | {"num_stages": 1},
     )  # fmt: skip
     return out
 
@@ -639,9 +641,13 @@ def key_grads(
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     g_phi = torch.zeros_like(phi_k)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
-    given = (order.index, phi_q, phi_k, v, clock, clock_end, edge, back, down, row)
-    FB, parts = split(F, D)
-    phi_k_grad_kernel[(order.segments, parts, B * Hk)](*given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D))
-    DV, parts = split(D, F)
-    value_grad_kernel[(order.segments, parts, B * Hk)](*given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV)
+    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, edge, back, down, row)
+    FB, parts = split(F, D, phi_k.dtype)
+    phi_k_grad_kernel[(order.segments, parts, B * Hk)](
+        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch(FB, D, phi_k.dtype) | {"num_stages": 1}
+    )
+    DV, parts = split(D, F, phi_k.dtype)
+    value_grad_kernel[(order.segments, parts, B * Hk)](
+        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch(DV, F, phi_k.dtype) | {"num_stages": 1}
+    )
     return g_phi, g_v

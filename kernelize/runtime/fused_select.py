@@ -66,14 +66,6 @@ def mass_kernel(
 
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
-    if SINKS:
-        i = tl.arange(0, SP)
-        k = tl.load(key + i[:, None] * skt + d[None, :], mask=((i < SINKS) & (i < X))[:, None] & (d < D)[None, :],
-                    other=0.0)  # fmt: skip
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        s = tl.where((i < SINKS)[None, :] & (i[None, :] <= (base + at)[:, None]), s, float("-inf"))
-        m = tl.maximum(m, tl.max(s, 1))
-        l = tl.sum(tl.exp2(s - m[:, None]), 1)
     for step in range(REACH):
         c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
         here = (c >= lo) & (c < hi)
@@ -86,7 +78,16 @@ def mass_kernel(
         new = tl.maximum(m, tl.max(s, 1))
         l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
         m = new
-    lse = m + tl.log2(l)
+    if SINKS:
+        i = tl.arange(0, SP)
+        wide = ((i < SINKS) & (i < X))[:, None] & (d < D)[None, :]
+        sinks = tl.load(key + i[:, None] * skt + d[None, :], mask=wide, other=0.0)
+        first = scaled_scores(q, sinks, scaling, softcap, SOFTCAP, PRECISION)
+        first = tl.where((i < SINKS)[None, :] & (i[None, :] <= (base + at)[:, None]), first, float("-inf"))
+        new = tl.maximum(m, tl.max(first, 1))
+        l = l * tl.exp2(m - new) + tl.sum(tl.exp2(first - new[:, None]), 1)
+        m = new
+    lse = m + tl.log2(tl.where(l > 0, l, 1.0))
     for step in range(REACH):
         c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
         here = (c >= lo) & (c < hi)
@@ -121,8 +122,8 @@ def best_kernel(
     score = tl.load(Score + row * X + index, mask=index >= 0, other=float("-inf"))
     rank = tl.zeros([L], tl.int32)
     for start in range(0, L, CHUNK):
-        at = segment * L + start + tl.arange(0, CHUNK)
-        other = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
+        near = segment * L + start + tl.arange(0, CHUNK)
+        other = tl.load(Applicants + row * length + near, mask=near < length, other=-1)
         theirs = tl.load(Score + row * X + other, mask=other >= 0, other=float("-inf"))
         better = beats(theirs[None, :], other[None, :], score[:, None], index[:, None])
         rank += tl.sum(better.to(tl.int32), 1)
@@ -178,10 +179,10 @@ def death_kernel(
     score = tl.load(Score + row * X + mine, mask=mine >= 0, other=float("-inf"))
     better_h, better_x = i, tl.zeros([L], tl.int32)
     for start in range(0, CP, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        y = tl.load(Index + (row * lists + segment) * CP + j)
-        score_y = tl.load(Best + (row * lists + segment) * CP + j, mask=y >= 0, other=float("-inf"))
-        better_x += tl.sum(beats(score_y[None, :], y[None, :], score[:, None], mine[:, None]).to(tl.int32), 1)
+        near = start + tl.arange(0, CHUNK)
+        other = tl.load(Index + (row * lists + segment) * CP + near)
+        theirs = tl.load(Best + (row * lists + segment) * CP + near, mask=other >= 0, other=float("-inf"))
+        better_x += tl.sum(beats(theirs[None, :], other[None, :], score[:, None], mine[:, None]).to(tl.int32), 1)
     alive_h = holder >= 0
     waits = mine >= 0
     alive_x = waits & (x < 0)
@@ -298,10 +299,10 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
 
 
 def received(kernel: Kernel, q: Tensor, k: Tensor, bounds: Tensor, front: int) -> Tensor:
-    """Attention mass [B, Hk, X] that the tokens of the store k [B, Hk, X, D] receive from the queries q [B, H, W, D]."""
+    """Attention mass [B, Hk, X] that the store k [B, Hk, X, D] receives from the queries q [B, H, W, D]."""
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
     G, n = H // Hk, -(-W // TILE)
-    HP = min(power_of_two(G, 1), 2)
+    HP = min(power_of_two(G, 1), 2 if q.dtype != torch.float32 else 1)
     parts, reach = -(-G // HP), -(-spec.back * spec.block // TILE) + 1
     out = torch.empty(B, Hk, parts, n, reach, TILE, device=q.device, dtype=torch.float32)
     mass_kernel[(n, B * Hk * parts)](

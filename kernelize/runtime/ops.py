@@ -1,31 +1,70 @@
 """Picks the implementation of the operation: fused on a GPU with Triton, else chunked; one token at a time: the step.
 
-The choice can be forced with `force("reference" | "chunked")`, or for a process with KERNELIZE_IMPLEMENTATION.
+The choice can be forced with `force("reference" | "chunked" | "fused")`, or for a process with
+KERNELIZE_IMPLEMENTATION. What the fused kernels cannot do goes to chunked, and the log says so, once for each reason.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from .chunked import attend as chunked_attend
+from .fused import attend as fused_attend
+from .fused import supports, unsupported
+from .fused_triton import triton
 from .reference import attend as reference_attend
 from .reference import step
-from .spec import choose
+from .spec import KernelSpec, SpecError, choose
 from .state import AttentionOutput, Kernel, State
 
-IMPLEMENTATIONS = {"reference": reference_attend, "chunked": chunked_attend}
+log = logging.getLogger(__name__)
+IMPLEMENTATIONS = {"reference": reference_attend, "chunked": chunked_attend, "fused": fused_attend}
 _forced: str | None = None
 
 
-def implementation() -> str:
-    """The name of the implementation that a prefill uses now; SpecError when a forced one does not exist."""
-    name = _forced or os.environ.get("KERNELIZE_IMPLEMENTATION") or "chunked"
-    choose("KERNELIZE_IMPLEMENTATION", name, IMPLEMENTATIONS)
+def forced() -> str | None:
+    """The implementation that somebody insists on; SpecError when there is none of that name."""
+    name = _forced or os.environ.get("KERNELIZE_IMPLEMENTATION") or None
+    if name is not None:
+        choose("KERNELIZE_IMPLEMENTATION", name, IMPLEMENTATIONS)
     return name
+
+
+def describe(spec: KernelSpec) -> str:
+    """Which implementation a prefill of such a layer uses on this machine, and why; for people to read."""
+    if forced():
+        return f"{forced()} (forced)"
+    if not torch.cuda.is_available():
+        return "chunked (no GPU)"
+    if triton is None:
+        return "chunked (Triton is not installed)"
+    reason = unsupported(spec)
+    return f"chunked ({reason})" if reason else "fused"
+
+
+def implementation(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The name of the implementation that a prefill of these tensors uses now."""
+    name = forced()
+    if name and name != "fused":
+        return name
+    reason = supports(kernel, q, k, v)
+    if reason and name == "fused":
+        raise SpecError(f"implementation='fused' was asked for, but {reason}")
+    if reason and q.is_cuda:
+        tell(reason)
+    return "chunked" if reason else "fused"
+
+
+@lru_cache
+def tell(reason: str) -> None:
+    log.info("chunked instead of fused kernels: %s", reason)
 
 
 @contextmanager
@@ -46,4 +85,4 @@ def attend(
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
     if q.shape[2] == 1 and state is not None:
         return step(q, k, v, kernel, state, None if valid is None else valid[:, 0])
-    return IMPLEMENTATIONS[implementation()](q, k, v, kernel, state, valid)
+    return IMPLEMENTATIONS[implementation(kernel, q, k, v)](q, k, v, kernel, state, valid)

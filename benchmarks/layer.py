@@ -1,0 +1,393 @@
+"""One layer on one GPU: are the fused kernels right, and how long do they take beside their peers.
+
+    python benchmarks/layer.py check        # against a dense float64 computation, forward and gradients
+    python benchmarks/layer.py time         # milliseconds, beside softmax attention and flash-linear-attention
+    python benchmarks/layer.py profile      # where the time goes
+
+`--out FILE` appends the rows as JSON lines, with device, versions and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kernelize.runtime import chunked, fused
+from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.state import features
+
+DENSE = 2048  # longest sequence of which every query is checked
+ROWS = 48  # queries that are checked of a longer one
+TOLERANCE = {torch.bfloat16: (1e-2, 2e-2), torch.float16: (1e-2, 2e-2), torch.float32: (1e-4, 1e-3)}
+BFLOAT, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+
+# (name, spec, (B, H, Hk, D), T, dtype)
+LLAMA = {"feature_dim": 128, "window": 64, "sinks": 4, "slots": 128, "block": 16}
+CASES = [
+    ("llama mixed", dict(LLAMA), (1, 8, 2, 128), 2048, BFLOAT),
+    ("llama attention", {**LLAMA, "policy": "attention"}, (1, 8, 2, 128), 1999, BFLOAT),
+    ("llama fp16", dict(LLAMA), (1, 8, 2, 128), 2048, HALF),
+    ("llama fp32", dict(LLAMA), (1, 4, 1, 128), 1500, FULL),
+    ("smollm", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 2048, BFLOAT),
+    ("smollm fp32", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 1111, FULL),
+    ("heads of 80", {**LLAMA, "feature_dim": 64}, (1, 4, 4, 80), 1000, BFLOAT),
+    ("heads of 96", {**LLAMA, "feature_dim": 96}, (1, 8, 1, 96), 777, BFLOAT),
+    ("heads of 256", {**LLAMA, "feature_dim": 256}, (1, 4, 2, 256), 1024, BFLOAT),
+    ("block 1", {**LLAMA, "block": 1, "slots": 20}, (1, 4, 2, 64), 700, BFLOAT),
+    ("block 64, window 256", {**LLAMA, "block": 64, "window": 256}, (1, 4, 2, 128), 2000, BFLOAT),
+    ("no slots, no decay", {**LLAMA, "slots": 0, "decay": "none"}, (1, 4, 2, 128), 2048, BFLOAT),
+    ("llama 32k", dict(LLAMA), (1, 8, 2, 128), 32768, BFLOAT),
+    ("llama 262k", dict(LLAMA), (1, 4, 1, 128), 262144, BFLOAT),
+]
+
+
+def layer(spec: KernelSpec, heads: int, kv_heads: int, head_dim: int, device: str = "cuda") -> KernelAttention:
+    """A layer with random maps, a memory that matters and half-lives of 100 to 10,000 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    attention = KernelAttention(spec, heads, kv_heads, head_dim)
+    for module in (attention.map_q, attention.map_k, attention):
+        module.reset()
+    with torch.no_grad():
+        for weight in (attention.map_q.weight, attention.map_k.weight):
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        attention.log_gate += 3.0 + 0.5 * torch.randn(heads, generator=generator)
+        if spec.decay == "fixed":
+            attention.log_rate += 2.3 * (torch.rand(kv_heads, generator=generator) - 0.3)
+    return attention.to(device)
+
+
+def tokens(B: int, H: int, Hk: int, D: int, T: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """q as a model makes it, [B, T, H, D] transposed; likewise k and v."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(B, T, heads, D) for heads in (H, Hk, Hk)]
+    return [torch.randn(s, device="cuda", generator=generator).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖; NaN if either has one."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+# --- check --------------------------------------------------------------------------------------------------
+
+
+def dense(q, k, v, kernel, death, rows):
+    """y [B, H, len(rows), D] in float64, by the definition, given who holds a slot until when (death [B, Hk, T])."""
+    spec, (B, H, _, D), (_, Hk, T, _) = kernel.spec, q.shape, k.shape
+    x, at = torch.arange(T, device=q.device), rows[:, None]
+    leaves = x // spec.block + spec.back + 1
+    block = at // spec.block
+    left = (leaves <= block) & (x >= spec.sinks)
+    holds = left & (death[:, :, None] > block) if spec.slots else left & False
+    exact = ((x <= at) & ~left) | holds  # [B, Hk, rows, T]
+    memory = left & ~holds
+    group = q[:, :, rows].view(B, Hk, H // Hk, len(rows), D)
+    s = (group @ k[:, :, None].mT) * kernel.scaling
+    s = s.masked_fill(~exact.expand(B, Hk, -1, -1)[:, :, None], -torch.inf)
+    top = s.amax(-1, keepdim=True).detach()
+    phi_q = features(kernel, kernel.map_q, q, x[None, None])[:, :, rows].view(B, Hk, H // Hk, len(rows), -1)
+    phi_k = features(kernel, kernel.map_k, k, x[None, None])
+    weight = phi_q @ phi_k[:, :, None].mT
+    if kernel.log_decay is not None:
+        folded = ((block + 0) * spec.block - spec.back * spec.block - spec.sinks).clamp(min=0)  # tokens folded by then
+        age = (folded - (x - spec.sinks + 1)).clamp(min=0)
+        weight = weight * (age * kernel.log_decay.view(-1, 1, 1)).exp()[:, None]
+    weight = weight * memory.expand(B, Hk, -1, -1)[:, :, None] * kernel.log_gate.exp().view(Hk, -1, 1, 1)
+    p = (s - top).exp() + weight * (-top).exp()
+    y = p @ v[:, :, None] / p.sum(-1, keepdim=True)
+    return y.view(B, H, len(rows), D)
+
+
+def lives_of(q, k, v, kernel):
+    """(death [B, Hk, T], scores a share [B, Hk, T], applicants) as the fused kernels find them."""
+    store = fused.fresh(q, k, v, kernel)
+    _, phi_k = fused.feature_maps(store, kernel)
+    clock, end = fused.clocks(store, kernel)
+    lives, scores = fused.select(store, kernel, phi_k, clock, end)
+    return lives.death.view(k.shape[0], -1, lives.death.shape[1]), [s.view(k.shape[:3]) for s in scores.of_share]
+
+
+def lifetimes_differ(kernel, death, scores, T):
+    """Tokens whose death differs from chunked's on the same scores."""
+    spec = kernel.spec
+    if not spec.slots or T > DENSE:
+        return 0
+    blocks = -(-T // chunked.TILE) * (chunked.TILE // spec.block)
+    x = torch.arange(T, device=death.device)
+    arrive = torch.where(x >= spec.sinks, x // spec.block + spec.back + 1, blocks).expand_as(death)
+    arrive = torch.where(arrive <= (T - 1) // spec.block, arrive, blocks)
+    pad = spec.slots  # chunked's store begins with the old slots
+    score = torch.nn.functional.pad(torch.stack(scores, -1), (0, 0, pad, 0))
+    arrive = torch.nn.functional.pad(arrive, (pad, 0), value=blocks)
+    expected = chunked.lifetimes(spec, score, arrive, blocks)[-1][:, :, pad:]
+    return int((expected != death).sum())
+
+
+def check(case: tuple) -> dict:
+    name, fields, (B, H, Hk, D), T, dtype = case
+    spec = KernelSpec(**fields)
+    attention = layer(spec, H, Hk, D)
+    leaves = [x.requires_grad_() for x in tokens(B, H, Hk, D, T, dtype)]
+    kernel = attention.kernel(D**-0.5)
+    with torch.no_grad():
+        death, scores = lives_of(*leaves, kernel)
+        differ = lifetimes_differ(kernel, death, scores, T)
+    rows = torch.arange(T, device="cuda")
+    if T > DENSE:
+        rows = torch.randperm(T, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:ROWS].sort()[0]
+        rows[-1] = T - 1
+    out, state = fused.attend(*leaves, kernel)
+    weight = torch.randn(B, H, len(rows), D, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
+    (out.y[:, :, rows].float() * weight).sum().backward()
+    got = [x.grad for x in leaves] + [p.grad for p in attention.parameters()]
+
+    exact = attention.double()
+    for p in exact.parameters():
+        p.grad = None
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    y = dense(*wide, exact.kernel(D**-0.5), death, rows)
+    (y * weight).sum().backward()
+    expected = [x.grad for x in wide] + [p.grad for p in exact.parameters()]
+    names = ["q", "k", "v"] + [n for n, _ in attention.named_parameters()]
+    grads = {n: relative(a, b) for n, a, b in zip(names, got, expected, strict=True)}
+    forward = relative(out.y[:, :, rows], y)
+    allowed = TOLERANCE[dtype]
+    passed = forward <= allowed[0] and max(grads.values()) <= allowed[1] and not differ
+    split = halves(leaves, kernel, out.y) if T <= DENSE else 0.0
+    return {"case": name, "T": T, "dtype": str(dtype).split(".")[1], "ok": passed, "forward": forward,
+            "lifetimes that differ": differ, "split in two": split, **grads}  # fmt: skip
+
+
+@torch.no_grad()
+def halves(leaves, kernel, y) -> float:
+    """The same sequence in two calls: what differs. Sets may, where a score is a near-tie."""
+    cut = leaves[0].shape[2] * 3 // 7
+    kernel = kernel._replace(log_gate=kernel.log_gate.float(), log_decay=None if kernel.log_decay is None else
+                             kernel.log_decay.float())  # fmt: skip
+    first, state = fused.attend(*(x[:, :, :cut] for x in leaves), kernel)
+    second, _ = fused.attend(*(x[:, :, cut:] for x in leaves), kernel, state)
+    return relative(torch.cat([first.y, second.y], 2), y)
+
+
+def safely(case: tuple) -> dict:
+    start = time.time()
+    try:
+        return {**check(case), "seconds": time.time() - start}
+    except Exception:
+        return {"case": case[0], "ok": False, "error": traceback.format_exc(limit=-6)[-1500:]}
+
+
+def check_all(only: str, workers: int) -> list[dict]:
+    found = []
+    cases = [c for c in CASES if only in c[0]]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(safely, cases):
+            print(json.dumps({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            if "error" in row:
+                print(row["error"], flush=True)
+            found.append(row)
+    return found
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+def milliseconds(f, budget: float = 0.4) -> float:
+    """Median over calls, by device events, after a warm-up."""
+    for _ in range(3):
+        f()
+    torch.cuda.synchronize()
+    times, begin = [], time.time()
+    while len(times) < 5 or (time.time() - begin < budget and len(times) < 100):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        f()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graphed(f):
+    """f as a CUDA graph: what remains without the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
+def ours(policy: str, slots: int, T: int, shape=(1, 32, 8, 128)):
+    B, H, Hk, D = shape
+    attention = layer(KernelSpec(**{**LLAMA, "policy": policy, "slots": slots}), H, Hk, D)
+    return attention, tokens(B, H, Hk, D, T, BFLOAT)
+
+
+def time_forward(row: dict, policy: str, slots: int, T: int) -> dict:
+    attention, qkv = ours(policy, slots, T)
+    kernel = attention.kernel(128**-0.5)
+
+    @torch.no_grad()
+    def call():
+        return fused.attend(*qkv, kernel, branches=False)
+
+    row["ms"] = milliseconds(call)
+    if T <= 32768:
+        row["ms graph"] = milliseconds(graphed(call))
+    return row
+
+
+def time_training(row: dict, policy: str, slots: int, T: int) -> dict:
+    attention, qkv = ours(policy, slots, T)
+    leaves = [x.requires_grad_() for x in qkv]
+    up = torch.randn_like(qkv[0])
+
+    def call():
+        y = fused.attend(*leaves, attention.kernel(128**-0.5))[0].y
+        torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
+
+    row["ms fwd+bwd"] = milliseconds(call)
+    return row
+
+
+def softmax(backend: str, T: int, train: bool):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.requires_grad_(train) for x in tokens(1, 32, 8, 128, T, BFLOAT))
+    up = torch.randn_like(q)
+
+    def call():
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if train:
+            torch.autograd.grad(y, (q, k, v), up)
+
+    return call
+
+
+def linear(T: int, train: bool):
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in tokens(1, 32, 8, 128, T, BFLOAT))
+    k, v = (x.repeat_interleave(4, 2) for x in (k, v))  # it has no grouped heads
+    q, k, v = (x.requires_grad_(train) for x in (q, k, v))
+    up = torch.randn_like(q)
+
+    def call():
+        y, _ = chunk_linear_attn(q, k, v, normalize=False)
+        if train:
+            torch.autograd.grad(y, (q, k, v), up)
+
+    return call
+
+
+def peer(row: dict, make, *arguments) -> dict:
+    key = "ms fwd+bwd" if arguments[-1] else "ms"
+    try:
+        row[key] = milliseconds(make(*arguments))
+    except Exception as error:  # a missing or refusing peer is a row
+        row["error"] = f"{type(error).__name__}: {error}"[:160]
+    return row
+
+
+def time_all(lengths: list[int], peers: bool) -> list[dict]:
+    found = []
+
+    def add(row: dict) -> None:
+        torch.cuda.empty_cache()
+        found.append(row)
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+    for T in lengths:
+        for policy, slots in (("attention", 128), ("mixed", 128), ("mixed", 176), ("value", 0)):
+            if T in (2048, 32768, 131072) or (policy, slots) == ("attention", 128):
+                add(time_forward({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T))
+        if peers:
+            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, False))
+            if T <= 32768:
+                add(peer({"what": "sdpa flash", "T": T}, softmax, "FLASH_ATTENTION", T, False))
+                add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, False))
+    for T in [t for t in lengths if t in (2048, 32768)]:
+        for policy, slots in (("attention", 128), ("mixed", 128)):
+            add(time_training({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T))
+        if peers:
+            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, True))
+            add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, True))
+    return found
+
+
+def profile(T: int, policy: str, slots: int, train: bool) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    attention, qkv = ours(policy, slots, T)
+    leaves = [x.requires_grad_(train) for x in qkv]
+    up = torch.randn_like(qkv[0])
+
+    def call():
+        with torch.set_grad_enabled(train):
+            y = fused.attend(*leaves, attention.kernel(128**-0.5), branches=train)[0].y
+        if train:
+            torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
+
+    for _ in range(2):
+        call()
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / 3000
+    print(f"# {policy} {slots}, T={T}, {'fwd+bwd' if train else 'fwd'}: {total:.3f} ms on the device")
+    for e in events[:22]:
+        print(f"{e.self_device_time_total / 3000:8.4f} ms {e.count // 3:4d}×  {e.key[:90]}", flush=True)
+
+
+def stamp() -> dict:
+    import triton
+
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "date": datetime.date.today().isoformat()}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "time", "profile"])
+    parser.add_argument("--only", default="", help="cases of `check` whose name contains this")
+    parser.add_argument("--workers", type=int, default=7, help="processes of `check`: compiling takes longest")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = []
+    if given.what == "check":
+        rows = check_all(given.only, given.workers)
+    elif given.what == "time":
+        rows = time_all(given.lengths, not given.no_peers)
+    else:
+        profile(131072, "attention", 128, False)
+        profile(131072, "mixed", 128, False)
+        profile(32768, "attention", 128, True)
+    if given.out:
+        with given.out.open("a") as file:
+            file.writelines(json.dumps({**stamp(), **row}) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
