@@ -23,7 +23,7 @@ from .plan import ConversionPlan
 from .runtime import ops
 from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
-from .runtime.modeling import kernelized_layers
+from .runtime.modeling import kernelized_layers, plan_entry, plan_of
 from .runtime.state import AttentionOutput
 
 SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
@@ -186,3 +186,25 @@ def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
     """`plan` with the slots of its layers, as many in all, given out by `costs`."""
     total = sum(spec.slots for spec in plan.layers if spec is not None)
     return plan.override({i: {"slots": slots} for i, slots in share_out(costs, total).items()})
+
+
+def allot(model: PreTrainedModel, texts: Sequence[BudgetText]) -> ConversionPlan:
+    """Gives every layer of a converted model its own number of slots, as many in all; returns the plan it has now."""
+    plan = budgeted(ConversionPlan(tuple(plan_of(model.config))), layer_costs(model, texts))
+    for layer, module in kernelized_layers(model).items():
+        spec = plan.layers[layer]
+        assert spec is not None
+        module.kernelize.spec = spec
+    model.config.kernelize = plan_entry(list(plan.layers))
+    return plan
+
+
+def budget_texts(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, ordinary: int = 1, retrieval: int = 2
+) -> list[BudgetText]:
+    """Calibration texts of `length` tokens cut from `text`: some as they are, some with facts to be found again."""
+    count = ordinary + retrieval
+    pieces = [text[i * len(text) // count :][: 8 * length] for i in range(count)]
+    ids = [tokenizer(piece, add_special_tokens=False).input_ids[:length] for piece in pieces]
+    plain = [BudgetText(torch.tensor([row])) for row in ids[:ordinary]]
+    return plain + [retrieval_text(tokenizer, row, length, seed) for seed, row in enumerate(ids[ordinary:])]

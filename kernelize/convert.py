@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .budget import BudgetText, allot
 from .calibrate import calibrate
 from .errors import InputError, KernelizeError
 from .plan import ConversionPlan
@@ -145,16 +146,24 @@ def _first_line(error: BaseException) -> str:
 
 
 def convert(
-    model: PreTrainedModel, plan: ConversionPlan, *, calibration: Sequence[Tensor] | None = None
+    model: PreTrainedModel,
+    plan: ConversionPlan,
+    *,
+    calibration: Sequence[Tensor] | None = None,
+    budget: Sequence[BudgetText] | None = None,
 ) -> PreTrainedModel:
-    """Turns `model` itself into its kernelized class after `plan`; `calibration` [B, T] token ids set gates and decays.
+    """Turns `model` itself into its kernelized class after `plan`; nothing is trained.
 
+    `calibration` [B, T] token ids set maps, gates and decays. With `budget` texts the slots of all layers, as many in
+    all as the plan says, go where they save most (`model.config.kernelize` then holds the plan that came out).
     Raises SpecError for a model type that is not supported or a plan that does not fit.
     """
     layers = list(plan.layers)
     if len(layers) != model.config.num_hidden_layers:
         raise InputError(f"the plan has {len(layers)} layers, the model {model.config.num_hidden_layers}")
     model = kernelize_model(model, layers).eval()
+    if budget:
+        allot(model, budget)
     if calibration:
         calibrate(model, calibration)
     return model

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .card import CARD_NAME, RECIPE_NAME, model_card, read_facts, read_source, record
 from .errors import InputError
+from .runtime.spec import KernelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
     from .plan import PlanReport
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .train import TrainResult
 
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
+BUDGET_TOKENS = 2048  # of each text by which the slots are shared out
 
 
 def check_output(output: str | Path, overwrite: bool = False) -> Path:
@@ -89,7 +92,8 @@ def convert_source(
     recipe, report = plan_source(source, make_recipe, dtype=dtype, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
     plan = ConversionPlan.from_recipe(recipe, model.config.num_hidden_layers)
-    model = convert(model, plan, calibration=calibration(tokenizer, model))
+    model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))
+    recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)
     command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
     document(output, recipe=recipe, source=read_source(source, loading.get("revision")), commands=[command])
@@ -106,6 +110,34 @@ def calibration(tokenizer, model) -> list[Tensor]:
     text = sample_text("train")
     pieces = [text[i * len(text) // CALIBRATION_TEXTS :][: 8 * length] for i in range(CALIBRATION_TEXTS)]
     return [torch.tensor([tokenizer(piece)["input_ids"][:length]], device=model.device) for piece in pieces]
+
+
+def budget(tokenizer, model, recipe: Recipe, length: int = BUDGET_TOKENS) -> list[BudgetText] | None:
+    """The texts by which the slots are shared out, if the recipe wants that."""
+    from .budget import budget_texts
+    from .evaluate import sample_text
+
+    if recipe.budget == "uniform":
+        return None
+    return budget_texts(tokenizer, sample_text("train"), min(length, model.config.max_position_embeddings))
+
+
+def as_converted(recipe: Recipe, model) -> Recipe:
+    """The recipe with the slots that the layers of `model` were given, so that it says what was done."""
+    if recipe.budget == "uniform":
+        return recipe
+    base = KernelSpec.from_dict(recipe.kernel).to_dict()
+    specs = {i: spec for i, spec in enumerate(model.config.kernelize["layers"]) if spec}
+    given = {str(i): {f: v for f, v in spec.items() if v != base[f]} for i, spec in specs.items()}
+    return recipe.model_copy(update={"budget": "uniform", "layers": {i: f for i, f in given.items() if f}})
+
+
+def describe_converted(model, dtype: str | None = None) -> PlanReport:
+    """What the plan that a converted model holds costs."""
+    from .plan import ConversionPlan, describe
+    from .runtime.modeling import plan_of
+
+    return describe(ConversionPlan(tuple(plan_of(model.config))), model.config, dtype=dtype)
 
 
 def document(output: str | Path, *, recipe: Recipe | None = None, **facts: Any) -> None:

@@ -176,7 +176,8 @@ class Recipe(_Strict):
     """A whole run.
 
     `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
-    or an inclusive range ("3-7"); the layers in `keep` stay softmax.
+    or an inclusive range ("3-7"); the layers in `keep` stay softmax. With `budget: auto` the slots of all layers go
+    where they save most, as many in all.
     """
 
     name: str = Field(min_length=1)
@@ -185,6 +186,7 @@ class Recipe(_Strict):
     kernel: dict[str, Any] = {}
     keep: Sequence[Annotated[int, Field(ge=0)]] = ()
     layers: dict[str, dict[str, Any]] = {}
+    budget: Literal["uniform", "auto"] = "uniform"
     stages: Sequence[Stage] = ()
     seed: int = Field(default=0, ge=0)
     checkpoint_steps: int = Field(default=200, ge=1)
