@@ -57,12 +57,15 @@ class KernelFlags:
     sink_logits: Annotated[
         bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
     ] = None
+    budget: Annotated[
+        str | None, typer.Option(help="Slots of the layers: uniform, or auto, where they save most, as many in all.")
+    ] = None
     keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14.")] = None
     pattern: Annotated[str | None, typer.Option(help="K kernelized, S softmax, repeated: KKKS.")] = None
 
     def fields(self) -> dict[str, Any]:
         """The fields of KernelSpec that were given."""
-        others = ("config", "keep", "pattern")
+        others = ("config", "budget", "keep", "pattern")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
 
     def recipe(self, layers: int, default: str = "default") -> Recipe:
@@ -72,6 +75,8 @@ class KernelFlags:
 
         data = load_recipe(self.config or default).to_dict()
         data["kernel"] = {**data.get("kernel", {}), **self.fields()}
+        if self.budget is not None:
+            data["budget"] = self.budget
         if self.keep is not None and self.pattern is not None:
             raise InputError("give --keep or --pattern, not both")
         if self.keep is not None:
