@@ -322,9 +322,10 @@ class KernelizedModelMixin:
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, attention_mask=attention_mask, **kwargs
         )
-        if attention_mask is not None:
-            new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
+        new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if attention_mask is None:  # generate has dropped it: all ones
+            attention_mask = new.new_ones(new.shape[:2], dtype=torch.int64)
+        inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
     def _prepare_cache_for_generation(
