@@ -79,7 +79,8 @@ def run(
     """Does the whole job on `source` (by default the SmolLM2-135M-Instruct that is installed) and writes `output`.
 
     The kernelized model stands beside its teacher and beside the untrained window at an equal number of positions.
-    `quick` trains a few steps and measures short texts. Raises InputError before any work for what cannot be used.
+    `quick` trains a few steps and measures short texts. Raises InputError before any work for what cannot be used,
+    KeyboardInterrupt when the training was told to stop.
     """
     output, listener = check_output(output, overwrite), listener or Listener()
     recipe = recipe or _recipe(quick)
@@ -103,6 +104,8 @@ def run(
             overwrite=overwrite,
             on_event=listener.training,
         )
+    if not trained.completed:
+        raise KeyboardInterrupt  # a SIGTERM, which finetune answers by a checkpoint
     window = convert(copy.deepcopy(teacher), window_plan(plan))
     models = {TEACHER: teacher, WINDOW: window, BEFORE: before, AFTER: after}
     with clock("measuring four models side by side"):

@@ -287,6 +287,18 @@ def test_demo_compares_four_models_and_writes_a_checkpoint(folder, tmp_path, cap
     assert run("generate", tmp_path / "out", "x", "--max-new-tokens", "2") == 0
 
 
+def test_a_demo_that_is_told_to_stop_does_not_measure_half_a_model(folder, tmp_path, capsys, monkeypatch):
+    from kernelize import demo
+    from kernelize.recipe import Recipe
+    from kernelize.train import TrainResult
+
+    monkeypatch.setattr(demo, "load_recipe", lambda name: Recipe.from_yaml(RECIPE))
+    monkeypatch.setattr(demo, "finetune", lambda *_, **__: TrainResult(tmp_path, (), completed=False))
+    assert run("demo", "--source", folder / "source", "-o", tmp_path / "out") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_control_holds_no_more_positions_than_the_plan():
     from kernelize.demo import window_plan
     from kernelize.plan import ConversionPlan
