@@ -3,6 +3,7 @@
     python benchmarks/layer.py check        # against a dense float64 computation, forward and gradients
     python benchmarks/layer.py time         # milliseconds, beside softmax attention and flash-linear-attention
     python benchmarks/layer.py profile      # where the time goes
+    python benchmarks/layer.py tune         # the constants of the kernels, one changed at a time
 
 `--out FILE` appends the rows as JSON lines, with device, versions and date.
 """
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -149,7 +151,7 @@ def check(case: tuple) -> dict:
     if T > DENSE:
         rows = torch.randperm(T, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:ROWS].sort()[0]
         rows[-1] = T - 1
-    out, state = fused.attend(*leaves, kernel)
+    out, _ = fused.attend(*leaves, kernel)
     weight = torch.randn(B, H, len(rows), D, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
     (out.y[:, :, rows].float() * weight).sum().backward()
     got = [x.grad for x in leaves] + [p.grad for p in attention.parameters()]
@@ -332,7 +334,25 @@ def time_all(lengths: list[int], peers: bool) -> list[dict]:
     return found
 
 
-def profile(T: int, policy: str, slots: int, train: bool) -> None:
+VARIANTS = [("fused_exact", "HEADS", 2), ("fused_exact", "HEADS", 1), ("fused_exact", "HEADS", 4),
+            ("fused_select", "SEGMENT", 256), ("fused_memory", "WARPS", 8)]  # fmt: skip
+
+
+def tune(T: int) -> None:
+    """The constants that decide over speed, one changed at a time."""
+    for module, name, value in VARIANTS:
+        there = import_module(f"kernelize.runtime.{module}")
+        before = getattr(there, name)
+        setattr(there, name, value)
+        print(f"## {module}.{name} = {value}")
+        try:
+            profile(T, "attention", 128, False, top=8)
+        except Exception as error:
+            print(type(error).__name__, str(error)[:300])
+        setattr(there, name, before)
+
+
+def profile(T: int, policy: str, slots: int, train: bool, top: int = 20) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -355,7 +375,7 @@ def profile(T: int, policy: str, slots: int, train: bool) -> None:
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) / 3000
     print(f"# {policy} {slots}, T={T}, {'fwd+bwd' if train else 'fwd'}: {total:.3f} ms on the device")
-    for e in events[:22]:
+    for e in events[:top]:
         print(f"{e.self_device_time_total / 3000:8.4f} ms {e.count // 3:4d}×  {e.key[:90]}", flush=True)
 
 
@@ -368,7 +388,7 @@ def stamp() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "profile"])
+    parser.add_argument("what", choices=["check", "time", "profile", "tune"])
     parser.add_argument("--only", default="", help="cases of `check` whose name contains this")
     parser.add_argument("--workers", type=int, default=7, help="processes of `check`: compiling takes longest")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
@@ -380,8 +400,9 @@ def main() -> None:
         rows = check_all(given.only, given.workers)
     elif given.what == "time":
         rows = time_all(given.lengths, not given.no_peers)
+    elif given.what == "tune":
+        tune(given.lengths[0])
     else:
-        profile(131072, "attention", 128, False)
         profile(131072, "mixed", 128, False)
         profile(32768, "attention", 128, True)
     if given.out:

@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-jit: Any
 tl: Any
 triton: Any
 constexpr: Any
 try:
     import triton
     import triton.language as tl
-    from triton import jit
     from triton.language import constexpr
 except ImportError:
     triton = tl = constexpr = None
 
-    def jit(function: Any) -> Any:
-        """Leaves the kernel an ordinary function, which nothing calls: `available()` says so."""
-        return function
+LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first")
+
+
+def jit(function: Any) -> Any:
+    """A kernel that is not compiled anew for each length; without Triton a function that nothing calls."""
+    return function if triton is None else triton.jit(function, do_not_specialize=LENGTHS)
 
 
 def interpreted() -> bool:
