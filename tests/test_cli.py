@@ -20,6 +20,7 @@ from kernelize.errors import KernelizeError
 from kernelize.runtime.spec import KernelSpec
 
 KERNEL = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "8", "--feature-dim", "16"]
+KERNEL += ["--budget", "uniform"]
 RECIPE = """\
 name: tiny
 description: a tiny run
@@ -205,7 +206,7 @@ def test_flags_override_the_recipe_and_leave_the_rest(folder, tmp_path):
 
 def test_every_field_of_a_spec_has_a_flag():
     fields = {field.name for field in dataclasses.fields(KernelSpec)}
-    assert fields == {field.name for field in dataclasses.fields(KernelFlags)} - {"config", "keep", "pattern"}
+    assert fields == {field.name for field in dataclasses.fields(KernelFlags)} - {"config", "budget", "keep", "pattern"}
 
 
 def test_check_passes_after_convert(folder, tmp_path, capsys):
