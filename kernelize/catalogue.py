@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .recipe import recipes
 from .runtime.feature_maps import FEATURE_MAPS, FeatureMap
-from .runtime.modeling import FAMILIES
+from .runtime.modeling import FAMILIES, Family
 from .runtime.spec import DECAYS, POLICIES, RULES
 
 DECAY_MEANING = {
@@ -34,9 +34,13 @@ def catalogue() -> dict[str, dict[str, str]]:
         "rules": {name: RULE_MEANING[name] for name in RULES},
         "decays": {name: DECAY_MEANING[name] for name in DECAYS},
         "policies": {name: POLICY_MEANING[name] for name in POLICIES},
-        "model families": {name: family.note for name, family in sorted(FAMILIES.items())},
+        "model families": {name: _family(family) for name, family in sorted(FAMILIES.items())},
         "recipes": {recipe["name"]: recipe["description"] for recipe in recipes()},
     }
+
+
+def _family(family: Family) -> str:
+    return f"refused: {family.refused}" if family.refused else family.note
 
 
 def _describe(kind: type[FeatureMap]) -> str:

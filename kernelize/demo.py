@@ -16,7 +16,7 @@ from .check import CheckRow, check
 from .convert import convert, demo_source, load
 from .evaluate import Passkey, Perplexity, Row, Suite, evaluate
 from .generate import Completion, Conversation
-from .pipeline import as_rows, calibration, check_output, document, override_stages
+from .pipeline import as_rows, calibration, check_output, document, override_stages, plan_for
 from .plan import ConversionPlan, PlanReport, describe
 from .recipe import Recipe, load_recipe
 from .report import write_report
@@ -88,7 +88,7 @@ def run(
     clock = _Clock(listener)
     with clock("loading the teacher"):
         teacher, tokenizer = load(source, dtype="float32")
-    plan = ConversionPlan.from_recipe(recipe, teacher.config.num_hidden_layers)
+    plan = plan_for(recipe, teacher.config)
     cost = describe(plan, teacher.config, dtype="float32")
     listener.planned(cost)
     with clock("converting; the memory starts from the teacher's statistics"):

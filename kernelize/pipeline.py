@@ -13,11 +13,12 @@ from .runtime.spec import KernelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PretrainedConfig
 
     from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
-    from .plan import PlanReport
+    from .plan import ConversionPlan, PlanReport
     from .recipe import Recipe
     from .train import TrainResult
 
@@ -58,16 +59,28 @@ def plan_source(
     `options` go to `describe`: lengths, dtype. Raises InputError or SpecError for what cannot be converted.
     """
     from .convert import load_config
-    from .plan import ConversionPlan, describe
+    from .plan import describe
     from .runtime.modeling import PREFIX, family_of
 
     config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if config.model_type.startswith(PREFIX):
         raise InputError(f"{source!r} is already kernelized; `kernelize info` shows its plan")
     family_of(config.model_type)
-    layers = config.num_hidden_layers
-    recipe = make_recipe(layers)
-    return recipe, describe(ConversionPlan.from_recipe(recipe, layers), config, **options)
+    recipe = make_recipe(config.num_hidden_layers)
+    return recipe, describe(plan_for(recipe, config), config, **options)
+
+
+def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
+    """The recipe's plan for a model; layers with a window of their own stay as they are, unless the recipe names them.
+
+    Raises InputError or SpecError for what cannot be converted.
+    """
+    from .plan import ConversionPlan
+    from .runtime.modeling import native_windows, refuse
+
+    plan = ConversionPlan.from_recipe(recipe, config.num_hidden_layers, leave=native_windows(config))
+    refuse(config, list(plan.layers))
+    return plan
 
 
 def convert_source(
@@ -86,12 +99,11 @@ def convert_source(
     trust_remote_code. What cannot be used is refused before a weight is loaded, and nothing is half written.
     """
     from .convert import convert, save
-    from .plan import ConversionPlan
 
     check_output(output, overwrite)
     recipe, report = plan_source(source, make_recipe, dtype=dtype, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
-    plan = ConversionPlan.from_recipe(recipe, model.config.num_hidden_layers)
+    plan = plan_for(recipe, model.config)
     model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)

@@ -50,9 +50,10 @@ class ConversionPlan:
         return cls.uniform(spec, count, kept_by_pattern(pattern, count))
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, count: int) -> ConversionPlan:
-        """The recipe's choice for a model of `count` layers."""
-        return cls(recipe.specs(count))
+    def from_recipe(cls, recipe: Recipe, count: int, leave: Collection[int] = ()) -> ConversionPlan:
+        """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them."""
+        kept = set(leave) - recipe.named
+        return cls(tuple(None if i in kept else spec for i, spec in enumerate(recipe.specs(count))))
 
     def override(self, changes: Mapping[int, Mapping[str, Any]]) -> ConversionPlan:
         """Changes fields of single layers: {18: {"slots": 512}}."""

@@ -219,6 +219,11 @@ class Recipe(_Strict):
                 overrides[index] = fields
         return overrides
 
+    @property
+    def named(self) -> set[int]:
+        """The layers that the recipe speaks of one by one."""
+        return set(self._overrides)
+
     def specs(self, layer_count: int) -> tuple[KernelSpec | None, ...]:
         """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there."""
         for index in (*self.keep, *self._overrides):
