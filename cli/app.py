@@ -13,7 +13,7 @@ import typer
 from kernelize.errors import KernelizeError
 from kernelize.runtime.spec import SpecError
 
-from . import checkpoint, demonstration, evaluation, generation, publication, training
+from . import checkpoint, demonstration, evaluation, generation, inspection, publication, training
 from .codes import BAD_INPUT, FAILURE, INTERRUPTED
 
 DEBUG = "--debug"
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for command in (
     checkpoint.plan,
+    inspection.inspect,
     checkpoint.convert,
     training.finetune,
     evaluation.evaluate,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .inspection import show_measured
 from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
 from .output import say, show_plan, table, write_json
 from .progress import doing
@@ -92,11 +93,21 @@ def info(
                       "rows": list(facts.rows), "commands": list(facts.commands)})  # fmt: skip
 
 
-def list_(json: Json = None) -> None:
+def list_(
+    families: Annotated[bool, typer.Option("--families", help="Only the model families.")] = False,
+    measure: Annotated[str | None, typer.Option(help="Measure every map on this model's queries and keys.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to measure, e.g. 3,11,18.")] = None,
+    device: Device = None,
+    json: Json = None,
+) -> None:
     """List maps, rules, model families and recipes."""
     from kernelize.catalogue import catalogue
+    from kernelize.plan import parse_layers
 
-    groups = catalogue()
+    if measure is not None:
+        show_measured(measure, layers=parse_layers(layers) if layers else None, json=json, device=device)
+        return
+    groups = {name: group for name, group in catalogue().items() if not families or name == "model families"}
     for group, entries in groups.items():
         table(group, ("name", "what"), entries.items(), left=(0, 1))
     write_json(json, groups)
