@@ -110,7 +110,7 @@ class KernelAttention(nn.Module):
         else:
             valid = None if layout is None else layout.valid
             before = None if cache is None else cache.state
-            out, state = attend(query, key, value, kernel, before, valid)
+            out, state = attend(query, key, value, kernel, before, valid, self.probe is not None, cache is not None)
             if cache is not None:
                 cache.advance(state, query.shape[2], self.replay(query, key, value, kernel, cache, valid))
         if self.probe is not None:
@@ -138,7 +138,7 @@ class KernelAttention(nn.Module):
         parts: list[Tensor] | None = None
         for index, inside in layout.pieces:
             q, k, v = (gather_documents(x, index) for x in (query, key, value))
-            out, _ = attend(q, k, v, kernel)
+            out, _ = attend(q, k, v, kernel, keep=False)
             columns = [x if x.ndim == 4 else x[..., None] for x in out]
             if parts is None:
                 B, H, T, _ = query.shape

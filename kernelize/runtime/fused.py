@@ -74,29 +74,42 @@ def attend(
     state: State | None = None,
     valid: Tensor | None = None,
     branches: bool = True,
+    keep: bool = True,
 ) -> tuple[AttentionOutput, State]:
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
 
-    Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty.
+    Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty. Without `keep` the
+    state is not computed: the one before the call comes back.
     """
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
     phi_q, phi_k = feature_maps(store, kernel)
     clock, clock_end = clocks(store, kernel)
     lives, scores = select(store, kernel, phi_k, clock, clock_end)
     given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, kernel.scaling, kernel.softcap)
-    exact, lse = add_sink_logits(*ExactFunction.apply(store.q, store.k, store.v, given), kernel)
+    exact, lse = ExactFunction.apply(store.q, store.k, store.v, given)
+    exact, lse = add_sink_logits(exact, lse, kernel)
     exact = exact.to(q.dtype)
     if not kernel.spec.has_memory:
         out = AttentionOutput(exact, exact, lse, torch.zeros_like(exact), torch.full_like(lse, -torch.inf))
-        return store.unalign(out), final_state(store, kernel, lives, scores, clock, clock_end, store.state.memory)
+        total = store.state.memory
+    else:
+        out, total = read_memory(store, kernel, lives, phi_q, phi_k, clock, clock_end, exact, lse, branches)
+    state = final_state(store, kernel, lives, scores, clock, clock_end, total) if keep else store.state
+    return store.unalign(out), state
+
+
+def read_memory(
+    store: Store, kernel: Kernel, lives: Lives, phi_q: Tensor, phi_k: Tensor, clock: Tensor, clock_end: Tensor,
+    exact: Tensor, lse: Tensor, branches: bool,
+) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
+    """(the output of both branches merged, the memory at the end)."""
     assert kernel.log_gate is not None
     order = order_of(lives.order, kernel.spec.block, decays(store, kernel))
     y, memory, memory_lse, total = MemoryFunction.apply(
         phi_q, phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, kernel.log_gate.float(), order,
         branches or torch.is_grad_enabled(),
     )  # fmt: skip
-    out = AttentionOutput(y, exact, lse, memory, memory_lse)
-    return store.unalign(out), final_state(store, kernel, lives, scores, clock, clock_end, total)
+    return AttentionOutput(y, exact, lse, memory, memory_lse), total
 
 
 # --- 1. the store -------------------------------------------------------------------------------------------
@@ -123,6 +136,16 @@ class Store(NamedTuple):
     def n(self) -> int:
         return -(-self.q.shape[2] // TILE)
 
+    def folded(self, spec: KernelSpec, blocks: int) -> tuple[Tensor, Tensor]:
+        """Tokens that have left the window up to each token [B, 1, X], and up to the end of each block."""
+        count = fresh_folded if self.grid is None else folded_tokens
+        return count(self.bounds, self.last, spec, self.k.shape[2], self.front, blocks)
+
+    def applicants(self, spec: KernelSpec) -> Tensor:
+        """[R, n·tile] int32: the tokens by the block at which they leave the window, −1 where none does."""
+        leaves = fresh_leaving if self.grid is None else leaving
+        return leaves(self.bounds, self.last, spec, self.k.shape[1], self.front, self.n)
+
     @property
     def pos(self) -> Tensor:
         """[B, 1, X] positions as far as the feature maps need them; sinks and empty places have any."""
@@ -142,6 +165,33 @@ def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -
         bounds = torch.tensor([[sinks, T, 0, 0]], dtype=torch.int32).repeat(B, 1)
         last, seen = (torch.full((B,), x, dtype=torch.int64) for x in ((T - 1) // block, T))
         return bounds.to(device), last.to(device), seen.to(device)
+
+
+def folded_tokens(
+    bounds: Tensor, last: Tensor, spec: KernelSpec, X: int, front: int, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """See `Store.folded`; float32, as factors of the log decay."""
+    with torch.inference_mode(False):
+        low, high = bounds[:, :1].long(), bounds[:, 1:2].long()
+        end = torch.minimum(torch.arange(1, blocks + 1, device=low.device), last[:, None] + 1)
+        at_end = torch.minimum(end * spec.block - spec.ring, high) - low
+        at = torch.minimum(torch.arange(X, device=low.device) - front + 1, high) - low
+        return at.clamp(min=0)[:, None].float(), at_end.clamp(min=0)[:, None].float()
+
+
+def leaving(bounds: Tensor, last: Tensor, spec: KernelSpec, kv_heads: int, front: int, n: int) -> Tensor:
+    """See `Store.applicants`."""
+    with torch.inference_mode(False):
+        c = torch.arange(n * TILE, device=bounds.device, dtype=torch.int32)
+        block, c = c // spec.block, c - spec.ring
+        here = (c >= bounds[:, :1]) & (c < bounds[:, 1:2]) & (block <= last[:, None])
+        index = torch.where(here, front + c, EMPTY)  # [B, n·tile]
+        return index[:, None].expand(-1, kv_heads, -1).flatten(0, 1).contiguous()
+
+
+# New sequences of one length share their bookkeeping: the tensors of `fresh_bounds` are its keys.
+fresh_folded = lru_cache(maxsize=8)(folded_tokens)
+fresh_leaving = lru_cache(maxsize=8)(leaving)
 
 
 def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:
@@ -194,17 +244,14 @@ def clocks(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
         return store.k.new_zeros(B, Hk, 1, dtype=torch.float32).expand(-1, -1, X), store.k.new_zeros(
             B, Hk, blocks, dtype=torch.float32
         )
-    low, high = store.bounds[:, :1].long(), store.bounds[:, 1:2].long()
-    end = torch.minimum(torch.arange(1, blocks + 1, device=low.device), store.last[:, None] + 1)
-    folded_end = torch.minimum(end * spec.block - spec.ring, high) - low
-    folded = torch.minimum(torch.arange(X, device=low.device) - store.front + 1, high) - low
     rate = kernel.log_decay.float().view(1, -1, 1)
-    clock = folded.clamp(min=0)[:, None] * rate
+    folded, folded_end = store.folded(spec, blocks)
+    clock = folded * rate
     if store.old:
         slots = slice(spec.positions - store.old, spec.positions)
         held = -store.state.decay[:, :, slots]
         clock = torch.cat([clock[:, :, : spec.sinks], held, clock[:, :, spec.sinks + store.old :]], 2)
-    return clock.contiguous(), (folded_end.clamp(min=0)[:, None] * rate).contiguous()
+    return clock, folded_end * rate
 
 
 # --- 2. who holds a slot ------------------------------------------------------------------------------------
@@ -215,18 +262,9 @@ class Scores(NamedTuple):
     mass: Tensor | None  # [B, Hk, X] attention received so far, where a share asks for it
 
 
-def leaving(store: Store, spec: KernelSpec) -> Tensor:
-    """[R, n·tile] int32: the tokens by the block at which they leave the window, −1 where none does."""
-    c = torch.arange(store.n * TILE, device=store.k.device, dtype=torch.int32)
-    block, c = c // spec.block, c - spec.ring
-    here = (c >= store.bounds[:, :1]) & (c < store.bounds[:, 1:2]) & (block <= store.last[:, None])
-    index = torch.where(here, store.front + c, EMPTY)  # [B, n·tile]
-    return index[:, None].expand(-1, store.k.shape[1], -1).flatten(0, 1).contiguous()
-
-
 @torch.no_grad()
 def select(store: Store, kernel: Kernel, phi_k: Tensor, clock: Tensor, clock_end: Tensor) -> tuple[Lives, Scores]:
-    spec, applicants = kernel.spec, leaving(store, kernel.spec)
+    spec, applicants = kernel.spec, store.applicants(kernel.spec)
     if not spec.slots:
         return lifetimes(spec, applicants, [], applicants[:, :0]), Scores([], None)
     asked = any(name == "attention" for name, _ in spec.shares)

@@ -46,21 +46,20 @@ def keys_of(
         lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
         c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
         here = (c >= lo) & (c < hi)
-        # a token is seen until it leaves the window, or if it leaves inside this tile, until it loses its slot;
-        # those that left before stand in the table
-        until = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
+        leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
+        visible = (c[None, :] <= at[:, None]) & (block[:, None] < leaves[None, :])
         index = front + c
-        if SLOTS:
-            late = here & (until > tile * (TILE // BLOCK))
-            until = tl.load(Death + row.to(tl.int64) * X + index, mask=late, other=0)
-        until = tl.where(here, until, 0)
-        visible = (c[None, :] <= at[:, None]) & (block[:, None] < until[None, :])
+        if SLOTS:  # tokens that leave inside the tile and get a slot; those before stand in the table
+            late = here & (leaves > tile * (TILE // BLOCK))
+            death = tl.load(Death + row.to(tl.int64) * X + index, mask=late, other=-1)
+            visible = visible | ((leaves[None, :] <= block[:, None]) & (death[None, :] > block[:, None]))
+        visible = visible & here[None, :]
     else:
         i = step * CHUNK + tl.arange(0, CHUNK)
         index = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
         here = index >= 0
-        until = tl.load(Death + row.to(tl.int64) * X + index, mask=here, other=0)
-        visible = block[:, None] < until[None, :]
+        death = tl.load(Death + row.to(tl.int64) * X + index, mask=here, other=-1)
+        visible = here[None, :] & (death[None, :] > block[:, None])
     return index, here, visible
 
 
@@ -320,7 +319,7 @@ class ExactFunction(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         given = ctx.given
         (B, H, W, D), (_, Hk, X, _) = q.shape, k.shape

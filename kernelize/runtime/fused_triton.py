@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-tl: Any
-triton: Any
-constexpr: Any
 try:
     import triton
     import triton.language as tl

@@ -80,9 +80,23 @@ def force(name: str) -> Iterator[None]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None = None, valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel,
+    state: State | None = None,
+    valid: Tensor | None = None,
+    branches: bool = True,
+    keep: bool = True,
 ) -> tuple[AttentionOutput, State]:
-    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
+    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
+
+    Whoever needs neither the output's `branches` nor wants to `keep` the state says so: where that saves time, the
+    memory's branch is empty then, and the state that of before.
+    """
     if q.shape[2] == 1 and state is not None:
         return step(q, k, v, kernel, state, None if valid is None else valid[:, 0])
-    return IMPLEMENTATIONS[implementation(kernel, q, k, v)](q, k, v, kernel, state, valid)
+    name = implementation(kernel, q, k, v)
+    if name == "fused":
+        return fused_attend(q, k, v, kernel, state, valid, branches, keep)
+    return IMPLEMENTATIONS[name](q, k, v, kernel, state, valid)

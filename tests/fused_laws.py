@@ -1,0 +1,178 @@
+"""The laws of the fused kernels, run by test_fused.py in a process where Triton interprets them (TRITON_INTERPRET=1).
+
+python fused_laws.py LAW
+"""
+
+from __future__ import annotations
+
+import sys
+
+import contract
+import interpreted  # noqa: F401  repairs the interpreter
+import pytest
+import torch
+from tolerances import GRADIENT_TOLERANCE, assert_same
+
+from kernelize.runtime import chunked, fused, fused_memory, fused_select
+from kernelize.runtime.ops import force, implementation
+from kernelize.runtime.spec import KernelSpec, SpecError
+
+FULL, HALF = torch.float32, torch.bfloat16
+SIZES = (4, 2, 8)  # heads, key heads, head size
+# exact sets and what they are for: shares of one and two scores, a window over several tiles, the smallest block
+SMALL = {"feature_dim": 8, "sinks": 2, "slots": 6, "block": 8, "window": 9}
+SPECS = (
+    KernelSpec(**SMALL),
+    KernelSpec(**{**SMALL, "policy": "attention", "decay": "none"}),
+    KernelSpec(**{**SMALL, "policy": "value", "window": 70, "block": 16, "sinks": 5}),
+    KernelSpec(**{**SMALL, "policy": "recall", "feature_map": "elu", "feature_dim": 6}),
+    KernelSpec(**{**SMALL, "slots": 0, "block": 4, "window": 1}),
+    KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention"}),
+)
+SOME = SPECS[:1]
+
+
+def kernel_of(spec: KernelSpec, dtype=FULL, **heads):
+    return contract.layer(spec, dtype, SIZES).kernel(0.5, **heads)
+
+
+def same_output(got, expected, what: str) -> None:
+    for name, a, b in zip(expected._fields, expected, got, strict=True):
+        assert_same(b.exp() if name == "memory_lse" else b, a.exp() if name == "memory_lse" else a, f"{what}: {name}")
+
+
+def same_state(got, expected, what: str) -> None:
+    """Slots may stand in another order: compared as sums over the position axis."""
+    for name, a, b in zip(expected._fields, expected, got, strict=True):
+        summed = name in ("keys", "values", "pos", "decay", "mass", "score")
+        a, b = (x.sum(2) if summed else x for x in (a, b))
+        assert_same(b.float(), a.float(), f"{what}: state {name}")
+
+
+@torch.no_grad()
+def forward() -> None:
+    """fused = chunked: outputs, branches, state."""
+    for spec in SPECS:
+        kernel, (q, k, v) = kernel_of(spec), contract.tokens(1, 120, FULL, sizes=SIZES)
+        out, state = fused.attend(q, k, v, kernel)
+        expected, after = chunked.attend(q, k, v, kernel)
+        same_output(out, expected, contract.name_of(spec))
+        same_state(state, after, contract.name_of(spec))
+
+
+@torch.no_grad()
+def streams() -> None:
+    """Any split of a padded batch; what is padding does not matter."""
+    lengths, valid = [50, 3, 40], torch.rand(2, 93, generator=torch.Generator().manual_seed(3)) > 0.3
+    valid[0] = True
+    heads = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 2, SIZES[0])}
+    for spec in SOME:
+        kernel, (q, k, v) = kernel_of(spec, **heads), contract.tokens(2, 93, FULL, sizes=SIZES)
+        got = []
+        for module in (fused, chunked):
+            state, parts, start = None, [], 0
+            for n in lengths:
+                now = slice(start, start + n)
+                piece = (x[:, :, now] for x in (q, k, v))
+                out, state = module.attend(*piece, kernel, state, valid[:, now])
+                parts.append(out.y)
+                start += n
+            got.append((torch.cat(parts, 2).transpose(1, 2)[valid], state))
+        assert_same(got[0][0], got[1][0], "split")
+        same_state(got[0][1], got[1][1], "split")
+
+
+def derivatives(implementation, spec: KernelSpec, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Gradients of something that depends on every branch and on the state at the end."""
+    attention, generator = contract.layer(spec, FULL, SIZES), torch.Generator().manual_seed(5)
+    leaves = dict(
+        zip("qkv", (x.requires_grad_() for x in contract.tokens(1, sum(lengths), FULL, sizes=SIZES)), strict=True)
+    )
+    sink = torch.linspace(-1, 2, SIZES[0]).requires_grad_()
+    kernel, state, loss = attention.kernel(0.5, softcap=4.0, sink_logits=sink), None, torch.zeros(())
+    for piece in zip(*(x.split(lengths, 2) for x in leaves.values()), strict=True):
+        out, state = implementation.attend(*piece, kernel, state)
+        finite = torch.where(out.memory_lse > -torch.inf, out.memory_lse, 0.0)
+        for x in (out.y, out.exact, out.exact_lse, out.memory, finite):
+            loss = loss + (x * torch.randn(x.shape, generator=generator)).sum()
+    loss = loss + (state.memory * torch.randn(state.memory.shape, generator=generator)).sum() + state.decay.sum()
+    loss.backward()
+    return {n: p.grad for n, p in [*leaves.items(), *attention.named_parameters(), ("sink", sink)]}
+
+
+def gradients() -> None:
+    """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
+    fused_memory.PROGRAMS = 4  # segments of more than one tile
+    for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
+        expected = derivatives(chunked, spec, lengths)
+        for name, got in derivatives(fused, spec, lengths).items():
+            what = f"{contract.name_of(spec)}: gradient of {name}"
+            assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
+
+
+@torch.no_grad()
+def lifetimes() -> None:
+    """The same deaths as chunked's, also with ties, for any capacities and several segments."""
+    fused_select.SEGMENT = 64
+    for slots, policy in ((1, "mixed"), (5, "value"), (12, "mixed"), (40, "mixed")):
+        spec = KernelSpec(feature_dim=8, sinks=0, slots=slots, policy=policy, block=8, window=1)
+        n, X = 192, 192 - 8
+        score = torch.randint(0, 9, (2, X, len(spec.shares))).float()
+        arrive = (torch.arange(X) // 8 + 1).expand(1, 2, -1)
+        pad = (0, 0, slots, 0)  # chunked's store begins with places for the state's holders
+        expected = chunked.lifetimes(
+            spec,
+            torch.nn.functional.pad(score, pad)[None],
+            torch.nn.functional.pad(arrive, (slots, 0), value=n // 8),
+            n // 8,
+        )[-1][0, :, slots:]
+        applicants = torch.cat([torch.full((8,), -1), torch.arange(X)]).int().expand(2, -1).contiguous()
+        scores = [s.contiguous() for s in score.unbind(-1)]
+        lives = fused_select.lifetimes(spec, applicants, scores, applicants[:, :0])
+        assert torch.equal(lives.death.long(), expected), f"{slots} slots by {policy}"
+        holds = (expected >= n // 8).sum(1)
+        assert torch.equal((lives.holders >= 0).sum(1), holds), f"{slots} slots by {policy}: holders"
+
+
+@torch.no_grad()
+def low_precision() -> None:
+    """bfloat16 stays near float32 on the same tokens, whoever holds the slots."""
+    spec = SPECS[2]
+    kernel, (q, k, v) = kernel_of(spec), contract.tokens(1, 120, HALF, sizes=SIZES)
+    out, state = fused.attend(q, k, v, kernel, branches=False)
+    expected, _ = fused.attend(*(x.float() for x in (q, k, v)), kernel)
+    assert out.y.dtype == state.keys.dtype == HALF
+    assert state.memory.dtype == FULL
+    assert out.memory.numel() == 0
+    assert_same(out.y, expected.y, "bfloat16")
+
+
+def choice() -> None:
+    """Supported tensors go to the kernels, others to chunked with a reason; forcing what cannot be is an error."""
+    kernel, (q, k, v) = kernel_of(SPECS[0]), contract.tokens(1, 5, FULL, sizes=SIZES)
+    assert implementation(kernel, q, k, v) == "fused"
+    with force("chunked"):
+        assert implementation(kernel, q, k, v) == "chunked"
+    refused = {
+        "block": kernel._replace(spec=SPECS[0].replace(block=24)),
+        "rule": kernel._replace(spec=SPECS[1].replace(rule="delta")),
+        "decay": kernel._replace(spec=SPECS[0].replace(decay="gated")),
+        "slots": kernel._replace(spec=SPECS[0].replace(slots=5000)),
+        "policy": kernel._replace(spec=SPECS[0].replace(policy="keydiff")),
+    }
+    for word, other in refused.items():
+        reason = fused.supports(other, q, k, v)
+        assert reason is not None
+        assert reason.startswith(word)
+        assert implementation(other, q, k, v) == "chunked"
+    assert "float64" in fused.supports(kernel, *(x.double() for x in (q, k, v)))
+    with force("fused"), pytest.raises(SpecError, match="block=24"):
+        implementation(refused["block"], q, k, v)
+
+
+LAWS = (forward, streams, gradients, lifetimes, low_precision, choice)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    {law.__name__: law for law in LAWS}[sys.argv[1]]()
