@@ -22,7 +22,7 @@ SIZES = (4, 2, 8)  # heads, key heads, head size
 # exact sets and what they are for: shares of one and two scores, a window over several tiles, the smallest block
 SMALL = {"feature_dim": 8, "sinks": 2, "slots": 6, "block": 8, "window": 9}
 SPECS = (
-    KernelSpec(**SMALL),
+    KernelSpec(**SMALL, decay="gated"),
     KernelSpec(**{**SMALL, "policy": "attention", "decay": "none"}),
     KernelSpec(**{**SMALL, "policy": "value", "window": 70, "block": 16, "sinks": 5}),
     KernelSpec(**{**SMALL, "policy": "recall", "feature_map": "elu", "feature_dim": 6}),
@@ -156,7 +156,7 @@ def choice() -> None:
     refused = {
         "block": kernel._replace(spec=SPECS[0].replace(block=24)),
         "rule": kernel._replace(spec=SPECS[1].replace(rule="delta")),
-        "decay": kernel._replace(spec=SPECS[0].replace(decay="gated")),
+        "feature_dim": kernel._replace(spec=SPECS[0].replace(feature_dim=512)),
         "slots": kernel._replace(spec=SPECS[0].replace(slots=5000)),
         "policy": kernel._replace(spec=SPECS[0].replace(policy="keydiff")),
     }

@@ -26,7 +26,7 @@ from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
 from .spec import KernelSpec
-from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state
+from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state, log_decays
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
@@ -60,8 +60,6 @@ def unsupported(spec: KernelSpec) -> str | None:
         return f"feature_dim={spec.feature_dim} is above {WIDEST}"
     if spec.rule != "additive":
         return f"rule={spec.rule!r} is not 'additive'"
-    if spec.has_memory and spec.decay not in ("none", "fixed"):
-        return f"decay={spec.decay!r} is not 'none' or 'fixed'"
     others = [name for name, _ in spec.shares if spec.slots and name not in POLICIES]
     return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
 
@@ -244,14 +242,29 @@ def clocks(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
         return store.k.new_zeros(B, Hk, 1, dtype=torch.float32).expand(-1, -1, X), store.k.new_zeros(
             B, Hk, blocks, dtype=torch.float32
         )
-    rate = kernel.log_decay.float().view(1, -1, 1)
     folded, folded_end = store.folded(spec, blocks)
-    clock = folded * rate
+    if kernel.decay_weight is None:
+        rate = kernel.log_decay.float().view(1, -1, 1)
+        clock, clock_end = folded * rate, folded_end * rate
+    else:
+        clock, clock_end = gated_clocks(store, kernel, folded_end)
     if store.old:
         slots = slice(spec.positions - store.old, spec.positions)
         held = -store.state.decay[:, :, slots]
         clock = torch.cat([clock[:, :, : spec.sinks], held, clock[:, :, spec.sinks + store.old :]], 2)
-    return clock, folded_end * rate
+    return clock, clock_end
+
+
+def gated_clocks(store: Store, kernel: Kernel, folded_end: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where every token brings its own decay; folded_end [B, 1, blocks] counts the tokens that have left."""
+    own = log_decays(kernel, store.k, store.v)  # [B, Hk, X]
+    assert own is not None
+    low, high = store.bounds[:, :1].long(), store.bounds[:, 1:2].long()
+    c = torch.arange(own.shape[2], device=own.device) - store.front
+    clock = (own * ((c >= low) & (c < high))[:, None]).cumsum(2)
+    at = store.front + low[:, None] + folded_end.long() - 1  # the last token that has left
+    clock_end = clock.gather(2, at.clamp(min=0).expand(-1, own.shape[1], -1)) * (folded_end > 0)
+    return clock, clock_end
 
 
 # --- 2. who holds a slot ------------------------------------------------------------------------------------
@@ -342,7 +355,9 @@ def final_state(
     in_ring, slots = at[:, :, spec.sinks : spec.sinks + spec.ring], at[:, :, spec.sinks + spec.ring :]
     decay = torch.zeros(B, Hk, spec.positions, device=device)
     if kernel.log_decay is not None:
-        rate = kernel.log_decay.float().view(1, -1, 1).expand_as(in_ring)
+        own = log_decays(kernel, take(store.k, in_ring), take(store.v, in_ring))
+        assert own is not None
+        rate = own.expand_as(in_ring)
         age = (clock_end[:, :, -1:] - clock.gather(2, slots)).clamp(max=0)
         decay = torch.cat([decay[:, :, : spec.sinks], rate, age], 2) * here
     mass = torch.zeros_like(decay)
