@@ -217,7 +217,7 @@ class Local(NamedTuple):
     query: Tensor  # [B, Hk, n, G·tile, D]
     sinks: Tensor  # [B, Hk, n, G·tile, sinks], −inf where not visible
     window: Tensor  # [B, Hk, n, G·tile, reach], not masked
-    inside: Tensor  # [B, n, tile, reach] visible through the window
+    inside: Tensor  # [B, 1, n, tile/block, block, reach] visible through the window
     reach: int
 
 
@@ -241,9 +241,25 @@ def time_rows(grid: Grid, x: Tensor) -> Tensor:
 
 
 def grouped(mask: Tensor, rows: int) -> Tensor:
-    """[B, ..., n, tile, X] -> [B, ..., n, G·tile, X]: the same mask for every query head of a group."""
+    """[B, ..., n, tile, X] -> [B, ..., n, G·tile, X]: the same for every query head of a group."""
     group = rows // mask.shape[-2]
     return mask.repeat(*[1] * (mask.ndim - 2), group, 1)
+
+
+def by_block(x: Tensor, tile: int, block: int) -> Tensor:
+    """[B, Hk, n, G·tile, X] -> the view [B, Hk, n, G, tile/block, block, X]."""
+    return x.unflatten(3, (-1, tile // block, block))
+
+
+def hide(scores: Tensor, visible: Tensor, block: int) -> Tensor:
+    """scores [B, Hk, n, G·tile, X] with −inf where `visible` [B, 1 or Hk, n, tile/block, 1 or block, X] is False."""
+    per = visible.shape[3]
+    hidden = ~visible[:, :, :, None]
+    view = by_block(scores, per * block, block)
+    if scores.requires_grad:
+        return view.masked_fill(hidden, -torch.inf).view_as(scores)
+    view.masked_fill_(hidden, -torch.inf)
+    return scores
 
 
 def window_reach(grid: Grid, spec: KernelSpec) -> tuple[int, int]:
@@ -264,6 +280,7 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
     sink_pos = grid.sink_pos[:, None, None]
     seen = grouped((sink_pos != EMPTY) & (sink_pos <= at), query.shape[3])
     sinks = logits(query, grid.sink_k.to(acc)[:, :, None], kernel).masked_fill(~seen[:, None], -torch.inf)
+    inside = inside.unflatten(2, (-1, spec.block))[:, None]
     return Local(query, sinks, logits(query, keys, kernel), inside, reach)
 
 
@@ -273,22 +290,19 @@ def received(grid: Grid, local: Local, spec: KernelSpec) -> Tensor:
     if not spec.measures("attention"):
         return grid.mass
     first, reach = window_reach(grid, spec)
-    block = torch.arange(grid.n * grid.tile, device=grid.k.device) // spec.block
-    query_block = block.view(grid.n, grid.tile, 1)
-    key_block = (torch.arange(reach, device=block.device) - (reach - grid.tile)) // spec.block
-    key_block = key_block + torch.arange(grid.n, device=block.device).view(-1, 1, 1) * (grid.tile // spec.block)
-    is_query = (block <= grid.last[:, None]).view(-1, grid.n, grid.tile, 1)
-    is_query &= (grid.base[:, None] + torch.arange(len(block), device=block.device) < grid.seen[:, None]).view_as(
-        is_query
-    )
-    is_query &= (
-        grid.base[:, None] + torch.arange(len(block), device=block.device) >= grid.state.seen[:, None]
-    ).view_as(is_query)
-    rows = local.query.shape[3]
-    window = local.window.masked_fill(~grouped(local.inside, rows)[:, None], -torch.inf)
-    lse = torch.cat([local.sinks, window], -1).logsumexp(-1, keepdim=True)
-    counts = local.inside & is_query & (key_block < query_block)
-    p = torch.where(grouped(counts, rows)[:, None], (window - lse).exp(), 0.0).sum(3)  # [B, Hk, n, reach]
+    coordinate = torch.arange(grid.n * grid.tile, device=grid.k.device)
+    at = grid.base[:, None] + coordinate
+    is_query = (at >= grid.state.seen[:, None]) & (at < grid.seen[:, None])  # [B, n·tile]
+    window = hide(local.window.detach().clone(), local.inside, spec.block)
+    top = torch.maximum(window.amax(-1), local.sinks.amax(-1)) if spec.sinks else window.amax(-1)
+    top = torch.where(top == -torch.inf, 0.0, top)[..., None]
+    p = window.sub_(top).exp_()
+    norm = p.sum(-1) + (local.sinks.detach() - top).exp().sum(-1)
+    norm = torch.where(norm == 0, 1.0, norm)  # rows of padding see nothing
+    part = is_query.view(-1, 1, grid.n, 1, grid.tile) / norm.unflatten(3, (-1, grid.tile))  # [B, Hk, n, G, tile]
+    p = by_block(p.mul_(part.flatten(3)[..., None]), grid.tile, spec.block).sum((3, 5))  # [B, Hk, n, tile/block, reach]
+    key_block = (torch.arange(reach, device=p.device) - (reach - grid.tile)) // spec.block
+    p = (p * (key_block < torch.arange(p.shape[3], device=p.device)[:, None])).sum(3)  # [B, Hk, n, reach]
     mass = grid.mass.clone()
     for part in range(reach // grid.tile):  # overlap-add: a tile of keys is in the reach of several tiles of queries
         start = first + part * grid.tile
@@ -475,36 +489,54 @@ def query_blocks(grid: Grid, spec: KernelSpec) -> Tensor:  # [n, tile]
 
 def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Softmax over sinks, window and slots -> (exact [B, H, n·tile, D], lse [B, H, n·tile])."""
-    spec, acc, rows = kernel.spec, local.query.dtype, local.query.shape[3]
+    spec, acc = kernel.spec, local.query.dtype
     first, reach = window_reach(grid, spec)
-    values = tiles(grid.v[:, :, first:].to(acc), reach, grid.tile, 2)
-    visible = grouped(local.inside, rows)[:, None]
+    values = [grid.sink_v.to(acc)[:, :, None], tiles(grid.v[:, :, first:].to(acc), reach, grid.tile, 2)]
+    window, visible = local.window, local.inside
     if spec.slots:
-        visible = grouped(local.inside[:, None] | holding_in_reach(grid, life, spec), rows)
-    window = local.window
+        visible = visible | holding_in_reach(grid, life, spec)[:, :, :, :, None]
     if spec.learned_share is not None:
-        window = window + grouped(reach_bias(grid, life, spec), rows)
-    scores = [local.sinks, window.masked_fill(~visible, -torch.inf)]
+        window = window + grouped(reach_bias(grid, life, spec), window.shape[3])
+    scores = [local.sinks, hide(window, visible, spec.block)]
     if spec.slots:
-        first_block = query_blocks(grid, spec)[:, :1]  # [n, 1]
-        holder = (life.arrive[:, :, None] <= first_block) & (life.death[:, :, None] > first_block)
-        index = table(holder, spec.slots)  # [B, Hk, n, slots]
-        death = pick(life.death, index, EMPTY)[:, :, :, None]
-        alive = death > query_blocks(grid, spec)[..., None]  # [B, Hk, n, tile, slots]
-        slot_k, slot_v = pick(life.key, index).to(acc), pick(life.value, index).to(acc)
-        slot_scores = logits(local.query, slot_k, kernel)
-        if spec.learned_share is not None:
-            slot_scores = slot_scores + grouped(slot_bias(grid, life, index, spec), rows)
-        scores.append(slot_scores.masked_fill(~grouped(alive, rows), -torch.inf))
-    widths = [s.shape[-1] for s in scores]
-    joined = torch.cat(scores, -1)
-    lse = joined.logsumexp(-1)
-    lse = torch.where(lse == -torch.inf, 0.0, lse)  # rows of padding see nothing
-    p = (joined - lse[..., None]).exp().split(widths, -1)
-    exact = p[0] @ grid.sink_v.to(acc)[:, :, None] + p[1] @ values
-    if spec.slots:
-        exact = exact + p[2] @ slot_v
+        slot_scores, slot_v = slot_attention(grid, local, life, kernel)
+        scores.append(slot_scores)
+        values.append(slot_v)
+    exact, lse = softmax_of(scores, values)
     return add_sink_logits(time_rows(grid, exact), time_rows(grid, lse), kernel)
+
+
+def slot_attention(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Scores [B, Hk, n, G·tile, slots] of the tokens that hold a slot when a tile begins, and their values."""
+    spec, acc = kernel.spec, local.query.dtype
+    first_block = query_blocks(grid, spec)[:, :1]  # [n, 1]
+    holder = (life.arrive[:, :, None] <= first_block) & (life.death[:, :, None] > first_block)
+    index = table(holder, spec.slots)  # [B, Hk, n, slots]
+    death = pick(life.death, index, EMPTY)[:, :, :, None]
+    alive = death > query_blocks(grid, spec)[..., :: spec.block, None]  # [B, Hk, n, tile/block, slots]
+    scores = logits(local.query, pick(life.key, index).to(acc), kernel)
+    if spec.learned_share is not None:
+        scores = scores + grouped(slot_bias(grid, life, index, spec), scores.shape[3])
+    return hide(scores, alive[:, :, :, :, None], spec.block), pick(life.value, index).to(acc)
+
+
+def softmax_of(scores: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """One softmax over several pieces: scores [..., R, X], values [..., X, D] -> (y [..., R, D], lse [..., R]).
+
+    Rows that see nothing (padding) give 0 and 0. The pieces are never joined: that would copy them all.
+    """
+    with torch.no_grad():
+        tops = [s.amax(-1, keepdim=True) for s in scores if s.shape[-1]]
+        top = torch.stack(tops).amax(0)
+        top = torch.where(top == -torch.inf, 0.0, top)
+    weights = [(s - top).exp_() for s in scores]
+    norm = torch.stack([w.sum(-1, keepdim=True) for w in weights]).sum(0)
+    norm = torch.where(norm == 0, 1.0, norm)
+    y = sum(
+        (w @ v for w, v in zip(weights, values, strict=True)),
+        start=torch.zeros((), dtype=norm.dtype, device=norm.device),
+    )
+    return y / norm, (top + norm.log())[..., 0]
 
 
 def over_reach(grid: Grid, x: Tensor, spec: KernelSpec, blank: float) -> Tensor:
@@ -519,10 +551,10 @@ def over_reach(grid: Grid, x: Tensor, spec: KernelSpec, blank: float) -> Tensor:
 
 
 def holding_in_reach(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
-    """[B, Hk, n, tile, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
-    block = query_blocks(grid, spec)[..., None]
+    """[B, Hk, n, tile/block, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
+    block = query_blocks(grid, spec)[:, :: spec.block, None]  # [n, tile/block, 1]
     arrive = over_reach(grid, life.arrive, spec, torch.iinfo(torch.int64).max)
-    inside_tile = arrive > query_blocks(grid, spec)[:, :1, None]  # earlier ones stand in the slot table
+    inside_tile = arrive > block[:, :1]  # earlier ones stand in the slot table
     return inside_tile & (arrive <= block) & (over_reach(grid, life.death, spec, EMPTY) > block)
 
 

@@ -119,7 +119,7 @@ def merge(exact: Tensor, exact_lse: Tensor, total: Tensor | None, log_gate: Tens
 
 def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
     """Scaled, capped scores [..., X, Y] of q [..., X, D] and k [..., Y, D]."""
-    s = (q @ k.transpose(-1, -2)) * kernel.scaling
+    s = (q * kernel.scaling) @ k.transpose(-1, -2)  # q is smaller than the scores
     return s if kernel.softcap is None else kernel.softcap * torch.tanh(s / kernel.softcap)
 
 
