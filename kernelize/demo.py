@@ -16,7 +16,17 @@ from .check import CheckRow, check
 from .convert import convert, demo_source, load
 from .evaluate import Passkey, Perplexity, Row, Suite, evaluate
 from .generate import Completion, Conversation
-from .pipeline import as_rows, calibration, check_output, document, override_stages, plan_for
+from .pipeline import (
+    as_converted,
+    as_rows,
+    budget,
+    calibration,
+    check_output,
+    describe_converted,
+    document,
+    override_stages,
+    plan_for,
+)
 from .plan import ConversionPlan, PlanReport, describe
 from .recipe import Recipe, load_recipe
 from .report import write_report
@@ -38,6 +48,7 @@ CHECKS = (  # `kernelize check` has them all
     "save and load",
 )
 QUICK = {"length": 1024, "texts": 1, "passkey_lengths": (512,), "trials": 2}
+BUDGET_TOKENS, BUDGET_TEXTS = 1024, (1, 1)  # enough to rank the layers, in a minute on two cores
 ANSWER = 64  # positions kept for what is asked
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -91,8 +102,11 @@ def run(
     plan = plan_for(recipe, teacher.config)
     cost = describe(plan, teacher.config, dtype="float32")
     listener.planned(cost)
-    with clock("converting; the memory starts from the teacher's statistics"):
-        before = convert(copy.deepcopy(teacher), plan, calibration=calibration(tokenizer, teacher))
+    with clock("converting; slots and memory start from the teacher's statistics"):
+        priced = budget(tokenizer, teacher, recipe, length=BUDGET_TOKENS, texts=BUDGET_TEXTS)
+        texts = calibration(tokenizer, teacher)
+        before = convert(copy.deepcopy(teacher), plan, calibration=texts, budget=priced)
+    recipe, cost = as_converted(recipe, before), describe_converted(before, "float32")
     with clock("fine-tuning"):
         after = copy.deepcopy(before)
         trained = finetune(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .train import TrainResult
 
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
-BUDGET_TOKENS = 2048  # of each text by which the slots are shared out
+BUDGET_TOKENS, BUDGET_TEXTS = 2048, (1, 2)  # the texts by which the slots are shared out
 
 
 def check_output(output: str | Path, overwrite: bool = False) -> Path:
@@ -124,14 +124,16 @@ def calibration(tokenizer, model) -> list[Tensor]:
     return [torch.tensor([tokenizer(piece)["input_ids"][:length]], device=model.device) for piece in pieces]
 
 
-def budget(tokenizer, model, recipe: Recipe, length: int = BUDGET_TOKENS) -> list[BudgetText] | None:
-    """The texts by which the slots are shared out, if the recipe wants that."""
+def budget(
+    tokenizer, model, recipe: Recipe, *, length: int = BUDGET_TOKENS, texts: tuple[int, int] = BUDGET_TEXTS
+) -> list[BudgetText] | None:
+    """The texts by which the slots are shared out, if the recipe wants that: so many ordinary, so many to recall."""
     from .budget import budget_texts
     from .evaluate import sample_text
 
     if recipe.budget == "uniform":
         return None
-    return budget_texts(tokenizer, sample_text("train"), min(length, model.config.max_position_embeddings))
+    return budget_texts(tokenizer, sample_text("train"), min(length, model.config.max_position_embeddings), *texts)
 
 
 def as_converted(recipe: Recipe, model) -> Recipe:
