@@ -14,7 +14,7 @@ import torch
 from tolerances import GRADIENT_TOLERANCE, assert_same
 
 from kernelize.runtime import chunked, fused, fused_memory, fused_select
-from kernelize.runtime.ops import force, implementation
+from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError
 
 FULL, HALF = torch.float32, torch.bfloat16
@@ -147,6 +147,21 @@ def low_precision() -> None:
     assert_same(out.y, expected.y, "bfloat16")
 
 
+def mixed_precision() -> None:
+    """Under autocast float32 queries and keys join bfloat16 values; sums stay float32, gradients reach the leaves."""
+    spec = SPECS[2]
+    attention = contract.layer(spec, FULL, SIZES)
+    q, k, v = (x.requires_grad_() for x in contract.tokens(1, 90, FULL, sizes=SIZES))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = attend(q, k, v.to(HALF), attention.kernel(0.5))
+    expected = fused.attend(*(x.to(HALF) for x in (q, k, v)), attention.kernel(0.5))[0]
+    assert out.y.dtype == HALF
+    assert state.memory.dtype == FULL
+    assert torch.equal(out.y, expected.y)
+    out.y.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == FULL and x.grad.isfinite().all() for x in (q, k, v))
+
+
 def choice() -> None:
     """Supported tensors go to the kernels, others to chunked with a reason; forcing what cannot be is an error."""
     kernel, (q, k, v) = kernel_of(SPECS[0]), contract.tokens(1, 5, FULL, sizes=SIZES)
@@ -170,7 +185,7 @@ def choice() -> None:
         implementation(refused["block"], q, k, v)
 
 
-LAWS = (forward, streams, gradients, lifetimes, low_precision, choice)
+LAWS = (forward, streams, gradients, lifetimes, low_precision, mixed_precision, choice)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

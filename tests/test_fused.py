@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
-LAWS = ("forward", "streams", "gradients", "lifetimes", "low_precision", "choice")
+LAWS = ("forward", "streams", "gradients", "lifetimes", "low_precision", "mixed_precision", "choice")
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -50,6 +50,14 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return unsupported(spec)
 
 
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors in autocast's dtype where it is on, as torch's own attention takes them (rotary positions widen)."""
+    if not torch.is_autocast_enabled(q.device.type) or not (q.is_cuda or interpreted()):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def unsupported(spec: KernelSpec) -> str | None:
     """What the kernels lack for a spec, whatever the tensors."""
     if spec.block > TILE or spec.block & (spec.block - 1):
@@ -79,6 +87,15 @@ def attend(
     Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty. Without `keep` the
     state is not computed: the one before the call comes back.
     """
+    with torch.autocast(q.device.type, enabled=False):  # what is added up over a sequence stays float32
+        return attend_plainly(q, k, v, kernel, state, valid, branches, keep)
+
+
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None, valid: Tensor | None, branches: bool,
+    keep: bool,
+) -> tuple[AttentionOutput, State]:  # fmt: skip
+    """`attend` outside of autocast."""
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
     phi_q, phi_k = feature_maps(store, kernel)
     clock, clock_end = clocks(store, kernel)
@@ -211,6 +228,7 @@ def resumed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None
     low = torch.maximum(low, spec.sinks - grid.base).clamp(min=-grid.front)
     bounds = torch.stack([low, grid.seen - grid.base, state.seen - grid.base, grid.base], 1).int()
     front = spec.sinks + spec.slots + grid.front
+    key, value = key.to(k.dtype), value.to(v.dtype)  # a state may have been made in another dtype
     return Store(grid.q.contiguous(), key, value, bounds, grid.last, grid.seen, front, spec.slots, state, grid)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chunked import attend as chunked_attend
 from .fused import attend as fused_attend
-from .fused import supports, unsupported
+from .fused import autocast, supports, unsupported
 from .fused_triton import triton
 from .reference import attend as reference_attend
 from .reference import step
@@ -96,6 +96,7 @@ def attend(
     """
     if q.shape[2] == 1 and state is not None:
         return step(q, k, v, kernel, state, None if valid is None else valid[:, 0])
+    q, k, v = autocast(q, k, v)
     name = implementation(kernel, q, k, v)
     if name == "fused":
         return fused_attend(q, k, v, kernel, state, valid, branches, keep)
