@@ -87,7 +87,8 @@ def attend(
     Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty. Without `keep` the
     state is not computed: the one before the call comes back.
     """
-    with torch.autocast(q.device.type, enabled=False):  # what is added up over a sequence stays float32
+    # what is added up over a sequence stays float32; Triton launches on the current device
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         return attend_plainly(q, k, v, kernel, state, valid, branches, keep)
 
 
