@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from .runtime import ops
 from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
 from .runtime.modeling import kernelized_layers, plan_entry, plan_of
-from .runtime.state import AttentionOutput
 
 SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
 LEAST, STEP = 16, 8  # slots: the smallest budget of a layer, and the unit in which the rest is given out
@@ -44,6 +44,7 @@ class BudgetText:
 class CostProbe:
     """Stands in a layer's `kernelize.probe`: passes softmax attention on, and prices its own error in the backward."""
 
+    wants_output: ClassVar[bool] = False
     sizes: Sequence[int]
     cost: dict[bool, Tensor] = field(default_factory=dict)  # retrieval or not -> [sizes], summed
     retrieval: bool = False
@@ -56,7 +57,7 @@ class CostProbe:
         value: Tensor,
         scaling: float,
         layout: Layout | None,
-        output: AttentionOutput,
+        output: None,
     ) -> Tensor:
         teacher = softmax_attention(query, key, value, scaling)[0]
         inputs = (query.detach(), key.detach(), value.detach())

@@ -30,6 +30,8 @@ LONGEST = 65536.0  # tokens: a half-life above this is no decay at all
 class SamplingProbe:
     """Stands in a layer's `kernelize.probe`: keeps every `stride`-th token, and passes the teacher's output on."""
 
+    wants_output = False
+
     def __init__(self, stride: int) -> None:
         self.stride = stride
         self.query: list[Tensor] = []  # [N, H, D], scaled as feature maps get them
@@ -43,7 +45,7 @@ class SamplingProbe:
         value: Tensor,
         scaling: float,
         layout: Layout | None,
-        output: AttentionOutput,
+        output: None,
     ) -> Tensor:
         self.see(query, key, scaling, kernel.spec.sinks)
         return softmax_attention(query, key, value, scaling)[0]
@@ -62,6 +64,8 @@ class SamplingProbe:
 class CalibrationProbe:
     """Stands in a layer's `kernelize.probe` for one forward a sequence; later layers see the teacher's states."""
 
+    wants_output = False  # it comes after the decay, which is set here
+
     def __init__(self) -> None:
         self.gates: Tensor | None = None  # [gates, H], those that are tried
         self.errors: Tensor | None = None  # [gates, H], summed over the sequences
@@ -75,7 +79,7 @@ class CalibrationProbe:
         value: Tensor,
         scaling: float,
         layout: Layout | None,
-        output: AttentionOutput,
+        output: None,
     ) -> Tensor:
         teacher, lse = softmax_attention(query, key, value, scaling)
         if kernel.spec.decay != "none":
@@ -84,11 +88,11 @@ class CalibrationProbe:
             age, mass = self.look_back
             half_life = (age / mass.clamp(min=1e-6)).clamp(kernel.spec.block, LONGEST)
             kernel.log_rate.copy_(log_rate(half_life))
-            output, _ = ops.attend(query, key, value, kernel.kernel(scaling))
+        mine, _ = ops.attend(query, key, value, kernel.kernel(scaling))
         if self.gates is None:
-            natural = kernel.log_gate + missing_mass(output, lse)
+            natural = kernel.log_gate + missing_mass(mine, lse)
             self.gates = natural + torch.tensor(GATES, device=natural.device)[:, None]
-        errors = torch.stack([gate_error(output, gate - kernel.log_gate, teacher) for gate in self.gates])
+        errors = torch.stack([gate_error(mine, gate - kernel.log_gate, teacher) for gate in self.gates])
         self.errors = errors if self.errors is None else self.errors + errors
         kernel.log_gate.copy_(self.gates.gather(0, self.errors.argmin(0)[None])[0])
         return teacher

@@ -138,6 +138,8 @@ class TransferProbe:
     no second model is needed, and gradients reach the layer's own new parameters alone.
     """
 
+    wants_output = True
+
     def __init__(self) -> None:
         self.terms: TransferTerms | None = None
 

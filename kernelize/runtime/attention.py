@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,22 @@ INITIAL_HALF_LIFE = 512.0  # tokens
 INITIAL_SCORE = 8.0  # of a token that received mass 1: an untrained score must not dampen the slots
 INITIAL_SINK_LOGIT = -12.0  # an untrained sink must not be seen
 
-Probe = Callable[["KernelAttention", Tensor, Tensor, Tensor, float, "Layout | None", AttentionOutput], Tensor]
+
+class Probe(Protocol):
+    """Looks into a layer, and gives what the layer passes on instead of its own output."""
+
+    wants_output: bool  # False: the layer need not compute its own, and gives None
+
+    def __call__(
+        self,
+        kernel: KernelAttention,
+        query: Tensor,  # [B, H, T, D]
+        key: Tensor,  # [B, Hk, T, D]
+        value: Tensor,  # [B, Hk, T, D]
+        scaling: float,
+        layout: Layout | None,
+        output: Any,  # AttentionOutput, or None
+    ) -> Tensor: ...  # [B, H, T, D]
 
 
 class KernelAttention(nn.Module):
@@ -105,6 +120,8 @@ class KernelAttention(nn.Module):
         cache: KernelState | None,
     ) -> Tensor:
         """query [B, H, T, D], key and value [B, Hk, T, D] -> [B, H, T, D]; the state goes on in `cache`."""
+        if self.probe is not None and not self.probe.wants_output:
+            return self.probe(self, query, key, value, kernel.scaling, layout, None)
         if layout is not None and layout.documents is not None:
             out = self.attend_documents(query, key, value, kernel, layout)
         else:
