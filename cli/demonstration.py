@@ -27,7 +27,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint and report.")] = Path(
         "demo-out"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="One training step a stage, short texts.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two training steps a stage, short texts.")] = False,
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
