@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .inspection import show_measured
+from .inspection import auto_recipe, show_measured
 from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
 from .output import say, show_plan, table, write_json
 from .progress import doing
+
+if TYPE_CHECKING:
+    from kernelize.recipe import Recipe
 
 Lengths = Annotated[str, typer.Option(help="Lengths in tokens for the cost table.")]
 LENGTHS = "512,2k,8k,32k,128k"
@@ -52,6 +57,10 @@ def convert(
     kernel: KernelFlags,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint.")] = Path("out"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan; the same as `plan`.")] = False,
+    spec: Annotated[
+        Literal["auto"] | None, typer.Option(help="auto: inspect the model, and choose map and slots by layer.")
+    ] = None,
+    state_bytes: Annotated[int | None, typer.Option(min=1, help="With --spec auto: bytes a sequence may hold.")] = None,
     overwrite: Overwrite = False,
     dtype: DType = None,
     device: Device = None,
@@ -67,13 +76,15 @@ def convert(
 
     check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
+    make: Callable[[int], Recipe] = kernel.recipe
+    if spec == "auto":
+        recipe = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
+        make = partial(lambda found, layers: found, recipe)
     if dry_run:
-        _, report = plan_source(source, kernel.recipe, dtype=dtype, **loading)
+        _, report = plan_source(source, make, dtype=dtype, **loading)
     else:
         with doing(f"converting {source}"):
-            report = convert_source(
-                source, kernel.recipe, output, overwrite=overwrite, dtype=dtype, device=device, **loading
-            )
+            report = convert_source(source, make, output, overwrite=overwrite, dtype=dtype, device=device, **loading)
     show_plan(report)
     say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
     write_json(json, report.to_dict())

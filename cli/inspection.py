@@ -19,6 +19,7 @@ from .progress import Progress, doing
 if TYPE_CHECKING:
     from kernelize.inspect import Inspection
     from kernelize.plan import ConversionPlan
+    from kernelize.recipe import Recipe
 
 Tokens = Annotated[int, typer.Option(min=256, help="Length of each text in tokens.")]
 Maps = Annotated[list[str], typer.Option("--map", help="Feature map to measure; may be repeated.")]
@@ -31,7 +32,7 @@ MAPS, SIZES = ("none", "codebook"), (32, 128)
 def inspect(
     source: Source,
     state_bytes: Annotated[int | None, typer.Option(help="Recommend a plan of at most so many bytes.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as YAML.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw layers and heads: .png, .pdf or .svg.")] = None,
     layers: Layers = None,
     maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
@@ -62,8 +63,8 @@ def inspect(
         show_plan(describe(plan, loaded[0].config))
         found["plan"] = plan.to_dict()
         if output is not None:
-            output.write_text(plan.to_yaml(), "utf-8")
-            say(f"wrote {output}")
+            output.write_text(recommended(plan).to_yaml(), "utf-8")
+            say(f"wrote {output}; next: kernelize convert {source} --config {output}")
     if plot is not None:
         draw(report, plot)
         say(f"wrote {plot}")
@@ -79,12 +80,19 @@ def inspect_loaded(model, tokenizer, *, tokens: int = 1536, text: str | None = N
         return inspect_model(model, sample_texts(tokenizer, tokens, text), on_progress=progress, **options)
 
 
-def auto_plan(source: str, state_bytes: int, **loading) -> ConversionPlan:
-    """The plan of `convert --spec auto --state-bytes N`."""
+def recommended(plan: ConversionPlan) -> Recipe:
+    return plan.to_recipe("inspected", "recommended by `kernelize inspect`")
+
+
+def auto_recipe(source: str, state_bytes: int | None, **loading) -> Recipe:
+    """The recipe of `convert --spec auto --state-bytes N`."""
+    from kernelize.errors import InputError
     from kernelize.inspect import recommend
     from kernelize.pipeline import load_for_use
 
-    return recommend(inspect_loaded(*load_for_use(source, **loading)), state_bytes)
+    if state_bytes is None:
+        raise InputError("--spec auto needs --state-bytes: how many bytes a sequence may hold")
+    return recommended(recommend(inspect_loaded(*load_for_use(source, **loading)), state_bytes))
 
 
 def show_measured(

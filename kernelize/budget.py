@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InputError
 from .losses import softmax_attention
 from .plan import ConversionPlan
 from .runtime import ops
@@ -153,11 +152,10 @@ def share_out(costs: dict[int, Tensor], total: int, sizes: Sequence[int] = SIZES
 
     Between and beyond the measured sizes the cost is taken to be linear in 1/√slots.
     """
-    if total < LEAST * len(costs):
-        raise InputError(f"slots={total} in all are too few for {len(costs)} layers; at least {LEAST * len(costs)}")
+    least = min(LEAST, total // len(costs))
     curves = {i: _slopes(cost, sizes) for i, cost in costs.items()}
-    budget = dict.fromkeys(costs, LEAST)
-    for _ in range((total - LEAST * len(costs)) // STEP):
+    budget = dict.fromkeys(costs, least)
+    for _ in range((total - least * len(costs)) // STEP):
         gains = {i: _cost(curves[i], sizes, c) - _cost(curves[i], sizes, c + STEP) for i, c in budget.items()}
         budget[max(gains, key=lambda i: gains[i])] += STEP
     return budget
@@ -191,7 +189,10 @@ def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
 
 def allot(model: PreTrainedModel, texts: Sequence[BudgetText]) -> ConversionPlan:
     """Gives every layer of a converted model its own number of slots, as many in all; returns the plan it has now."""
-    plan = budgeted(ConversionPlan(tuple(plan_of(model.config))), layer_costs(model, texts))
+    plan = ConversionPlan(tuple(plan_of(model.config)))
+    if not any(spec.slots for spec in plan.converted.values()):
+        return plan
+    plan = budgeted(plan, layer_costs(model, texts))
     for layer, module in kernelized_layers(model).items():
         spec = plan.layers[layer]
         assert spec is not None

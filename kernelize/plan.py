@@ -8,6 +8,7 @@ what `config.kernelize` of a converted checkpoint holds. People write plans in r
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -91,6 +92,21 @@ class ConversionPlan:
         if not isinstance(layers, list | tuple):
             raise InputError(f"a plan's layers are a list with one entry a layer, not {type(layers).__name__}")
         return cls(tuple(None if spec is None else KernelSpec.from_dict(spec) for spec in layers))
+
+    def to_recipe(self, name: str, description: str) -> Recipe:
+        """A recipe without stages that makes this plan: the most common spec, and what other layers change in it."""
+        from .recipe import Recipe
+
+        base = Counter(self.converted.values()).most_common(1)[0][0].to_dict()
+        changed = {i: {f: v for f, v in spec.to_dict().items() if v != base[f]} for i, spec in self.converted.items()}
+        data = {
+            "name": name,
+            "description": description,
+            "kernel": base,
+            "keep": [i for i, spec in enumerate(self.layers) if spec is None],
+            "layers": {str(i): fields for i, fields in changed.items() if fields},
+        }
+        return Recipe.from_dict(data, name)
 
     def to_yaml(self) -> str:
         """The same data as YAML."""

@@ -156,3 +156,10 @@ def test_families_without_grouped_heads_are_described():
     report = describe(ConversionPlan.uniform(SPEC, 2), GPT2Config(n_layer=2, n_head=4, n_embd=64, dtype="float16"))
     assert (report.shape.kv_heads, report.shape.head_dim, report.shape.context) == (4, 16, 1024)
     assert report.shape.kv_bytes_per_token == 2 * 4 * 16 * 2
+
+
+def test_a_plan_as_a_recipe_is_the_same_plan():
+    spec = KernelSpec(slots=32)
+    plan = ConversionPlan((spec, None, spec.replace(slots=64), spec, spec.replace(decay="none", window=128)))
+    recipe = plan.to_recipe("found", "by a test")
+    assert ConversionPlan.from_recipe(Recipe.from_yaml(recipe.to_yaml()), 5) == plan
