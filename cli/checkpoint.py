@@ -94,10 +94,16 @@ def info(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A kernelized checkpoint.")], json: Json = None
 ) -> None:
     """Show a checkpoint's origin, plan and measured quality."""
-    from kernelize.card import read_facts
+    from kernelize.card import read_config, read_facts
+    from kernelize.plan import ConversionPlan
+    from kernelize.runtime.ops import describe
 
     facts = read_facts(folder)
     show_plan(facts.cost)
+    for how in dict.fromkeys(
+        map(describe, ConversionPlan.from_dict(read_config(folder)["kernelize"]).converted.values())
+    ):
+        say(f"prefill and training run on {how}")
     origin = facts.source.name if facts.source else "not recorded"
     say(f"made from {origin}; {facts.tokens or 0:,} tokens trained; {len(facts.rows)} measured values")
     write_json(json, {"name": facts.name, "source": origin, "tokens": facts.tokens, "plan": facts.cost.to_dict(),
