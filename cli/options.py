@@ -54,6 +54,9 @@ class KernelFlags:
     decay: Annotated[str | None, typer.Option(help="none, fixed or gated.")] = None
     rule: Annotated[str | None, typer.Option(help="additive, delta or gated_delta.")] = None
     share: Annotated[float | None, typer.Option(help="Part of the slots for the policy's first score.")] = None
+    aging: Annotated[
+        int | None, typer.Option(help="Tokens after which attention received counts 1/e; 0: for ever.")
+    ] = None
     sink_logits: Annotated[
         bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
     ] = None

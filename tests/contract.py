@@ -27,9 +27,9 @@ PAIRS = ("learned+recall", "keydiff+learned")  # beside the policies that have a
 
 EXACT_SETS: tuple[dict, ...] = (
     {"window": 4, "block": 4, "sinks": 2, "slots": 5},
-    {"window": 5, "block": 4, "sinks": 5, "slots": 6},
+    {"window": 5, "block": 4, "sinks": 5, "slots": 6, "aging": 9},
     {"window": 3, "block": 1, "sinks": 0, "slots": 3},
-    {"window": 8, "block": 8, "sinks": 1, "slots": 2},
+    {"window": 8, "block": 8, "sinks": 1, "slots": 2, "aging": 40},
     {"window": 6, "block": 2, "sinks": 3, "slots": 0},
 )
 

@@ -125,13 +125,21 @@ def token_scores(q, k, v, phi_k, rates, kernel, h):
     if not spec.slots:
         return []
     table = {
-        "attention": lambda: mass(q, k, kernel),
+        "attention": lambda: faded(mass(q, k, kernel), spec),
         "recall": lambda: recall(k, v, phi_k, rates, spec),
         "value": lambda: v.norm(dim=-1).tolist(),
         "keydiff": lambda: keydiff(k, spec),
     }
-    table["learned"] = lambda: learned({name: table[name]() for name in spec.statistics}, k, v, kernel, h)
+    measured = {**table, "attention": lambda: mass(q, k, kernel)}
+    table["learned"] = lambda: learned({name: measured[name]() for name in spec.statistics}, k, v, kernel, h)
     return [table[name]() for name, _ in spec.shares]
+
+
+def faded(masses, spec):
+    """A mass fades as exp(−age/aging); the order at every later time is that of mass · exp(position/aging)."""
+    if not spec.aging:
+        return masses
+    return [math.log(m + 1e-6) + j / spec.aging for j, m in enumerate(masses)]
 
 
 def mass(q, k, kernel):

@@ -26,7 +26,7 @@ from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
 from .spec import KernelSpec
-from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state, log_decays
+from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, aged, empty_state, log_decays
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
@@ -305,7 +305,7 @@ def select(store: Store, kernel: Kernel, phi_k: Tensor, clock: Tensor, clock_end
     for share, (name, _) in enumerate(spec.shares):
         if name == "attention":
             assert mass is not None
-            new = mass
+            new = aged(mass, store.pos, spec)
         elif name == "value":
             new = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
         else:

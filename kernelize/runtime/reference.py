@@ -157,7 +157,7 @@ def scores(
     if spec.measures("keydiff"):
         found["keydiff"] = novelty(key, state.key_sum[:, :, None])
     held = torch.nn.functional.pad(state.score, (0, 0, 0, spec.block))
-    return torch.where(fresh[:, None], scores_from(kernel, found, key, value), held)
+    return torch.where(fresh[:, None], scores_from(kernel, found, key, value, pos), held)
 
 
 def recall_error(

@@ -41,7 +41,8 @@ class KernelSpec:
 
     A `policy` is one score, or two joined by "+": the first then decides over `share` of the slots, the second, among
     those that the first rejects, over the rest. "mixed" stands for "attention+recall". `sink_logits` gives every query
-    head a learned logit that only the normaliser sees.
+    head a learned logit that only the normaliser sees. With `aging`, attention received long ago counts less: by a
+    factor e every so many tokens; 0: it counts for ever.
     """
 
     feature_map: str = "hedgehog"
@@ -55,13 +56,14 @@ class KernelSpec:
     rule: str = "additive"
     share: float = 0.5
     sink_logits: bool = False
+    aging: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("feature_dim", "window", "sinks", "slots", "block"):
+        for field in ("feature_dim", "window", "sinks", "slots", "block", "aging"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise SpecError(f"{field}={value!r} is not a whole number")
-        least = {"feature_dim": 1, "window": 1, "sinks": 0, "slots": 0, "block": 1}
+        least = {"feature_dim": 1, "window": 1, "sinks": 0, "slots": 0, "block": 1, "aging": 0}
         for field, low in least.items():
             if getattr(self, field) < low:
                 raise SpecError(f"{field}={getattr(self, field)} is below {low}")

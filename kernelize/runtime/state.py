@@ -206,10 +206,20 @@ def learned_score(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, va
     return read_out(x, kernel.score_weight) + kernel.score_bias.to(acc)[:, None]
 
 
-def scores_from(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
-    """[B, Hk, X, shares]: the score of every share, from what has been measured of tokens [B, Hk, X]."""
-    columns = [
-        learned_score(kernel, statistics, key, value) if name == "learned" else statistics[name].detach()
-        for name, _ in kernel.spec.shares
-    ]
-    return torch.stack(columns, -1)
+def aged(mass: Tensor, pos: Tensor, spec: KernelSpec) -> Tensor:
+    """The attention score of tokens at positions `pos` [B, 1 or Hk, X] that received `mass` [B, Hk, X].
+
+    A mass that fades as exp(−age/aging) ranks tokens as log mass + pos/aging does, at every later time: so the score
+    can be fixed when a token leaves the window.
+    """
+    return (mass + TINY).log() + pos.clamp(min=0) / spec.aging if spec.aging else mass
+
+
+def scores_from(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> Tensor:
+    """[B, Hk, X, shares]: the score of every share, from what was measured of tokens [B, Hk, X] at positions `pos`."""
+    scores = {name: statistic.detach() for name, statistic in statistics.items()}
+    if "attention" in scores:
+        scores["attention"] = aged(scores["attention"], pos, kernel.spec)
+    if kernel.spec.learned_share is not None:
+        scores["learned"] = learned_score(kernel, statistics, key, value)
+    return torch.stack([scores[name] for name, _ in kernel.spec.shares], -1)
