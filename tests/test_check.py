@@ -56,7 +56,7 @@ def test_wrong_scaling(monkeypatch):
 
 def test_swapped_groups(monkeypatch):
     right = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, *a: right(q, k.flip(1), v.flip(1), *a))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *a, **kw: right(q, k.flip(1), v.flip(1), *a, **kw))
     assert failed() == {"window ≥ length is softmax"}
 
 
