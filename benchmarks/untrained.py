@@ -39,14 +39,15 @@ def models(source: str, device: str) -> dict[str, tuple]:
         return convert(copy.deepcopy(teacher), ConversionPlan.uniform(spec, layers), **options), tokenizer
 
     start = time.monotonic()
-    auto = kernelized(KernelSpec(), "calibration", "budget")
+    spec = KernelSpec(aging=1024)
+    auto = kernelized(spec, "calibration", "budget")
     print(f"converted with budget and calibration in {time.monotonic() - start:.1f} s", flush=True)
     print("slots a layer:", [spec["slots"] for spec in auto[0].config.kernelize["layers"]], flush=True)
     return {
         "teacher": (teacher, tokenizer),
         "window 64": kernelized(PLAIN.replace(window=64)),
         "window 256": kernelized(PLAIN.replace(window=256)),
-        "kernelized, equal slots": kernelized(KernelSpec(), "calibration"),
+        "kernelized, equal slots": kernelized(spec, "calibration"),
         "kernelized, shared slots": auto,
     }
 
