@@ -347,14 +347,14 @@ def _state_bytes(spec: KernelSpec, shape: AttentionShape) -> int:
 
 
 def _memory_flops(spec: KernelSpec, shape: AttentionShape, map_weights: int) -> int:
-    """Of one token: both maps, reading the memory, taking the slot holders out of it, folding a token in.
+    """Of one token: both maps, reading the memory, folding a token in.
 
     The delta rule and the recall score each ask the memory for the token's own key besides.
     """
     if not spec.has_memory:
         return 0
     D, F, H, Hk = shape.head_dim, spec.feature_dim, shape.heads, shape.kv_heads
-    read = H * F * (D + 1) + H * spec.slots * (F + D + 1)
+    read = H * F * (D + 1)
     fold = (1 + spec.is_delta + spec.measures("recall")) * Hk * F * (D + 1)
     return 2 * (map_weights + read + fold)
 
