@@ -240,18 +240,18 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def pack(pieces: list[list[int]]) -> Row:
-    """One row out of pieces of documents."""
+def pack(pieces: list[list[int]], joined: bool = False) -> Row:
+    """One row out of pieces of documents; `joined`: as if they were one."""
     ids = torch.tensor([token for piece in pieces for token in piece])
-    positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
+    positions = torch.arange(len(ids)) if joined else torch.cat([torch.arange(len(piece)) for piece in pieces])
     return Row(ids, positions, ids.masked_fill(positions == 0, IGNORED))
 
 
 class Rows:
     """Packed rows of `length` tokens without end, as (row, position); `position` leads back to just after the row."""
 
-    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int):
-        self.documents, self.tokenizer, self.length = documents, tokenizer, length
+    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, joined: bool = False):
+        self.documents, self.tokenizer, self.length, self.joined = documents, tokenizer, length, joined
 
     def __call__(self, position: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
         skip = position["token"] if position else 0
@@ -264,7 +264,7 @@ class Rows:
                 pieces.append(piece)
                 start, room = start + len(piece), room - len(piece)
                 if room == 0:
-                    yield pack(pieces), {"document": document, "token": start}
+                    yield pack(pieces, self.joined), {"document": document, "token": start}
                     pieces, room = [], self.length
 
     def _encoded(self, position: dict[str, Any] | None) -> Iterator[tuple[list[int], dict[str, Any]]]:

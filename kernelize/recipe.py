@@ -108,6 +108,8 @@ class Stage(_Strict):
 
     Lengths and batches count tokens; `micro_batch` counts sequences that one process holds at once and never
     changes the result. Exactly one of `tokens` (a budget, rounded up to whole steps) and `steps` is given.
+    Packing `documents` starts every document from an empty state; `joined` reads a row as one sequence, as pretraining
+    does: the teacher sees the same, a row is one launch on a GPU, and the memory meets more than one document.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -115,6 +117,7 @@ class Stage(_Strict):
     tokens: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     sequence_length: int = Field(default=1024, ge=2)
+    packing: Literal["documents", "joined"] = "documents"
     batch_tokens: int = Field(default=65536, ge=2)
     micro_batch: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)

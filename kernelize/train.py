@@ -275,7 +275,7 @@ class _Run:
     def _stream(self, index: int, stage: Stage) -> Callable[..., Iterator[tuple[list[Row], dict[str, Any]]]]:
         seed = int(np.random.SeedSequence([self.recipe.seed, index]).generate_state(1)[0])
         documents = Documents(stage.data, seed, written=self._written(stage, seed))
-        rows = Rows(documents, self.tokenizer, stage.sequence_length)
+        rows = Rows(documents, self.tokenizer, stage.sequence_length, stage.packing == "joined")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         micro_batch = fitting_micro_batch(stage.rows, stage.micro_batch, processes)
         return lambda position: batches(rows(position), stage.rows, micro_batch, process, processes)
