@@ -23,6 +23,7 @@ POLICY_MEANING = {
     "value": "slots go to the tokens with the longest values",
     "keydiff": "slots go to the tokens whose keys are least like the mean key",
     "learned": "slots go by a trained read-out of those four, key and value; starts as attention",
+    "forecast": "slots go by a small network's forecast of the attention still to come; starts as recall",
     "mixed": "half by attention, half by recall; any two are joined as in 'learned+recall'",
 }
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .recipe import DistilWeights, TransferWeights
+from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
-from .runtime.state import AttentionOutput
+from .runtime.spec import KernelSpec
+from .runtime.state import EMPTY, AttentionOutput, forecast
 
 # attention scores that the teacher's softmax holds at once: what a CPU's cache keeps (four times as fast as 1 << 24),
 # and elsewhere few launches
@@ -164,6 +166,87 @@ class TransferProbe:
                 valid = torch.ones_like(lse[:, :1], dtype=torch.bool) if documents is None else documents[:, None] >= 0
             self.terms = transfer_terms(y, far, output, valid)
         return y.to(query.dtype)
+
+
+# --- forecast ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def received_later(query: Tensor, key: Tensor, scaling: float, spec: KernelSpec) -> Tensor:
+    """The most that softmax pays to each token, from any query of its group past the token's window: [B, Hk, T].
+
+    query [B, H, T, D], key [B, Hk, T, D]; rows are whole documents. 0 where no such query comes. A block of queries at
+    a time.
+    """
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]
+    query = query.unflatten(1, (groups, heads // groups))
+    step = max(1, SCORES_HELD.get(query.device.type, SCORES_HELD_ELSEWHERE) // (batch * heads * length))
+    position = torch.arange(length, device=key.device)
+    leaves = (position // spec.block + spec.back + 1) * spec.block
+    most = torch.zeros(batch, groups, length, device=key.device)
+    for start in range(0, length, step):
+        at = position[start : start + step, None]
+        scores = torch.einsum("bkgqd,bktd->bkgqt", query[..., start : start + step, :], key[:, :, : at[-1] + 1])
+        now = position[: scores.shape[-1]]
+        p = (scores.float() * scaling).masked_fill(now > at, -torch.inf).softmax(-1)
+        p = p.masked_fill(leaves[: len(now)] > at, 0).amax((2, 3))
+        most[:, :, : len(now)] = torch.maximum(most[:, :, : len(now)], p)
+    return most
+
+
+class ForecastTerms(NamedTuple):
+    """One layer's forecast against what came: summed over the rows of the batch."""
+
+    error: Tensor  # mean squared difference of the logarithms
+    correlation: Tensor  # of the two over the tokens of a row, all its KV heads together
+
+
+class ForecastProbe:
+    """Stands in a layer's `kernelize.probe` and `watch`: fits the forecast, and passes softmax attention on.
+
+    The target is the largest attention that a token receives after it has left the window, as in Locret
+    (arXiv:2410.01805): what is needed once, much later, counts as much as what is needed all the time.
+    """
+
+    wants_output = True  # what is watched comes from its computation
+
+    def __init__(self) -> None:
+        self.terms: ForecastTerms | None = None
+        self.seen: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
+
+    def watch(self, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> None:
+        self.seen.append((statistics, key.detach(), value.detach(), pos))
+
+    def __call__(
+        self,
+        kernel: KernelAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        layout: Layout | None,
+        output: AttentionOutput,
+    ) -> Tensor:
+        target = (received_later(query, key, scaling, kernel.spec) + LEAST_MASS).log()
+        arithmetic = kernel.kernel(scaling)
+        found = []
+        with torch.autocast(query.device.type, enabled=False):
+            for statistics, keys, values, pos in self.seen:
+                came = target.gather(2, pos.expand(target.shape[:2] + pos.shape[2:]).clamp(min=0))
+                found.append((forecast(arithmetic, statistics, keys, values), came, (pos != EMPTY).expand_as(came)))
+        self.seen = []
+        said, came, counts = (torch.cat(parts, 2).flatten(1) for parts in zip(*found, strict=True))
+        self.terms = ForecastTerms(*forecast_terms(said, came, counts.to(said)))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+
+
+def forecast_terms(said: Tensor, came: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and correlation over the entries [B, N] that count, each summed over the rows."""
+    n = counts.sum(1, keepdim=True).clamp(min=1)
+    a, b = ((x - (x * counts).sum(1, keepdim=True) / n) * counts for x in (said, came))
+    correlation = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-9)
+    return ((said - came).square() * counts).div(n).sum(), correlation.sum()
 
 
 def _documents(layout: Layout | None) -> Tensor | None:

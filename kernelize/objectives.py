@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .data import Row
 from .errors import InputError, KernelizeError
-from .losses import TransferProbe, distillation
+from .losses import ForecastProbe, ForecastTerms, TransferProbe, distillation
 from .recipe import DistilWeights, Lora, TransferWeights
 from .runtime.modeling import kernelized_layers
 
@@ -76,6 +76,38 @@ class Transfer(Objective):
     def close(self) -> None:
         for layer in kernelized_layers(self.model).values():
             layer.kernelize.probe = None
+
+
+class Forecast(Objective):
+    """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows."""
+
+    terms = ForecastTerms._fields
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        self.probes = {i: ForecastProbe() for i, layer in forecasting_layers(model).items()}
+        for index, probe in self.probes.items():
+            layer = kernelized_layers(model)[index].kernelize
+            layer.probe, layer.watch = probe, probe.watch
+
+    def count(self, rows: Row) -> int:
+        return len(rows.input_ids)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+        self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+        measured = [probe.terms for probe in self.probes.values()]
+        terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 2]
+        return Losses(terms[:, 0].mean(), terms.detach().mean(0), terms[:, 0].detach())
+
+    def close(self) -> None:
+        for layer in kernelized_layers(self.model).values():
+            layer.kernelize.probe = layer.kernelize.watch = None
+
+
+def forecasting_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The converted layers whose slots go by a forecast."""
+    layers = kernelized_layers(model)
+    return {i: layer for i, layer in layers.items() if layer.kernelize.spec.scores_by("forecast")}
 
 
 class Distil(Objective):

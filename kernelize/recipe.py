@@ -113,7 +113,7 @@ class Stage(_Strict):
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
-    kind: Literal["transfer", "distil"]
+    kind: Literal["transfer", "forecast", "distil"]
     tokens: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     sequence_length: int = Field(default=1024, ge=2)
@@ -150,10 +150,15 @@ class Stage(_Strict):
             )
         if self.lora and self.trainable != "new+lora":
             raise ValueError(f"lora needs trainable='new+lora', not {self.trainable!r}")
-        if self.kind == "transfer" and self.trainable != "new":
-            raise ValueError(f"a transfer stage trains 'new' only, not {self.trainable!r}")
-        if (self.kind == "transfer" and self.distil) or (self.kind == "distil" and self.transfer):
-            raise ValueError(f"a {self.kind} stage takes its loss weights under the key {self.kind!r}")
+        if self.kind != "distil" and self.trainable != "new":
+            raise ValueError(f"a {self.kind} stage trains 'new' only, not {self.trainable!r}")
+        if self.kind == "forecast" and self.packing != "joined":
+            raise ValueError(
+                f"a forecast stage looks ahead over whole rows: packing must be 'joined', not {self.packing!r}"
+            )
+        for key in ("transfer", "distil"):
+            if key != self.kind and getattr(self, key):
+                raise ValueError(f"a {self.kind} stage has no loss weights under the key {key!r}")
         return self
 
     @property

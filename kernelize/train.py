@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import checkpoints
 from .data import Documents, Row, Rows, batches, fitting_micro_batch, longest_sequence, open_source, write_text
 from .errors import InputError, KernelizeError
-from .objectives import NEW, Distil, Losses, Objective, Transfer, attach_lora
+from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.modeling import kernelized_layers
 
@@ -92,8 +92,10 @@ def finetune(
     return run.train(resume)
 
 
-def _is_trainable(name: str, trainable: str) -> bool:
-    return trainable == "all" or NEW in name or (trainable == "new+lora" and ".lora_" in name)
+def _is_trainable(name: str, stage: Stage) -> bool:
+    if stage.kind == "forecast":
+        return f"{NEW}forecast_" in name
+    return stage.trainable == "all" or NEW in name or (stage.trainable == "new+lora" and ".lora_" in name)
 
 
 @dataclass
@@ -206,6 +208,10 @@ class _Run:
             )
         if stage.trainable == "new" and not any(NEW in name for name in self.dtypes):
             raise InputError(f"stage {stage.name!r} trains new parameters only, and the model has none")
+        if stage.kind == "forecast" and not forecasting_layers(self.model):
+            raise InputError(
+                f"stage {stage.name!r} fits forecasts, but no layer's policy has one, as attention+forecast"
+            )
         for source in stage.data:
             if source.builtin != "self":
                 open_source(source)
@@ -307,7 +313,7 @@ class _Run:
         if stage.trainable == "new+lora":
             adapter, adapted = attach_lora(self.model, stage.lora or Lora())
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(_is_trainable(name, stage.trainable))
+            parameter.requires_grad_(_is_trainable(name, stage))
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self._mode(stage)
@@ -347,6 +353,8 @@ class _Run:
     def _objective(self, stage: Stage) -> Objective:
         if stage.kind == "transfer":
             return Transfer(self.model, stage.transfer or TransferWeights())
+        if stage.kind == "forecast":
+            return Forecast(self.model)
         return Distil(self.model, self._teacher(), stage.distil or DistilWeights())
 
     def _leave(self, training: _Training) -> None:

@@ -131,7 +131,9 @@ def token_scores(q, k, v, phi_k, rates, kernel, h):
         "keydiff": lambda: keydiff(k, spec),
     }
     measured = {**table, "attention": lambda: mass(q, k, kernel)}
-    table["learned"] = lambda: learned({name: measured[name]() for name in spec.statistics}, k, v, kernel, h)
+    for name, trained in (("learned", learned), ("forecast", forecast)):
+        found = {s: measured[s] for s in spec.statistics(name)}
+        table[name] = lambda trained=trained, found=found: trained({s: x() for s, x in found.items()}, k, v, kernel, h)
     return [table[name]() for name, _ in spec.shares]
 
 
@@ -182,3 +184,11 @@ def learned(statistics, k, v, kernel, h):
     ]
     x = torch.cat([torch.stack(columns, -1).to(k.dtype), k, v], -1)
     return (x @ kernel.score_weight[h] + kernel.score_bias[h]).tolist()
+
+
+def forecast(statistics, k, v, kernel, h):
+    known = [torch.tensor(x, dtype=k.dtype).add(1e-6).log() for x in statistics.values()]
+    of_key, of_value = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (k, v))
+    x = torch.cat([torch.stack([*known, torch.ones_like(known[0])], -1), of_key, of_value], -1)
+    hidden = x @ kernel.forecast_in[h]
+    return (x @ kernel.forecast_skip[h] + hidden * torch.sigmoid(hidden) @ kernel.forecast_out[h]).tolist()

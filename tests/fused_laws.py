@@ -28,6 +28,7 @@ SPECS = (
     KernelSpec(**{**SMALL, "policy": "recall", "feature_map": "elu", "feature_dim": 6}),
     KernelSpec(**{**SMALL, "slots": 0, "block": 4, "window": 1}),
     KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention"}),
+    KernelSpec(**{**SMALL, "policy": "attention+forecast", "aging": 32}),
 )
 SOME = SPECS[:1]
 

@@ -219,6 +219,20 @@ def heads_and_features(dtype=torch.float64):
     return student, teacher, labels, *heads
 
 
+@pytest.mark.parametrize("held", [1, 1 << 24])
+def test_attention_received_later_is_that_past_the_window(monkeypatch, held):
+    monkeypatch.setitem(losses.SCORES_HELD, "cpu", held)
+    query, key, _ = (x.float() for x in random_qkv(30))
+    spec = KernelSpec(window=5, block=4)
+    scores = query.unflatten(1, (2, 2)) @ key[:, :, None].mT * 0.5
+    p = scores.masked_fill(~causal(30), -torch.inf).softmax(-1)
+    found = losses.received_later(query, key, 0.5, spec)
+    for j in range(30):
+        left = (j // 4 + spec.back + 1) * 4
+        expected = p[:, :, :, left:, j].amax((2, 3)) if left < 30 else torch.zeros(2, 2)
+        torch.testing.assert_close(found[:, :, j], expected)
+
+
 @pytest.mark.parametrize("held", [1, 19 * 4, 1 << 25])
 def test_the_divergence_is_the_dense_one_with_its_gradients(monkeypatch, held):
     monkeypatch.setattr(losses, "LOGITS_HELD", held)

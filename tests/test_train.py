@@ -29,6 +29,7 @@ TEXT = "".join(f"line {number}: {number * number} is the square of {number}.\n" 
 SHAPE = {"sequence_length": 32, "batch_tokens": 128, "micro_batch": 4, "warmup": 0.0}
 TRANSFER = {"name": "transfer", "kind": "transfer", "steps": 5, "learning_rate": 1e-2, **SHAPE}
 LORA = {"name": "lora", "kind": "distil", "trainable": "new+lora", "steps": 5, "learning_rate": 1e-2, **SHAPE}
+FORECAST = {"name": "forecast", "kind": "forecast", "packing": "joined", "steps": 5, "learning_rate": 1e-2, **SHAPE}
 ALL = {"name": "all", "kind": "distil", "trainable": "all", "steps": 5, "learning_rate": 1e-3, **SHAPE}
 
 
@@ -73,6 +74,17 @@ def assert_same_weights(a, b):
 
 
 # --- it learns, and changes what it should ----------------------------------------------------------------------------
+
+
+def test_a_forecast_learns_what_will_be_attended_to_and_nothing_else_changes(text, tmp_path):
+    made = [kernelize_model(tiny_llama(), [SPEC, SPEC.replace(policy="attention+forecast")]) for _ in range(2)]
+    _, _, events = run(recipe(text, FORECAST | {"steps": 16}), tmp_path / "out", model=made[0])
+    losses = losses_of(events)
+    assert losses[-1] < 0.5 * losses[0]
+    after, before = (model.state_dict() for model in made)
+    assert {name.split(".")[-1] for name in before if not torch.equal(before[name], after[name])} == {
+        "forecast_skip", "forecast_in", "forecast_out"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [TRANSFER, LORA, ALL], ids=["transfer", "lora", "all"])
@@ -262,6 +274,7 @@ def test_a_gradient_that_is_no_number_names_the_parameter(text, tmp_path):
         (LORA, {"teacher": None}, "needs the original model"),
         (TRANSFER | {"data": ["nothing.txt"]}, {}, "nothing.txt"),
         (LORA | {"lora": {"targets": ["qq_proj"]}}, {}, "'qq_proj' ends no linear"),
+        (FORECAST, {}, "no layer's policy has one"),
     ],
 )
 def test_bad_input_is_named(text, tmp_path, stage, options, message):

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers import initialization as init
 
 from .cache import KernelState
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
 from .spec import KernelSpec
@@ -21,6 +21,7 @@ ATTENTION = "kernelize"  # its name in AttentionInterface
 INITIAL_LOG_GATE = -4.0  # an untrained memory must not hurt
 INITIAL_HALF_LIFE = 512.0  # tokens
 INITIAL_SCORE = 8.0  # of a token that received mass 1: an untrained score must not dampen the slots
+FORECAST_WIDTH = 64  # hidden units a KV head
 INITIAL_SINK_LOGIT = -12.0  # an untrained sink must not be seen
 
 
@@ -45,8 +46,8 @@ class KernelAttention(nn.Module):
     """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head.
 
     And what its spec asks for beyond that: read-outs of key and value for a gated decay, for the delta rule's beta and
-    for the learned score; sink logits. Untrained, a gated decay is the fixed one, and a learned score ranks as
-    `attention` does.
+    for the learned score; the forecast's network; sink logits. Untrained, a gated decay is the fixed one, a learned
+    score ranks as `attention` does, and a forecast as `recall`.
     """
 
     def __init__(self, spec: KernelSpec, heads: int, kv_heads: int, head_dim: int):
@@ -54,6 +55,7 @@ class KernelAttention(nn.Module):
         self.spec, self.heads, self.kv_heads = spec, heads, kv_heads
         self.window_dropout = 0.0  # probability, in training, that a forward sees but one block as its window
         self.probe: Probe | None = None  # training looks in here; it may replace the output
+        self.watch: Callable[..., None] | None = None  # see Kernel.watch
         if spec.has_memory:
             kind = FEATURE_MAPS[spec.feature_map]
             self.map_q = kind(heads, head_dim, spec.feature_dim)
@@ -67,8 +69,14 @@ class KernelAttention(nn.Module):
                 self.beta_weight = nn.Parameter(torch.empty(kv_heads, head_dim))
                 self.beta_bias = nn.Parameter(torch.empty(kv_heads))
         if spec.learned_share is not None:
-            self.score_weight = nn.Parameter(torch.empty(kv_heads, len(spec.statistics) + 2 * head_dim))
+            width = len(spec.statistics("learned")) + 2 * head_dim
+            self.score_weight = nn.Parameter(torch.empty(kv_heads, width))
             self.score_bias = nn.Parameter(torch.empty(kv_heads))
+        if spec.scores_by("forecast"):
+            width = len(spec.statistics("forecast")) + 1 + 2 * head_dim
+            self.forecast_skip = nn.Parameter(torch.empty(kv_heads, width))
+            self.forecast_in = nn.Parameter(torch.empty(kv_heads, width, FORECAST_WIDTH))
+            self.forecast_out = nn.Parameter(torch.empty(kv_heads, FORECAST_WIDTH))
         if spec.sink_logits:
             self.sink_logit = nn.Parameter(torch.empty(heads))
 
@@ -85,9 +93,17 @@ class KernelAttention(nn.Module):
                 init.zeros_(self.beta_bias)
         if spec.learned_share is not None:
             ranks_as_attention = torch.zeros(self.score_weight.shape[1])
-            ranks_as_attention[spec.statistics.index("attention")] = 1.0
+            ranks_as_attention[spec.statistics("learned").index("attention")] = 1.0
             init.copy_(self.score_weight, ranks_as_attention.expand_as(self.score_weight))
             init.constant_(self.score_bias, INITIAL_SCORE)
+        if spec.scores_by("forecast"):
+            ranks_as = torch.zeros(self.forecast_skip.shape[1])
+            ranks_as[spec.statistics("forecast").index("recall" if spec.has_recall else "attention")] = 1.0
+            init.copy_(self.forecast_skip, ranks_as.expand_as(self.forecast_skip))
+            _, inputs, width = self.forecast_in.shape
+            directions = orthogonal_gaussian(inputs, width, seed=0) / inputs**0.5
+            init.copy_(self.forecast_in, directions.expand_as(self.forecast_in))
+            init.zeros_(self.forecast_out)
         if spec.sink_logits:
             init.constant_(self.sink_logit, INITIAL_SINK_LOGIT)
 
@@ -102,7 +118,7 @@ class KernelAttention(nn.Module):
             decay = None if spec.decay == "none" else -self.log_rate.exp()
             kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k, log_decay=decay)
         own: dict[str, Any] = {name: p for name, p in self._parameters.items() if name in Kernel._fields}
-        return kernel._replace(**own)
+        return kernel._replace(**own, watch=self.watch)
 
     def effective_spec(self) -> KernelSpec:
         if not (self.training and self.window_dropout):

@@ -26,11 +26,11 @@ from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
 from .spec import KernelSpec
-from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, aged, empty_state, log_decays
+from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state, log_decays, scores_from
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
-POLICIES = ("attention", "recall", "value")
+POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 
 
@@ -299,19 +299,25 @@ def select(store: Store, kernel: Kernel, phi_k: Tensor, clock: Tensor, clock_end
     spec, applicants = kernel.spec, store.applicants(kernel.spec)
     if not spec.slots:
         return lifetimes(spec, applicants, [], applicants[:, :0]), Scores([], None)
-    asked = any(name == "attention" for name, _ in spec.shares)
-    mass = mass_of(store, kernel) if asked else None
-    scores = []
-    for share, (name, _) in enumerate(spec.shares):
-        if name == "attention":
-            assert mass is not None
-            new = aged(mass, store.pos, spec)
-        elif name == "value":
-            new = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
-        else:
-            new = errors_of(store, kernel, applicants, phi_k, clock, clock_end)
-        scores.append(with_holders(new, share, store, spec).flatten(0, 1))
-    return lifetimes(spec, applicants, scores, old_slots(store, spec)), Scores(scores, mass)
+    found = {}
+    if spec.measures("attention"):
+        found["attention"] = mass_of(store, kernel)
+    if spec.measures("recall"):
+        found["recall"] = errors_of(store, kernel, applicants, phi_k, clock, clock_end)
+    if spec.measures("value"):
+        found["value"] = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
+    pos = store.pos if kernel.watch is None else leaving_pos(store, applicants)
+    new = scores_from(kernel, found, store.k, store.v, pos).unbind(-1)
+    scores = [with_holders(x, share, store, spec).flatten(0, 1).contiguous() for share, x in enumerate(new)]
+    return lifetimes(spec, applicants, scores, old_slots(store, spec)), Scores(scores, found.get("attention"))
+
+
+def leaving_pos(store: Store, applicants: Tensor) -> Tensor:
+    """[B, Hk, X]: the positions of the tokens that leave the window, EMPTY for all others."""
+    B, Hk, X, _ = store.k.shape
+    leaves = torch.zeros(B * Hk, X + 1, dtype=torch.bool, device=store.k.device)
+    leaves.scatter_(1, torch.where(applicants == EMPTY, X, applicants).long(), True)
+    return torch.where(leaves[:, :X].view(B, Hk, X), store.pos, EMPTY)
 
 
 def with_holders(new: Tensor, share: int, store: Store, spec: KernelSpec) -> Tensor:

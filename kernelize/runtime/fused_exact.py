@@ -46,20 +46,21 @@ def keys_of(
         lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
         c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
         here = (c >= lo) & (c < hi)
-        leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
-        visible = (c[None, :] <= at[:, None]) & (block[:, None] < leaves[None, :])
+        # a token is seen until it leaves the window, or if it leaves inside this tile, until it loses its slot;
+        # those that left before stand in the table
+        until = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
         index = front + c
-        if SLOTS:  # tokens that leave inside the tile and get a slot; those before stand in the table
-            late = here & (leaves > tile * (TILE // BLOCK))
-            death = tl.load(Death + row.to(tl.int64) * X + index, mask=late, other=-1)
-            visible = visible | ((leaves[None, :] <= block[:, None]) & (death[None, :] > block[:, None]))
-        visible = visible & here[None, :]
+        if SLOTS:
+            late = here & (until > tile * (TILE // BLOCK))
+            until = tl.load(Death + row.to(tl.int64) * X + index, mask=late, other=0)
+        until = tl.where(here, until, 0)
+        visible = (c[None, :] <= at[:, None]) & (block[:, None] < until[None, :])
     else:
         i = step * CHUNK + tl.arange(0, CHUNK)
         index = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
         here = index >= 0
-        death = tl.load(Death + row.to(tl.int64) * X + index, mask=here, other=-1)
-        visible = here[None, :] & (death[None, :] > block[:, None])
+        until = tl.load(Death + row.to(tl.int64) * X + index, mask=here, other=0)
+        visible = block[:, None] < until[None, :]
     return index, here, visible
 
 
@@ -79,9 +80,9 @@ def absorb(q, k, v, visible, m, l, acc, scaling, softcap, SOFTCAP: constexpr, PR
 def exact_kernel(
     Q, K, V, Table, Death, Bounds, Out, Lse,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width,
+    scaling, softcap, W, X, front, n, kv_heads, width, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, CHUNKS: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -104,7 +105,7 @@ def exact_kernel(
         k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
         v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
         m, l, acc = absorb(q, k, v, visible, m, l, acc, scaling, softcap, SOFTCAP, PRECISION)
-    for step in range(CHUNKS):
+    for step in tl.range(chunks):
         index, here, visible = keys_of(
             step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
             SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 2,
@@ -144,9 +145,9 @@ def grad_scores(q, k, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: cons
 def query_grad_kernel(
     Q, K, V, Table, Death, Bounds, Out, Lse, Grad, GradLse, Delta, GradQ,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width,
+    scaling, softcap, W, X, front, n, kv_heads, width, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, CHUNKS: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -174,7 +175,7 @@ def query_grad_kernel(
         v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
         _, ds = grad_scores(q, k, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
         acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    for step in range(CHUNKS):
+    for step in tl.range(chunks):
         index, here, visible = keys_of(
             step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
             SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 2,
@@ -235,9 +236,9 @@ def key_grad_chunk(
 def key_grad_kernel(
     Q, K, V, Table, Death, Bounds, Lse, Grad, Delta, GradK, GradV,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width,
+    scaling, softcap, W, X, front, n, kv_heads, width, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, CHUNKS: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -250,7 +251,7 @@ def key_grad_kernel(
             step, tile, row, b, h, sqb, sqh, sqt, skt, svt, scaling, softcap, W, X, front, n, width,
             G, HP, D, DP, TILE, CHUNK, BLOCK, BACK, REACH, SINKS, SP, SLOTS, SOFTCAP, PRECISION, 1, TILE,
         )  # fmt: skip
-    elif step < REACH + CHUNKS:
+    elif step < REACH + chunks:
         key_grad_chunk(
             Q, Lse, Grad, Delta, GradK, GradV, Table, Death, Bounds, key, value,
             step - REACH, tile, row, b, h, sqb, sqh, sqt, skt, svt, scaling, softcap, W, X, front, n, width,
@@ -283,7 +284,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, heads: int) -> tupl
     sizes = {
         "G": H // Hk, "HP": heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": CHUNK, "BLOCK": spec.block,
         "BACK": spec.back, "REACH": -(-spec.back * spec.block // TILE) + 1, "SINKS": spec.sinks,
-        "SP": power_of_two(spec.sinks), "SLOTS": spec.slots, "CHUNKS": -(-spec.slots // CHUNK),
+        "SP": power_of_two(spec.sinks), "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // CHUNK),
         "SOFTCAP": given.softcap is not None, "PRECISION": precision(q.dtype),
     }  # fmt: skip
     return [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scalars], sizes
@@ -334,7 +335,7 @@ class ExactFunction(torch.autograd.Function):
         grad_k = torch.zeros(B, Hk, X, D, device=q.device, dtype=torch.float32)
         grad_v = torch.zeros_like(grad_k)
         scalars, sizes = arguments(q, k, v, given, 1)
-        chunks = sizes["REACH"] + sizes["CHUNKS"] + (given.spec.sinks > 0)
+        chunks = sizes["REACH"] + sizes["chunks"] + (given.spec.sinks > 0)
         key_grad_kernel[(n, chunks, B * Hk)](
             *tensors, lse, grad, delta, grad_k, grad_v, *scalars, **sizes, num_warps=8 if D > 64 else 4, num_stages=1
         )

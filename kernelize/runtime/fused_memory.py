@@ -1,9 +1,10 @@
 """The memory branch: a linear attention over the tokens in the order of their deaths, merged with the exact branch.
 
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
-tiles: each segment's own gain first (all at once), then a scan over the few segments, then every segment walks its
-tiles with the memory in registers. M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when
-block b's predecessors have been folded, edge(i) is clock_end of the block before tile i, and M stands at edge.
+tiles. One pass writes down the memory before every tile as if its segment had begun with none; a scan over the few
+segments gives what each begins with; then all tiles are read at once. The backward does the same from the end.
+M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
+folded, edge(i) is clock_end of the block before tile i, and M stands at edge.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor
 from .fused_select import TILE
 from .fused_triton import constexpr, jit, power_of_two, precision, tl
 
-PROGRAMS = 264  # that fill the largest GPUs: two a multiprocessor
-STATE = {torch.bfloat16: 16384, torch.float32: 4096}  # entries of M that one program holds in registers
+PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
+STATE = {torch.bfloat16: 16384, torch.float32: 4096}  # entries of M that one program reads
+WARPS = 4  # of a program that reads a tile
+WALKED = {torch.bfloat16: 8192, torch.float32: 4096}  # entries of M that one program holds in registers
 
 
 @jit
 def entries(
-    Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, e,
+    Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d,
     F: constexpr, D: constexpr, TILE: constexpr, DECAY: constexpr,
 ):  # fmt: skip
     """(index, phi [TILE, F], phi of the features `f`, v of the channels `d`, clock) of the entries of one tile."""
@@ -39,19 +42,25 @@ def entries(
 
 
 @jit
-def gain_kernel(
-    Order, Phi, V, Clock, Edge, Out,
+def states_kernel(
+    Order, Phi, V, Clock, Edge, Local, LocalNorm, Out,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, DECAY: constexpr, PRECISION: constexpr,
+    STORE: constexpr,
 ):  # fmt: skip
-    """What one segment adds to the memory, as it stands at the segment's end."""
+    """The memory before every tile of a segment that begins with none, and at the segment's end."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    wide = (f < F)[:, None] & (d < D)[None, :]
     acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
     for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
+        if STORE:
+            to = (row * n + tile) * F + f
+            tl.store(Local + to[:, None] * D + d[None, :], acc.to(Local.dtype.element_ty), mask=wide)
+            tl.store(LocalNorm + to, norm, mask=(f < F) & (part == 0))
         _, here, phi, v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
+            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
         )
         if DECAY:
             before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
@@ -61,9 +70,36 @@ def gain_kernel(
         acc += tl.dot(tl.trans(phi), v, input_precision=PRECISION)
         norm += tl.sum(phi.to(tl.float32), 0)
     out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
-    tl.store(out[:, None] + d[None, :], acc, mask=(f < F)[:, None] & (d < D)[None, :])
-    if part == 0:
-        tl.store(out + D, norm, mask=f < F)
+    tl.store(out[:, None] + d[None, :], acc, mask=wide)
+    tl.store(out + D, norm, mask=(f < F) & (part == 0))
+
+
+@jit
+def memory_at(Local, LocalNorm, Start, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr):
+    """(M [features f, channels d], its normaliser): what the tile's segment begins with, shrunk, plus its own."""
+    start = Start + (row * (segments + 1) + begin) * F * (D + 1) + f * (D + 1)
+    local = (row * n + tile) * F + f
+    wide = (f < F)[:, None] & (d < D)[None, :]
+    acc = tl.load(start[:, None] + d[None, :], mask=wide, other=0.0) * shrink
+    acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
+    norm = tl.load(start + D, mask=f < F, other=0.0) * shrink + tl.load(LocalNorm + local, mask=f < F, other=0.0)
+    return acc, norm
+
+
+@jit
+def clocks_of(ClockEnd, Edge, row, tile, block, n, blocks, tiles, TILE: constexpr, DECAY: constexpr, STRICT: constexpr):
+    """(the rows' clock, decay from the tile's start to them, decay from the segment's start to the tile's)."""
+    now = tl.zeros([TILE], tl.float32)
+    far, shrink = now + 1.0, 1.0
+    if DECAY:
+        before = tl.load(Edge + row * (n + 1) + tile)
+        shrink = tl.exp(before - tl.load(Edge + row * (n + 1) + tile // tiles * tiles))
+        if STRICT:
+            now = tl.load(ClockEnd + row * blocks + block - 1, mask=block > 0, other=0.0)
+        else:
+            now = tl.load(ClockEnd + row * blocks + block)
+        far = tl.exp(tl.minimum(now - before, 0.0))
+    return now, far, shrink
 
 
 @jit
@@ -77,117 +113,80 @@ def near_weights(
     else:
         seen = theirs[None, :] <= block[:, None]
     seen = seen & here[None, :]
-    weight = tl.where(seen, 1.0, 0.0)
     if DECAY:
-        weight = tl.where(seen, tl.exp(tl.minimum(now[:, None] - clock[None, :], 0.0)), 0.0)
-    return weight
+        return tl.where(seen, tl.exp(tl.minimum(now[:, None] - clock[None, :], 0.0)), 0.0)
+    else:
+        return tl.where(seen, 1.0, 0.0)
 
 
 @jit
 def recall_kernel(
-    Order, Phi, V, Clock, ClockEnd, Edge, Memory, Out,
+    Order, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Out,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
     """‖v − answer‖² over the channels of one part, of what the memory of all earlier blocks answers to each token."""
-    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
-    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.load(start + D, mask=f < F, other=0.0)
-    blocks = n * (TILE // BLOCK)
-    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        index, here, phi, v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
-        )
-        first = tile * (TILE // BLOCK)
-        block = first + tl.arange(0, TILE) // BLOCK
-        now = tl.zeros([TILE], tl.float32)
-        far = now + 1.0
-        before, after = 0.0, 0.0
-        if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
-            now = tl.load(ClockEnd + row * blocks + block - 1, mask=block > 0, other=0.0)
-            far = tl.exp(tl.minimum(now - before, 0.0))
-        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, True, DECAY)
-        a = tl.dot(phi, tl.trans(phi), input_precision=PRECISION) * weight
-        total = tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
-        total += tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * far[:, None]
-        z = tl.sum(a, 1) + tl.sum(phi.to(tl.float32) * norm[None, :], 1) * far
-        answer = tl.where((z > 1.1754943508222875e-38)[:, None], total / tl.where(z > 0, z, 1.0)[:, None], 0.0)
-        error = v.to(tl.float32) - answer
-        error = tl.sum(tl.where((d < D)[None, :], error * error, 0.0), 1)
-        tl.store(Out + (part * tl.num_programs(2) + row) * X + index, error, mask=here)
-        gone = phi
-        if DECAY:
-            shrink = tl.exp(after - before)
-            acc, norm = acc * shrink, norm * shrink
-            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
-        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
-        norm += tl.sum(gone.to(tl.float32), 0)
+    first = tile * (TILE // BLOCK)
+    block = first + tl.arange(0, TILE) // BLOCK
+    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, True)
+    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    index, here, phi, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
+    )
+    weight = near_weights(block, first, here, now, clock, TILE, BLOCK, True, DECAY)
+    a = tl.dot(phi, tl.trans(phi), input_precision=PRECISION) * weight
+    total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * far[:, None]
+    total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
+    z = tl.sum(a, 1) + tl.sum(phi.to(tl.float32) * norm[None, :], 1) * far
+    answer = tl.where((z > 1.1754943508222875e-38)[:, None], total / tl.where(z > 0, z, 1.0)[:, None], 0.0)
+    error = v.to(tl.float32) - answer
+    error = tl.sum(tl.where((d < D)[None, :], error * error, 0.0), 1)
+    tl.store(Out + (part * tl.num_programs(2) + row) * X + index, error, mask=here)
 
 
 @jit
 def memory_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Memory, Exact, Lse, Gate, Y, Branch, BranchLse,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Exact, Lse, Gate, Y, Branch, BranchLse,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Reads the memory for every query and merges: y, and where asked the memory alone with its normaliser."""
-    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Reads the memory for a tile's queries and merges: y, and where asked the memory alone with its normaliser."""
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
-    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.load(start + D, mask=f < F, other=0.0)
-    blocks = n * (TILE // BLOCK)
-    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        _, here, phi, v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
-        )
-        first = tile * (TILE // BLOCK)
-        at = tile * TILE + tl.arange(0, TILE)
-        block = at // BLOCK
-        now = tl.zeros([TILE], tl.float32)
-        far = now + 1.0
-        before, after = 0.0, 0.0
-        if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
-            now = tl.load(ClockEnd + row * blocks + block)
-            far = tl.exp(tl.minimum(now - before, 0.0))
-        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
-        low = acc.to(phi.dtype)
-        for g in range(G):
-            out = (row * G + g) * W + at
-            live = at < W
-            wide = live[:, None] & (d < D)[None, :]
-            phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
-            a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
-            total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
-            total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
-            z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
-            filled = z > 1.1754943508222875e-38
-            safe = tl.where(filled, z, 1.0)
-            memory = tl.where(filled[:, None], total / safe[:, None], 0.0)
-            lse = tl.where(filled, tl.log(safe) + tl.load(Gate + h * G + g), float("-inf"))
-            exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
-            share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
-            y = share * exact + (1 - share) * memory
-            tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
-            if BRANCHES:
-                tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
-                if part == 0:
-                    tl.store(BranchLse + out, lse, mask=live)
-        gone = phi
-        if DECAY:
-            shrink = tl.exp(after - before)
-            acc, norm = acc * shrink, norm * shrink
-            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
-        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
-        norm += tl.sum(gone.to(tl.float32), 0)
+    at = tile * TILE + tl.arange(0, TILE)
+    block, live = at // BLOCK, at < W
+    wide = live[:, None] & (d < D)[None, :]
+    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, False)
+    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    _, here, phi, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
+    )
+    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    low = acc.to(phi.dtype)
+    for g in range(G):
+        out = (row * G + g) * W + at
+        phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
+        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+        a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
+        total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
+        total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
+        z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
+        filled = z > 1.1754943508222875e-38
+        safe = tl.where(filled, z, 1.0)
+        memory = total * tl.where(filled, 1.0 / safe, 0.0)[:, None]
+        lse = tl.where(filled, tl.log(safe) + tl.load(Gate + h * G + g), float("-inf"))
+        share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
+        y = memory + share * (exact.to(tl.float32) - memory)
+        tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
+        if BRANCHES:
+            tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
+            tl.store(BranchLse + out, lse, mask=live & (part == 0))
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -228,66 +227,44 @@ def merge_grad_kernel(
 
 @jit
 def phi_q_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Memory, Down, Row, GradPhiQ, GradClock,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradPhiQ, GradClock,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(q), for FB of its features; walks forward like `memory_kernel`."""
-    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Gradient of phi(q), for FB of its features."""
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
-    start = Memory + (row * (segments + 1) + segment) * F * (D + 1) + f * (D + 1)
-    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.load(start + D, mask=f < F, other=0.0)
-    blocks = n * (TILE // BLOCK)
-    for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        _, here, phi, v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
-        )
-        first = tile * (TILE // BLOCK)
-        at = tile * TILE + tl.arange(0, TILE)
-        block = at // BLOCK
-        now = tl.zeros([TILE], tl.float32)
-        far = now + 1.0
-        before, after = 0.0, 0.0
+    at = tile * TILE + tl.arange(0, TILE)
+    block, live = at // BLOCK, at < W
+    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, False)
+    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    _, here, phi, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
+    )
+    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    low = acc.to(phi.dtype)
+    for g in range(G):
+        out = (row * G + g) * W + at
+        down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+        inverse = tl.load(Row + out * 2, mask=live, other=0.0)
+        c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
+        a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
+        total = (tl.dot(down, tl.trans(low), input_precision=PRECISION) + c[:, None] * norm[None, :]) * far[:, None]
+        total += tl.dot(a.to(phi.dtype), phi, input_precision=PRECISION)
+        total = total * inverse[:, None]
+        where = out[:, None] * F + f[None, :]
+        wide = live[:, None] & (f < F)[None, :]
+        tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=wide)
         if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
-            now = tl.load(ClockEnd + row * blocks + block)
-            far = tl.exp(tl.minimum(now - before, 0.0))
-        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
-        low = acc.to(phi.dtype)
-        for g in range(G):
-            out = (row * G + g) * W + at
-            live = at < W
-            down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-            inverse = tl.load(Row + out * 2, mask=live, other=0.0)
-            c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
-            a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
-            total = tl.dot(a.to(phi.dtype), phi, input_precision=PRECISION)
-            total += (tl.dot(down, tl.trans(low), input_precision=PRECISION) + c[:, None] * norm[None, :]) * far[
-                :, None
-            ]
-            total = total * inverse[:, None]
-            where = out[:, None] * F + f[None, :]
-            wide = live[:, None] & (f < F)[None, :]
-            tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=wide)
-            if DECAY:
-                phi_q = tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32)
-                turn = tl.sum(phi_q * total, 1)
-                tl.store(GradClock + part * tl.num_programs(2) * G * W + out, turn, mask=live)
-        gone = phi
-        if DECAY:
-            shrink = tl.exp(after - before)
-            acc, norm = acc * shrink, norm * shrink
-            gone = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
-        acc += tl.dot(tl.trans(gone), v, input_precision=PRECISION)
-        norm += tl.sum(gone.to(tl.float32), 0)
+            phi_q = tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32)
+            tl.store(GradClock + part * tl.num_programs(2) * G * W + out, tl.sum(phi_q * total, 1), mask=live)
 
 
 @jit
-def queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G: constexpr, F: constexpr, D: constexpr):
-    """(phi(q), Down, c) of one head's tile; phi(q) is divided by the normaliser."""
+def queries(PhiQ, Down, Row, row, g, at, W, f, d, G: constexpr, F: constexpr, D: constexpr):
+    """(phi(q) divided by the normaliser, Down, c) of one head's tile."""
     out, live = (row * G + g) * W + at, at < W
     phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
     down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
@@ -297,20 +274,24 @@ def queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G: constexpr, F: constexp
 
 
 @jit
-def reverse_gain_kernel(
-    PhiQ, ClockEnd, Edge, Down, Row, Out,
+def reverse_states_kernel(
+    PhiQ, ClockEnd, Edge, Down, Row, Local, LocalNorm, Out,
     W, n, segments, tiles,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """What one segment's queries add to the gradient of the memory at the segment's start."""
+    """The gradient of the memory after every tile, as if nothing followed the segment, and at the segment's start."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
+    wide = (f < F)[:, None] & (d < D)[None, :]
     acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
     blocks = n * (TILE // BLOCK)
     stop = tl.minimum((segment + 1) * tiles, n)
     for step in tl.range(stop - segment * tiles):
         tile = stop - 1 - step
+        to = (row * n + tile) * F + f
+        tl.store(Local + to[:, None] * D + d[None, :], acc.to(Local.dtype.element_ty), mask=wide)
+        tl.store(LocalNorm + to, norm, mask=(f < F) & (part == 0))
         at = tile * TILE + tl.arange(0, TILE)
         far = tl.zeros([TILE], tl.float32) + 1.0
         if DECAY:
@@ -318,105 +299,88 @@ def reverse_gain_kernel(
             acc, norm = acc * tl.exp(after - before), norm * tl.exp(after - before)
             far = tl.exp(tl.minimum(tl.load(ClockEnd + row * blocks + at // BLOCK) - before, 0.0))
         for g in range(G):
-            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
+            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
             if DECAY:
                 phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
             acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
             norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
     out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
-    tl.store(out[:, None] + d[None, :], acc, mask=(f < F)[:, None] & (d < D)[None, :])
-    if part == 0:
-        tl.store(out + D, norm, mask=f < F)
+    tl.store(out[:, None] + d[None, :], acc, mask=wide)
+    tl.store(out + D, norm, mask=(f < F) & (part == 0))
+
+
+@jit
+def clocks_after(ClockEnd, Edge, clock, row, tile, block, n, blocks, tiles, TILE: constexpr, DECAY: constexpr):
+    """(the rows' clock, decay from the entries to the tile's end, from there to the segment's end)."""
+    now = tl.zeros([TILE], tl.float32)
+    late, shrink = now + 1.0, 1.0
+    if DECAY:
+        after = tl.load(Edge + row * (n + 1) + tile + 1)
+        end = tl.minimum((tile // tiles + 1) * tiles, n)
+        shrink = tl.exp(tl.load(Edge + row * (n + 1) + end) - after)
+        now = tl.load(ClockEnd + row * blocks + block)
+        late = tl.exp(tl.minimum(after - clock, 0.0))
+    return now, late, shrink
 
 
 @jit
 def phi_k_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, GradMemory, Down, Row, GradPhi,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradPhi,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(k), for FB of its features; walks backward with the gradient of the memory."""
-    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Gradient of phi(k), for FB of its features."""
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
-    start = GradMemory + (row * (segments + 1) + segment + 1) * F * (D + 1) + f * (D + 1)
-    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.load(start + D, mask=f < F, other=0.0)
-    blocks = n * (TILE // BLOCK)
-    stop = tl.minimum((segment + 1) * tiles, n)
-    for step in tl.range(stop - segment * tiles):
-        tile = stop - 1 - step
-        index, here, phi, v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
-        )
-        first = tile * (TILE // BLOCK)
-        at = tile * TILE + tl.arange(0, TILE)
-        block = at // BLOCK
-        now = tl.zeros([TILE], tl.float32)
-        far, late, shrink = now + 1.0, now + 1.0, 1.0
-        if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
-            now = tl.load(ClockEnd + row * blocks + block)
-            far, late = tl.exp(tl.minimum(now - before, 0.0)), tl.exp(tl.minimum(after - clock, 0.0))
-            shrink = tl.exp(after - before)
-        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
-        total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
-        acc, norm = acc * shrink, norm * shrink
-        for g in range(G):
-            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
-            a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
-            total += tl.dot(tl.trans(a).to(phi.dtype), phi_q, input_precision=PRECISION)
-            if DECAY:
-                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
-            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
-            norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
-        out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
-        tl.store(out, total.to(GradPhi.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+    at = tile * TILE + tl.arange(0, TILE)
+    block = at // BLOCK
+    index, here, phi, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
+    )
+    now, late, shrink = clocks_after(
+        ClockEnd, Edge, clock, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY
+    )
+    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D)
+    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
+    for g in range(G):
+        phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
+        a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
+        total += tl.dot(tl.trans(a).to(phi.dtype), phi_q, input_precision=PRECISION)
+    out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
+    tl.store(out, total.to(GradPhi.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
 
 
 @jit
 def value_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, GradMemory, Down, Row, GradV,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradV,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of v, for DV of its channels; walks backward with the gradient of the memory."""
-    segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Gradient of v, for DV of its channels."""
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    start = GradMemory + (row * (segments + 1) + segment + 1) * F * (D + 1) + f * (D + 1)
-    acc = tl.load(start[:, None] + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    blocks = n * (TILE // BLOCK)
-    stop = tl.minimum((segment + 1) * tiles, n)
-    for step in tl.range(stop - segment * tiles):
-        tile = stop - 1 - step
-        index, here, phi, _v, clock = entries(
-            Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, d, F, D, TILE, DECAY
-        )
-        first = tile * (TILE // BLOCK)
-        at = tile * TILE + tl.arange(0, TILE)
-        block = at // BLOCK
-        now = tl.zeros([TILE], tl.float32)
-        far, late, shrink = now + 1.0, now + 1.0, 1.0
-        if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
-            now = tl.load(ClockEnd + row * blocks + block)
-            far, late = tl.exp(tl.minimum(now - before, 0.0)), tl.exp(tl.minimum(after - clock, 0.0))
-            shrink = tl.exp(after - before)
-        weight = near_weights(block, first, here, now, clock, TILE, BLOCK, False, DECAY)
-        total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
-        acc = acc * shrink
-        for g in range(G):
-            phi_q, down, _ = queries(PhiQ, Down, Row, row, g, at, W, f, d, far, G, F, D)
-            a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
-            total += tl.dot(tl.trans(a).to(down.dtype), down, input_precision=PRECISION)
-            if DECAY:
-                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
-            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
-        out = GradV + (row * X + index)[:, None] * D + d[None, :]
-        tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
+    at = tile * TILE + tl.arange(0, TILE)
+    block = at // BLOCK
+    index, here, phi, _v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
+    )
+    now, late, shrink = clocks_after(
+        ClockEnd, Edge, clock, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY
+    )
+    acc, _norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D)
+    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
+    for g in range(G):
+        phi_q, down, _c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
+        a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
+        total += tl.dot(tl.trans(a).to(down.dtype), down, input_precision=PRECISION)
+    out = GradV + (row * X + index)[:, None] * D + d[None, :]
+    tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
 
 
 # --- around the kernels -------------------------------------------------------------------------------------
@@ -471,31 +435,35 @@ def decay_matrix(edge: Tensor, order: Order) -> Tensor:
     return (at[:, :, None] - at[:, None]).clamp(max=0).exp().tril()
 
 
-def split(size: int, other: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(channels of one program, programs) so that its part of a [other, size] memory fits into registers."""
+def split(size: int, other: int, most: int) -> tuple[int, int]:
+    """(channels of one program, programs) so that its part of a [other, size] memory has at most `most` entries."""
     whole = power_of_two(size)
-    part = min(whole, max(16, STATE[dtype] // power_of_two(other)))
+    part = min(whole, max(16, most // power_of_two(other)))
     return part, -(-size // part)
 
 
-def launch(part: int, other: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages of a program that holds a [other, part] memory."""
-    wide = part * power_of_two(other) * dtype.itemsize >= 2 * 16384
-    return {"num_warps": 8 if wide else 4, "num_stages": 2 if dtype == torch.bfloat16 else 1}
+class States(NamedTuple):
+    """The memory, or its gradient, at every tile: what its segment starts with, and what is the segment's own."""
+
+    local: Tensor  # [R, n, F, D] of phi's dtype
+    norm: Tensor  # [R, n, F] float32
+    start: Tensor  # [R, segments + 1, F, D + 1] float32: at every segment's start, and after the last
 
 
-def gains(order: Order, phi: Tensor, v: Tensor, clock: Tensor, edge: Tensor) -> Tensor:
-    """What each segment adds: [R, segments, F, D + 1] float32."""
+def states_of(order: Order, phi: Tensor, v: Tensor, clock: Tensor, edge: Tensor, memory: Tensor) -> States:
+    """phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token."""
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    DV, parts = split(D, F, phi.dtype)
-    out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
-    gain_kernel[(order.segments, parts, B * Hk)](
-        order.tokens, phi, v, clock, edge, out, *v.stride()[:3],
+    DV, parts = split(D, F, WALKED[phi.dtype])
+    local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
+    norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
+    gain = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    states_kernel[(order.segments, parts, B * Hk)](
+        order.tokens, phi, v, clock, edge, local, norm, gain, *v.stride()[:3],
         X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, DECAY=order.decays, PRECISION=precision(phi.dtype),
-        **launch(DV, F, phi.dtype),
+        STORE=True, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out
+    return States(local, norm, walk(memory.flatten(0, 1), gain, edge, order))
 
 
 def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor) -> Tensor:
@@ -505,14 +473,14 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     edge = edges(clock_end, order)
-    states = walk(memory.flatten(0, 1), gains(order, phi, v, clock, edge), edge, order)
-    DV, parts = split(D, F, phi.dtype)
+    states = states_of(order, phi, v, clock, edge, memory)
+    DV, parts = split(D, F, STATE[phi.dtype])
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
-    recall_kernel[(order.segments, parts, B * Hk)](
-        order.tokens, phi, v, clock, clock_end, edge, states, out, *v.stride()[:3],
+    recall_kernel[(order.n, parts, B * Hk)](
+        order.tokens, phi, v, clock, clock_end, edge, *states, out, *v.stride()[:3],
         X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-        PRECISION=precision(phi.dtype), **launch(DV, F, phi.dtype),
+        PRECISION=precision(phi.dtype), num_warps=WARPS,
     )  # fmt: skip
     return out.sum(0).sqrt()
 
@@ -533,53 +501,54 @@ class MemoryFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
         edge = edges(clock_end, order)
-        states = walk(memory.flatten(0, 1), gains(order, phi_k, v, clock, edge), edge, order)
-        DV, parts = split(D, F, phi_k.dtype)
+        states = states_of(order, phi_k, v, clock, edge, memory)
+        DV, parts = split(D, F, STATE[phi_q.dtype])
         y = torch.empty_like(exact)
         branch = torch.empty_like(exact) if branches else exact.new_empty(0)
         branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
-        memory_kernel[(order.segments, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, y, branch, branch_lse,
+        memory_kernel[(order.n, parts, B * Hk)](
+            order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *states, exact, lse, gate, y, branch, branch_lse,
             *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch(DV, F, phi_k.dtype),
+            BRANCHES=branches, PRECISION=precision(phi_q.dtype), num_warps=WARPS, num_stages=2,
         )  # fmt: skip
-        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, edge, states, exact, lse, gate, branch, branch_lse)
+        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, edge, memory, exact, lse, gate, branch, branch_lse)
         ctx.order = order
-        return y, branch, branch_lse, states[:, -1].view(B, Hk, F, D + 1)
+        return y, branch, branch_lse, states.start[:, -1].view(B, Hk, F, D + 1)
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor, grad_end: Tensor
     ) -> tuple[Tensor | None, ...]:
-        phi_q, phi_k, v, clock, clock_end, edge, states, *branches = ctx.saved_tensors
+        phi_q, phi_k, v, clock, clock_end, edge, memory, *branches = ctx.saved_tensors
         order: Order = ctx.order
         exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
         given = (order, phi_q, phi_k, v, clock, clock_end, edge)
-        g_phi_q, g_end = phi_q_grad(*given, states, down, row)
-        back = walk_back(grad_end.flatten(0, 1), reverse_gains(*given, down, row), edge, order)
+        states = states_of(order, phi_k, v, clock, edge, memory)
+        g_phi_q, turn = phi_q_grad(*given, states, down, row)
+        back = reverse_states(*given, down, row, grad_end)
         g_phi_k, g_v = key_grads(*given, back, down, row)
-        g_clock, g_clock_end = clock_grads(order, phi_k, g_phi_k, g_end, states, back) if order.decays else (None, None)
+        g_clock, g_clock_end = clock_grads(order, phi_k, g_phi_k, turn, states, back) if order.decays else (None, None)
         return (
-            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, back[:, 0].view_as(grad_end), exact, lse,
+            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, back.start[:, 0].view_as(grad_end), exact, lse,
             g_gate.sum((0, 2)), None, None,
         )  # fmt: skip
 
 
 def clock_grads(
-    order: Order, phi_k: Tensor, g_phi_k: Tensor, turn: Tensor, states: Tensor, back: Tensor
+    order: Order, phi_k: Tensor, g_phi_k: Tensor, turn: Tensor, states: States, back: States
 ) -> tuple[Tensor, Tensor]:
     """Gradients of clock [B, Hk, X] and clock_end [B, Hk, blocks]; turn [B, H, W] is phi(q) times its gradient.
 
     A decay touches all pairs of tokens on its two sides, so its gradient is a sum over the rest of the sequence, and
-    rounding would grow with the length. What crosses the border of a segment is also ⟨M, gradient of M⟩ there, both
-    [R, segments + 1, F, D + 1] in float32: each segment is corrected to that.
+    rounding would grow with the length. What crosses the border of a segment is also ⟨M, gradient of M⟩ there, in
+    float32: each segment is corrected to that.
     """
-    B, Hk, _, _ = phi_k.shape
+    B, Hk = phi_k.shape[:2]
     g_clock = -(phi_k.float() * g_phi_k.float()).sum(-1)
     turn = torch.nn.functional.pad(turn, (0, order.n * TILE - turn.shape[2]))
     g_end = turn.view(B, Hk, -1, turn.shape[2] // order.block, order.block).sum((2, 4)).flatten(0, 1)
-    crossing = (states * back).sum((2, 3))  # [R, segments + 1]
+    crossing = (states.start * back.start).sum((2, 3))  # [R, segments + 1]
     folded = g_clock.flatten(0, 1).gather(1, order.tokens.clamp(min=0).long()) * (order.tokens >= 0)
     per = order.tiles * TILE // order.block
     net = by_segment(g_end, per) + by_segment(folded, order.tiles * TILE)
@@ -624,53 +593,55 @@ def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[lis
 
 def phi_q_grad(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
-    states: Tensor, down: Tensor, row: Tensor,
+    states: States, down: Tensor, row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of phi_q, and each query's part [B, H, W] of that of its block's clock)."""
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    FB, parts = split(F, D, phi_k.dtype)
+    FB, parts = split(F, D, STATE[phi_q.dtype])
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
-    phi_q_grad_kernel[(order.segments, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, edge, states, down, row, out, turn, *scalars,
-        **sizes, FB=FB, DP=power_of_two(D), **launch(FB, D, phi_k.dtype) | {"num_stages": 1},
+    phi_q_grad_kernel[(order.n, parts, B * Hk)](
+        order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *states, down, row, out, turn, *scalars,
+        **sizes, FB=FB, DP=power_of_two(D), num_warps=WARPS, num_stages=2,
     )  # fmt: skip
     return out, turn.sum(0)
 
 
-def reverse_gains(
+def reverse_states(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
-    down: Tensor, row: Tensor,
-) -> Tensor:  # fmt: skip
-    """What each segment's queries add to the gradient of the memory: [R, segments, F, D + 1]."""
+    down: Tensor, row: Tensor, end: Tensor,
+) -> States:  # fmt: skip
+    """The gradient of the memory after every tile; `end` [B, Hk, F, D + 1] is that of the last memory."""
     (B, _, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    DV, parts = split(D, F, phi_k.dtype)
+    DV, parts = split(D, F, WALKED[phi_q.dtype])
     _, sizes = sizes_of(order, phi_q, phi_k, v)
-    out = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
-    reverse_gain_kernel[(order.segments, parts, B * Hk)](
-        phi_q, clock_end, edge, down, row, out, W, order.n, order.segments, order.tiles,
-        **sizes, FP=power_of_two(F), DV=DV, **launch(DV, F, phi_k.dtype) | {"num_stages": 1},
+    local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi_q.dtype)
+    norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
+    gain = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    reverse_states_kernel[(order.segments, parts, B * Hk)](
+        phi_q, clock_end, edge, down, row, local, norm, gain, W, order.n, order.segments, order.tiles,
+        **sizes, FP=power_of_two(F), DV=DV, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return out
+    return States(local, norm, walk_back(end.flatten(0, 1), gain, edge, order))
 
 
 def key_grads(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
-    back: Tensor, down: Tensor, row: Tensor,
+    back: States, down: Tensor, row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of phi_k [B, Hk, X, F] and of v [B, Hk, X, D]; zero for tokens that are not in the memory."""
-    (B, _, _, F), (_, Hk, X, D) = phi_q.shape, v.shape
+    F, (B, Hk, X, D) = phi_q.shape[-1], v.shape
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     g_phi = torch.zeros_like(phi_k)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
-    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, edge, back, down, row)
-    FB, parts = split(F, D, phi_k.dtype)
-    phi_k_grad_kernel[(order.segments, parts, B * Hk)](
-        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch(FB, D, phi_k.dtype) | {"num_stages": 1}
+    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *back, down, row)
+    FB, parts = split(F, D, STATE[phi_q.dtype])
+    phi_k_grad_kernel[(order.n, parts, B * Hk)](
+        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), num_warps=WARPS, num_stages=2
     )
-    DV, parts = split(D, F, phi_k.dtype)
-    value_grad_kernel[(order.segments, parts, B * Hk)](
-        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch(DV, F, phi_k.dtype) | {"num_stages": 1}
+    DV, parts = split(D, F, STATE[phi_q.dtype])
+    value_grad_kernel[(order.n, parts, B * Hk)](
+        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, num_warps=WARPS, num_stages=2
     )
     return g_phi, g_v

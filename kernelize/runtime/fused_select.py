@@ -17,8 +17,9 @@ from .fused_triton import constexpr, jit, power_of_two, precision, tl
 from .spec import KernelSpec
 from .state import Kernel
 
-SEGMENT = 256  # applicants that one program takes in their order
+SEGMENT = 512  # applicants that one program takes in their order
 TILE = 64  # queries that are computed together
+LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every size is compiled by itself
 
 
 # --- attention received -------------------------------------------------------------------------------------
@@ -40,12 +41,29 @@ def scaled_scores(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constex
 
 
 @jit
+def window_scores(
+    q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+    D: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, REACH: constexpr, KEYS: constexpr,
+    SOFTCAP: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """(blocks, scores that are −inf out of the window) of KEYS keys of the reach."""
+    c = (tile + 1 - REACH) * TILE + step * KEYS + tl.arange(0, KEYS)
+    here = (c >= lo) & (c < hi)
+    k = tl.load(key + (front + c).to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & (d < D)[None, :],
+                other=0.0)  # fmt: skip
+    s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    born = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK  # c may be negative
+    until = tl.where(here, born + BACK, -1)
+    return born, tl.where((c[None, :] <= at[:, None]) & (block[:, None] <= until[None, :]), s, float("-inf"))
+
+
+@jit
 def mass_kernel(
     Q, K, Bounds, Out,
     sqb, sqh, sqt, skb, skh, skt,
     scaling, softcap, W, X, front, n, kv_heads,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
-    REACH: constexpr, SINKS: constexpr, SP: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+    REACH: constexpr, KEYS: constexpr, SINKS: constexpr, SP: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Probability that a tile's queries of later blocks give to the keys in reach, under sinks and window alone."""
     tile, row = tl.program_id(0), tl.program_id(1)
@@ -66,40 +84,37 @@ def mass_kernel(
 
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
-    for step in range(REACH):
-        c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
-        here = (c >= lo) & (c < hi)
-        k = tl.load(key + (front + c).to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & (d < D)[None, :],
-                    other=0.0)  # fmt: skip
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        block = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK  # c may be negative
-        inside = (c[None, :] <= at[:, None]) & (at[:, None] // BLOCK <= block[None, :] + BACK) & here[None, :]
-        s = tl.where(inside, s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
-        l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
-        m = new
+    block = at // BLOCK
     if SINKS:
         i = tl.arange(0, SP)
         wide = ((i < SINKS) & (i < X))[:, None] & (d < D)[None, :]
         sinks = tl.load(key + i[:, None] * skt + d[None, :], mask=wide, other=0.0)
         first = scaled_scores(q, sinks, scaling, softcap, SOFTCAP, PRECISION)
         first = tl.where((i < SINKS)[None, :] & (i[None, :] <= (base + at)[:, None]), first, float("-inf"))
-        new = tl.maximum(m, tl.max(first, 1))
-        l = l * tl.exp2(m - new) + tl.sum(tl.exp2(first - new[:, None]), 1)
-        m = new
-    lse = m + tl.log2(tl.where(l > 0, l, 1.0))
-    for step in range(REACH):
-        c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
-        here = (c >= lo) & (c < hi)
-        k = tl.load(key + (front + c).to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & (d < D)[None, :],
-                    other=0.0)  # fmt: skip
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        block = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK
-        later = (at[:, None] // BLOCK > block[None, :]) & (at[:, None] // BLOCK <= block[None, :] + BACK)
-        later = later & here[None, :] & counts[:, None]
-        p = tl.sum(tl.where(later, tl.exp2(s - lse[:, None]), 0.0), 0)
-        place = ((row.to(tl.int64) * n + tile) * REACH + step) * TILE + tl.arange(0, TILE)
-        tl.store(Out + place, p)
+        m = tl.maximum(m, tl.max(first, 1))
+        l = tl.sum(tl.exp2(first - m[:, None]), 1)
+    if REACH * TILE == KEYS:  # one score matrix: the second pass has it already
+        born, s = window_scores(q, key, lo, hi, tile, 0, at, block, front, skt, d, scaling, softcap,
+                                   D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+        new = tl.maximum(m, tl.max(s, 1))
+        lse = new + tl.log2(tl.maximum(l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1), 1e-30))
+        lse = tl.where(counts, lse, float("inf"))
+        p = tl.sum(tl.where(block[:, None] > born[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
+        tl.store(Out + (row.to(tl.int64) * n + tile) * REACH * TILE + tl.arange(0, KEYS), p)
+    else:
+        for step in range(REACH * TILE // KEYS):
+            born, s = window_scores(q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+                                       D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+            new = tl.maximum(m, tl.max(s, 1))
+            l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+            m = new
+        lse = tl.where(counts, m + tl.log2(tl.maximum(l, 1e-30)), float("inf"))
+        for step in range(REACH * TILE // KEYS):
+            born, s = window_scores(q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+                                       D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+            p = tl.sum(tl.where(block[:, None] > born[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
+            place = (row.to(tl.int64) * n + tile) * REACH * TILE + step * KEYS + tl.arange(0, KEYS)
+            tl.store(Out + place, p)
 
 
 # --- lifetimes ----------------------------------------------------------------------------------------------
@@ -144,15 +159,15 @@ def merge_kernel(Index, Best, IndexOut, BestOut, lists, shift, capacity, CP: con
     i = tl.arange(0, CP)
     a = tl.load(Index + mine + i)
     b = tl.load(Index + theirs + i, mask=(here >= shift) & (i < CP), other=-1)
-    score_a = tl.load(Best + mine + i, mask=a >= 0, other=float("-inf"))
-    score_b = tl.load(Best + theirs + i, mask=b >= 0, other=float("-inf"))
+    score_a = tl.load(Best + mine + i)  # of no token: anything, as `beats` looks at the index too
+    score_b = tl.load(Best + theirs + i, mask=(here >= shift) & (i < CP), other=0.0)
     rank_a, rank_b = i, i
     for start in range(0, CP, CHUNK):
         j = start + tl.arange(0, CHUNK)
         x = tl.load(Index + mine + j)
-        score_x = tl.load(Best + mine + j, mask=x >= 0, other=float("-inf"))
+        score_x = tl.load(Best + mine + j)
         y = tl.load(Index + theirs + j, mask=(here >= shift) & (j < CP), other=-1)
-        score_y = tl.load(Best + theirs + j, mask=y >= 0, other=float("-inf"))
+        score_y = tl.load(Best + theirs + j, mask=(here >= shift) & (j < CP), other=0.0)
         rank_a += tl.sum(beats(score_y[None, :], y[None, :], score_a[:, None], a[:, None]).to(tl.int32), 1)
         rank_b += tl.sum(beats(score_x[None, :], x[None, :], score_b[:, None], b[:, None]).to(tl.int32), 1)
     keep_a, keep_b = (a >= 0) & (rank_a < capacity), (b >= 0) & (rank_b < capacity)
@@ -227,14 +242,25 @@ class Lives(NamedTuple):
 def segment_best(applicants: Tensor, score: Tensor, first: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """The lists of the best: entry 0 the holders at the start, entry i + 1 those of segment i alone."""
     R, length = applicants.shape
-    CP, segments = power_of_two(capacity), -(-length // SEGMENT)
+    CP, segments = power_of_two(capacity, LEAST_LIST), -(-length // SEGMENT)
     index = applicants.new_full((R, segments + 1, CP), -1)
     best = score.new_full((R, segments + 1, CP), -torch.inf)
     if first.shape[1]:
         index[:, 0, : first.shape[1]], best[:, 0, : first.shape[1]] = ranked(first, score)
     grid = (segments, R)
     best_kernel[grid](
-        applicants, score, index, best, score.shape[1], length, segments + 1, capacity, L=SEGMENT, CP=CP, CHUNK=16
+        applicants,
+        score,
+        index,
+        best,
+        score.shape[1],
+        length,
+        segments + 1,
+        capacity,
+        L=SEGMENT,
+        CP=CP,
+        CHUNK=16,
+        num_warps=8,
     )
     return index, best
 
@@ -258,15 +284,15 @@ def compete(
     lists, CP = index.shape[1:]
     shift = 1
     while shift < lists:
-        index_out, best_out = torch.empty_like(index), torch.empty_like(best)
-        merge_kernel[(lists, R)](index, best, index_out, best_out, lists, shift, capacity, CP=CP, CHUNK=16)
+        index_out, best_out = torch.empty_like(index), torch.zeros_like(best)
+        merge_kernel[(lists, R)](index, best, index_out, best_out, lists, shift, capacity, CP=CP, CHUNK=min(CP, 64))
         index, best, shift = index_out, best_out, 2 * shift
     rejected = torch.full_like(applicants, -1)
     n, width = lives.table.shape[1:]
     death_kernel[(lists - 1, R)](
         applicants, score, index, best, lives.death, rejected, lives.table,
         score.shape[1], length, lists, length // spec.block, n, capacity, start, width,
-        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, TILE=TILE,
+        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, TILE=TILE, num_warps=8,
     )  # fmt: skip
     return rejected, index[:, -1, :capacity]
 
@@ -309,6 +335,7 @@ def received(kernel: Kernel, q: Tensor, k: Tensor, bounds: Tensor, front: int) -
         q, k, bounds, out, *q.stride()[:3], *k.stride()[:3],
         kernel.scaling, kernel.softcap or 0.0, W, X, front, n, Hk,
         G=G, HP=HP, D=D, DP=power_of_two(D), TILE=TILE, BLOCK=spec.block, BACK=spec.back, REACH=reach,
+        KEYS=TILE * (1 if reach % 2 else 2),
         SINKS=spec.sinks, SP=power_of_two(spec.sinks), SOFTCAP=kernel.softcap is not None,
         PRECISION=precision(q.dtype), num_warps=4 * HP,
     )  # fmt: skip

@@ -14,11 +14,12 @@ try:
 except ImportError:
     triton = tl = constexpr = None
 
-LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first")
+LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
+           "capacity", "width", "chunks")  # fmt: skip
 
 
 def jit(function: Any) -> Any:
-    """A kernel that is not compiled anew for each length; without Triton a function that nothing calls."""
+    """A kernel that is not compiled anew for each length or slot count; without Triton never called."""
     return function if triton is None else triton.jit(function, do_not_specialize=LENGTHS)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 RULES = ("additive", "delta", "gated_delta")
 DECAYS = ("none", "fixed", "gated")
 STATISTICS = ("attention", "recall", "value", "keydiff")  # what a token's score may be made of
-SCORES = (*STATISTICS, "learned")
+TRAINED = ("learned", "forecast")  # scores that training shapes
+SCORES = (*STATISTICS, *TRAINED)
 POLICIES = (*SCORES, "mixed")  # and any two scores, "attention+value"
 MIXED = "attention+recall"
 NO_MEMORY = "none"
@@ -43,6 +44,9 @@ class KernelSpec:
     those that the first rejects, over the rest. "mixed" stands for "attention+recall". `sink_logits` gives every query
     head a learned logit that only the normaliser sees. With `aging`, attention received long ago counts less: by a
     factor e every so many tokens; 0: it counts for ever.
+
+    Of the trained scores "learned" weighs what its slots hold, so that a model's own loss trains it; "forecast" is
+    fitted by itself, to the attention that softmax pays to a token once it has left the window.
     """
 
     feature_map: str = "hedgehog"
@@ -106,7 +110,7 @@ class KernelSpec:
                 why = f"under rule={self.rule!r} what the memory answers depends on who holds the slots"
             raise SpecError(
                 f"policy={self.policy!r} ranks tokens by the error of the memory, but {why}; "
-                "use policy='attention', 'value', 'keydiff' or 'learned'"
+                "use policy='attention', 'value', 'keydiff', 'learned' or 'forecast'"
             )
 
     def _score_names(self) -> tuple[str, ...]:
@@ -151,21 +155,25 @@ class KernelSpec:
         second = int(self.slots * (1 - self.share) + 1e-9)
         return ((names[0], self.slots - second), (names[1], second))
 
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """What the learned score reads, besides keys and values."""
-        return tuple(s for s in STATISTICS if s != "recall" or self.has_recall)
+    def statistics(self, score: str) -> tuple[str, ...]:
+        """What a trained score reads, besides keys and values: what streams, and for the forecast in any kernel."""
+        without = {"keydiff"} if score == "forecast" else set()
+        without |= set() if self.has_recall else {"recall"}
+        return tuple(s for s in STATISTICS if s not in without)
+
+    def scores_by(self, score: str) -> bool:
+        """Whether slots go by this score."""
+        return bool(self.slots) and score in self._score_names()
 
     def measures(self, statistic: str) -> bool:
         """Whether some score needs `statistic` of every token."""
-        names = self._score_names() if self.slots else ()
-        return statistic in names or ("learned" in names and statistic in self.statistics)
+        readers = [score for score in TRAINED if statistic in self.statistics(score)]
+        return any(map(self.scores_by, [statistic, *readers]))
 
     @property
     def learned_share(self) -> int | None:
         """The index in `shares` of the learned score, if the policy has it."""
-        names = self._score_names() if self.slots else ()
-        return names.index("learned") if "learned" in names else None
+        return self._score_names().index("learned") if self.scores_by("learned") else None
 
     # --- data -----------------------------------------------------------------------------------------------
 

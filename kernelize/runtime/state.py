@@ -33,6 +33,10 @@ class Kernel(NamedTuple):
     beta_bias: Tensor | None = None  # [Hk]
     score_weight: Tensor | None = None  # [Hk, S + 2D], read-out of S statistics, key and value: the learned score
     score_bias: Tensor | None = None  # [Hk]
+    forecast_skip: Tensor | None = None  # [Hk, I], read-out of the forecast's inputs: S statistics, 1, key, value
+    forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
+    forecast_out: Tensor | None = None  # [Hk, W], and out of it
+    watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
 
 class AttentionOutput(NamedTuple):
@@ -200,10 +204,31 @@ def learned_score(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, va
     assert kernel.score_bias is not None
     acc = wide(key.dtype)
     columns = [
-        statistics[name] if name == "keydiff" else (statistics[name] + TINY).log() for name in kernel.spec.statistics
+        statistics[name] if name == "keydiff" else (statistics[name] + TINY).log()
+        for name in kernel.spec.statistics("learned")
     ]
     x = torch.cat([torch.stack(columns, -1), key.to(acc), value.to(acc)], -1).detach()
     return read_out(x, kernel.score_weight) + kernel.score_bias.to(acc)[:, None]
+
+
+def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+    """Log of the attention that tokens will draw after the window, [B, Hk, X], by a small network a KV head.
+
+    Of statistics [B, Hk, X] and the directions of keys and values [B, Hk, X, D]; after Locret (arXiv:2410.01805).
+    """
+    assert kernel.forecast_skip is not None
+    assert kernel.forecast_in is not None
+    assert kernel.forecast_out is not None
+    acc = wide(key.dtype)
+    columns = [(statistics[name].to(acc) + TINY).log() for name in kernel.spec.statistics("forecast")]
+    known = torch.stack([*columns, torch.ones_like(columns[0])], -1)
+    x = torch.cat([known, direction(key.to(acc)), direction(value.to(acc))], -1)
+    hidden = F.silu(x @ kernel.forecast_in.to(acc))
+    return read_out(x, kernel.forecast_skip) + read_out(hidden, kernel.forecast_out)
+
+
+def direction(x: Tensor) -> Tensor:  # [..., D] -> [..., D], of mean square one
+    return x / (x.square().mean(-1, keepdim=True) + TINY).sqrt()
 
 
 def aged(mass: Tensor, pos: Tensor, spec: KernelSpec) -> Tensor:
@@ -216,10 +241,18 @@ def aged(mass: Tensor, pos: Tensor, spec: KernelSpec) -> Tensor:
 
 
 def scores_from(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> Tensor:
-    """[B, Hk, X, shares]: the score of every share, from what was measured of tokens [B, Hk, X] at positions `pos`."""
+    """[B, Hk, X, shares]: the score of every share, from what was measured of tokens [B, Hk, X].
+
+    Their positions `pos` are [B, 1 or Hk, X], EMPTY where no token leaves the window.
+    """
+    if kernel.watch is not None:
+        kernel.watch(statistics, key, value, pos)
     scores = {name: statistic.detach() for name, statistic in statistics.items()}
     if "attention" in scores:
         scores["attention"] = aged(scores["attention"], pos, kernel.spec)
     if kernel.spec.learned_share is not None:
         scores["learned"] = learned_score(kernel, statistics, key, value)
+    if kernel.spec.scores_by("forecast"):
+        with torch.no_grad():
+            scores["forecast"] = forecast(kernel, statistics, key, value)
     return torch.stack([scores[name] for name, _ in kernel.spec.shares], -1)
