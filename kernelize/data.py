@@ -68,8 +68,11 @@ class Row(NamedTuple):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_documents(path: str, text_field: str = "text") -> Iterator[Document]:
-    """The documents of a .txt, .txt.xz, .jsonl or .parquet file; InputError names the file and what is wrong."""
+def read_documents(path: str, text_field: str | None = "text") -> Iterator[Document]:
+    """The documents of a .txt, .txt.xz, .jsonl or .parquet file; InputError names the file and what is wrong.
+
+    Without a `text_field`, all the text in a row's columns, of whatever name, is its document.
+    """
     reader = next((read for suffix, read in READERS.items() if path.endswith(suffix)), None)
     if reader is None:
         raise InputError(f"{path}: not a kind of data file that is read; allowed: {', '.join(READERS)}")
@@ -86,7 +89,7 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[Document]:
         raise InputError(f"{path}: empty, there is no text in it")
 
 
-def _read_text(path: str, text_field: str) -> Iterator[Document]:
+def _read_text(path: str, text_field: str | None) -> Iterator[Document]:
     opener = lzma.open if path.endswith(".xz") else open
     with opener(path, "rt", encoding="utf-8") as file:
         rest = ""
@@ -101,7 +104,7 @@ def _read_text(path: str, text_field: str) -> Iterator[Document]:
             yield {"text": rest}
 
 
-def _read_jsonl(path: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: str, text_field: str | None) -> Iterator[Document]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -118,15 +121,16 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_parquet(path: str, text_field: str) -> Iterator[Document]:
+def _read_parquet(path: str, text_field: str | None) -> Iterator[Document]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        columns = _columns(file.schema_arrow.names, text_field, path)
-        for batch in file.iter_batches(batch_size=64, columns=list(columns)):
+        names = file.schema_arrow.names
+        columns = names if text_field is None else list(_columns(names, text_field, path))
+        for batch in file.iter_batches(batch_size=64, columns=columns):
             for row in batch.to_pylist():
                 yield _document(row, text_field, path)
 
 
-READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
+READERS: dict[str, Callable[[str, str | None], Iterator[Document]]] = {
     ".txt": _read_text,
     ".txt.xz": _read_text,
     ".jsonl": _read_jsonl,
@@ -142,7 +146,9 @@ def _columns(names: list[str], text_field: str, where: str) -> tuple[str, ...]:
     raise InputError(f"{where}: no column {text_field!r}, nor prompt and response; it has {', '.join(names) or 'none'}")
 
 
-def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
+def _document(row: dict[str, Any], text_field: str | None, where: str) -> Document:
+    if text_field is None:
+        return {"text": "\n".join(_strings(row))}
     columns = _columns(list(row), text_field, where)
     for column in columns:
         if not isinstance(row[column], str):
@@ -150,6 +156,15 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
     if columns == (text_field,):
         return {"text": row[text_field]}
     return {column: row[column] for column in columns}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every piece of text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
