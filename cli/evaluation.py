@@ -97,6 +97,29 @@ def _check_cells(row: CheckRow) -> tuple[str, ...]:
     return (row.name, "passed" if row.passed else "FAILED", *numbers, row.note)
 
 
+def overlap(
+    training: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Training text: .txt, .xz, .jsonl, .parquet.")
+    ],
+    against: Annotated[list[str], typer.Option("--against", help="Evaluation text; may be repeated.")],
+    json: Json = None,
+) -> None:
+    """Look for evaluation text in training text.
+
+    Fails if a run of 13 words, or a whole item of 8 to 12, is in both.
+    """
+    from kernelize.errors import KernelizeError
+    from kernelize.overlap import overlaps
+
+    with doing("reading"):
+        found = overlaps(training, against)
+    head = ("training", "evaluation", "documents", "of", "shared runs", "one of them")
+    table("Overlap", head, map(dataclasses.astuple, found), left=(0, 1, 5))
+    write_json(json, {"overlap": [dataclasses.asdict(line) for line in found]})
+    if shared := sum(line.documents for line in found):
+        raise KernelizeError(f"{shared} training documents share runs of words with evaluation text")
+
+
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What evaluate --json wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("report"),

@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import lzma
-from collections.abc import Callable, Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .retrieval import Marked, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +39,21 @@ BUFFER_CHARACTERS = 1 << 22
 WITHOUT_TEXT = 10_000  # documents in a row without a token, after which the source counts as empty
 IGNORED = -100
 
-Document = dict[str, str]  # {"text"} or {"prompt", "response"}
+HAYSTACK = 1 << 16  # characters that a retrieval document's haystack has at least, if the source has them
+HAYSTACK_PER_TOKEN = 6  # characters of haystack for each token of a row
+SHORTEST = 512  # tokens: the least length drawn for a retrieval document
+TRIES = 4  # lengths tried until a retrieval document fits into what is left of a row
+RATIO_CHARACTERS = 2000  # of a haystack, by which its characters a token are guessed
+
+Item = TypeVar("Item")
+Document = dict[str, str]  # {"text"}, {"prompt", "response"}, or {"haystack"}
+
+
+class Encoded(NamedTuple):
+    """A document's tokens and which of them are answers."""
+
+    ids: list[int]
+    answers: list[bool]
 
 
 class Row(NamedTuple):
@@ -44,13 +62,17 @@ class Row(NamedTuple):
     input_ids: Tensor  # [T]
     position_ids: Tensor  # [T]
     labels: Tensor  # [T]
+    answers: Tensor  # [T] bool, the tokens of answers to be found again
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_documents(path: str, text_field: str = "text") -> Iterator[Document]:
-    """The documents of a .txt, .txt.xz, .jsonl or .parquet file; InputError names the file and what is wrong."""
+def read_documents(path: str, text_field: str | None = "text") -> Iterator[Document]:
+    """The documents of a .txt, .txt.xz, .jsonl or .parquet file; InputError names the file and what is wrong.
+
+    Without a `text_field`, all the text in a row's columns, of whatever name, is its document.
+    """
     reader = next((read for suffix, read in READERS.items() if path.endswith(suffix)), None)
     if reader is None:
         raise InputError(f"{path}: not a kind of data file that is read; allowed: {', '.join(READERS)}")
@@ -67,7 +89,7 @@ def read_documents(path: str, text_field: str = "text") -> Iterator[Document]:
         raise InputError(f"{path}: empty, there is no text in it")
 
 
-def _read_text(path: str, text_field: str) -> Iterator[Document]:
+def _read_text(path: str, text_field: str | None) -> Iterator[Document]:
     opener = lzma.open if path.endswith(".xz") else open
     with opener(path, "rt", encoding="utf-8") as file:
         rest = ""
@@ -82,7 +104,7 @@ def _read_text(path: str, text_field: str) -> Iterator[Document]:
             yield {"text": rest}
 
 
-def _read_jsonl(path: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: str, text_field: str | None) -> Iterator[Document]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -99,15 +121,16 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_parquet(path: str, text_field: str) -> Iterator[Document]:
+def _read_parquet(path: str, text_field: str | None) -> Iterator[Document]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        columns = _columns(file.schema_arrow.names, text_field, path)
-        for batch in file.iter_batches(batch_size=64, columns=list(columns)):
+        names = file.schema_arrow.names
+        columns = names if text_field is None else list(_columns(names, text_field, path))
+        for batch in file.iter_batches(batch_size=64, columns=columns):
             for row in batch.to_pylist():
                 yield _document(row, text_field, path)
 
 
-READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
+READERS: dict[str, Callable[[str, str | None], Iterator[Document]]] = {
     ".txt": _read_text,
     ".txt.xz": _read_text,
     ".jsonl": _read_jsonl,
@@ -123,7 +146,9 @@ def _columns(names: list[str], text_field: str, where: str) -> tuple[str, ...]:
     raise InputError(f"{where}: no column {text_field!r}, nor prompt and response; it has {', '.join(names) or 'none'}")
 
 
-def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
+def _document(row: dict[str, Any], text_field: str | None, where: str) -> Document:
+    if text_field is None:
+        return {"text": "\n".join(_strings(row))}
     columns = _columns(list(row), text_field, where)
     for column in columns:
         if not isinstance(row[column], str):
@@ -133,11 +158,21 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document:
     return {column: row[column] for column in columns}
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """Every piece of text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def open_source(source: DataSource, written: Path | None = None) -> datasets.IterableDataset:
-    """The endless stream of a source's documents. `written` is the file of what the teacher wrote, for `self`.
+def open_source(source: DataSource, written: Path | None = None, haystack: int = HAYSTACK) -> datasets.IterableDataset:
+    """The endless stream of a source's documents. `written` is the file of what the teacher wrote, for `self`;
+    `haystack`, for `retrieval`, is the least number of characters of what things are hidden in.
 
     The first document is read at once, so that bad data is an InputError before anything is trained.
     """
@@ -145,11 +180,26 @@ def open_source(source: DataSource, written: Path | None = None) -> datasets.Ite
         stream = _hub_dataset(source)
     else:
         path = source.path or str(written if source.builtin == "self" else _sample())
-        stream = datasets.IterableDataset.from_generator(
-            read_documents, gen_kwargs={"path": path, "text_field": source.text_field}
-        )
+        options: dict[str, Any] = {"path": path, "text_field": source.text_field}
+        read: Callable[..., Iterator[Document]] = read_documents
+        if source.builtin == "retrieval":
+            read, options = haystacks, {**options, "size": haystack}
+        stream = datasets.IterableDataset.from_generator(read, gen_kwargs=options)
     next(iter(stream))
     return stream.repeat(None)
+
+
+def haystacks(path: str, text_field: str, size: int) -> Iterator[Document]:
+    """The documents of a file, joined until they have `size` characters; the last one may be shorter."""
+    held, characters = list[str](), 0
+    for document in read_documents(path, text_field):
+        held.append("\n".join(document.values()))
+        characters += len(held[-1])
+        if characters >= size:
+            yield {"haystack": "\n\n".join(held)}
+            held, characters = [], 0
+    if held:
+        yield {"haystack": "\n\n".join(held)}
 
 
 def _sample() -> Path:
@@ -169,8 +219,8 @@ def _hub_dataset(source: DataSource) -> datasets.IterableDataset:
     return stream if columns != (source.text_field,) else stream.rename_columns({source.text_field: "text"})
 
 
-def _mixed(sources: tuple[DataSource, ...], seed: int, written: Path | None) -> datasets.IterableDataset:
-    streams = [open_source(source, written) for source in sources]
+def _mixed(sources: tuple[DataSource, ...], seed: int, written: Path | None, haystack: int) -> datasets.IterableDataset:
+    streams = [open_source(source, written, haystack) for source in sources]
     if len(streams) == 1:
         return streams[0]
     total = sum(source.weight for source in sources)
@@ -196,8 +246,9 @@ class Documents:
         *,
         written: Path | None = None,
         buffer: int = BUFFER_DOCUMENTS,
+        haystack: int = HAYSTACK,
     ):
-        self.stream = _mixed(sources, seed, written)
+        self.stream = _mixed(sources, seed, written, haystack)
         self.seed, self.buffer = seed, buffer
 
     def __call__(self, position: dict[str, Any] | None = None) -> Iterator[tuple[Document, dict[str, Any]]]:
@@ -240,42 +291,89 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def pack(pieces: list[list[int]], joined: bool = False) -> Row:
+def encode_retrieval(
+    haystack: str, tokenizer: PreTrainedTokenizerBase, seed: str, room: int, shortest: int = SHORTEST
+) -> Encoded:
+    """At most `room` tokens of the haystack, with something to be found again if they suffice for that.
+
+    The length is drawn between `shortest` and `room`; all follows from `seed`.
+    """
+    if not tokenizer.is_fast:
+        raise InputError("data 'retrieval' needs a fast tokenizer, which knows where in the text a token stands")
+    rng = random.Random(seed)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    target = rng.randint(min(shortest, room), room)
+    sample = haystack[:RATIO_CHARACTERS]
+    ratio = len(sample) / max(1, len(tokenizer(sample, verbose=False)["input_ids"]))
+    characters, encoded = max(1, int((target - len(end)) * ratio)), Encoded([], [])
+    for _ in range(TRIES):
+        marked = write(haystack, characters, random.Random(seed))
+        encoded = mark(marked, tokenizer, end)
+        if not marked.answers or len(encoded.ids) <= room:
+            break
+        characters = int(characters * room / len(encoded.ids) * 0.98)
+    else:
+        return Encoded(encoded.ids[:room], [False] * room)
+    return Encoded(encoded.ids[:room], encoded.answers[:room])
+
+
+def mark(marked: Marked, tokenizer: PreTrainedTokenizerBase, end: list[int]) -> Encoded:
+    """The tokens of a text and of its `end`, and which of them touch an answer."""
+    found = tokenizer(marked.text, return_offsets_mapping=True, verbose=False)
+    inside = np.zeros(len(marked.text) + 1, dtype=np.int64)
+    for first, last in marked.answers:
+        inside[first + 1 : last + 1] = 1
+    before = inside.cumsum()
+    offsets = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    answers = before[offsets[:, 1]] > before[offsets[:, 0]]
+    return Encoded(found["input_ids"] + end, [*answers.tolist(), *(False for _ in end)])
+
+
+def pack(pieces: list[Encoded], joined: bool = False) -> Row:
     """One row out of pieces of documents; `joined`: as if they were one."""
-    ids = torch.tensor([token for piece in pieces for token in piece])
-    positions = torch.arange(len(ids)) if joined else torch.cat([torch.arange(len(piece)) for piece in pieces])
-    return Row(ids, positions, ids.masked_fill(positions == 0, IGNORED))
+    ids = torch.tensor([token for piece in pieces for token in piece.ids])
+    answers = torch.tensor([answer for piece in pieces for answer in piece.answers])
+    positions = torch.arange(len(ids)) if joined else torch.cat([torch.arange(len(piece.ids)) for piece in pieces])
+    return Row(ids, positions, ids.masked_fill(positions == 0, IGNORED), answers & (positions > 0))
 
 
 class Rows:
-    """Packed rows of `length` tokens without end, as (row, position); `position` leads back to just after the row."""
+    """Packed rows of `length` tokens without end, as (row, position); `position` leads back to just after the row.
+
+    A document goes on in the next row where it does not fit, but for those with something to be found again: they are
+    made to fit into what is left of the row.
+    """
 
     def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, joined: bool = False):
         self.documents, self.tokenizer, self.length, self.joined = documents, tokenizer, length, joined
 
     def __call__(self, position: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
-        skip = position["token"] if position else 0
-        pieces: list[list[int]] = []
+        skip, without = position["token"] if position else 0, 0
+        pieces: list[Encoded] = []
         room = self.length
-        for tokens, document in self._encoded(position and position["document"]):
-            start, skip = skip, 0
-            while start < len(tokens):
-                piece = tokens[start : start + room]
-                pieces.append(piece)
-                start, room = start + len(piece), room - len(piece)
-                if room == 0:
-                    yield pack(pieces, self.joined), {"document": document, "token": start}
-                    pieces, room = [], self.length
-
-    def _encoded(self, position: dict[str, Any] | None) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        without = 0
-        for document, at in self.documents(position):
-            tokens = encode(document, self.tokenizer)
-            without = 0 if len(tokens) > 1 else without + 1
+        for document, at in self.documents(position and position["document"]):
+            if skip and "haystack" in document:
+                skip = 0
+                continue
+            encoded = self._encode(document, at, room)
+            without = 0 if encoded.ids else without + 1
             if without == WITHOUT_TEXT:
                 raise InputError(f"the data holds no text: {without} documents in a row had no token")
-            if len(tokens) > 1:
-                yield tokens, at
+            start, skip = skip, 0
+            while start < len(encoded.ids):
+                piece = Encoded(encoded.ids[start : start + room], encoded.answers[start : start + room])
+                pieces.append(piece)
+                start, room = start + len(piece.ids), room - len(piece.ids)
+                if room == 0:
+                    yield pack(pieces, self.joined), {"document": at, "token": start}
+                    pieces, room = [], self.length
+
+    def _encode(self, document: Document, at: dict[str, Any], room: int) -> Encoded:
+        if "haystack" in document:
+            seed = f"{self.documents.seed} {at['buffer']} {at['offset']}"
+            return encode_retrieval(document["haystack"], self.tokenizer, seed, room)
+        ids = encode(document, self.tokenizer)
+        return Encoded(ids, [False] * len(ids)) if len(ids) > 1 else Encoded([], [])
 
 
 def fitting_micro_batch(rows: int, micro_batch: int, processes: int) -> int:
@@ -295,6 +393,19 @@ def batches(
         micro = [taken[start : start + micro_batch] for start in range(0, count, micro_batch)]
         mine = micro[process::processes]
         yield [Row(*map(torch.stack, zip(*(row for row, _ in part), strict=True))) for part in mine], taken[-1][1]
+
+
+def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item]:
+    """The same items of an endless iterator, of which `depth` are made ahead in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, items) for _ in range(depth))
+        try:
+            while True:
+                item = ahead.popleft().result()
+                ahead.append(pool.submit(next, items))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

@@ -260,11 +260,13 @@ def _documents(layout: Layout | None) -> Tensor | None:
 
 
 class Distilled(NamedTuple):
-    """Sums over the tokens that count."""
+    """Sums over the tokens that count, and of `answers` and `answer` over those of answers; the last three detached."""
 
     loss: Tensor
+    answers: Tensor  # the weighted part of the loss that only answers' tokens have
     kl: Tensor
     ce: Tensor
+    answer: Tensor
 
 
 Head = Callable[[Tensor], Tensor]  # features [N, d] -> logits [N, V]
@@ -274,32 +276,37 @@ def distillation(
     student: Tensor,  # [N, d]
     teacher: Tensor,  # [N, d']
     labels: Tensor,  # [N], the token that follows; -100 does not count
+    asked: Tensor,  # [N] bool, where that token belongs to an answer
     student_head: Head,
     teacher_head: Head,
     weights: DistilWeights,
     vocabulary: int,
 ) -> Distilled:
-    """KL(teacher || student) at a temperature, times its square (arXiv 1503.02531), plus next-token cross-entropy.
+    """KL(teacher || student) at a temperature, times its square (arXiv 1503.02531), plus next-token cross-entropy, of
+    all tokens and of answers'.
 
     A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once.
     """
     counted = labels != -100
-    student, teacher, labels = student[counted], teacher[counted], labels[counted]
+    student, teacher, labels, asked = student[counted], teacher[counted], labels[counted], asked[counted]
     step = max(1, LOGITS_HELD // vocabulary)
-    totals = student.new_zeros(2, dtype=torch.promote_types(student.dtype, torch.float32))
+    totals = student.new_zeros(3, dtype=torch.promote_types(student.dtype, torch.float32))
+    with_ce = weights.ce > 0 or weights.answer > 0
     for start in range(0, len(labels), step):
-        chunk = (part[start : start + step] for part in (student, teacher, labels))
+        chunk = (part[start : start + step] for part in (student, teacher, labels, asked))
         totals = totals + checkpoint(
-            _divergence, *chunk, student_head, teacher_head, weights.temperature, weights.ce > 0, use_reentrant=False
+            _divergence, *chunk, student_head, teacher_head, weights.temperature, with_ce, use_reentrant=False
         )
-    kl, ce = totals
-    return Distilled(kl * weights.kl + ce * weights.ce, kl.detach(), ce.detach())
+    kl, ce, answer = totals
+    seen = totals.detach()
+    return Distilled(kl * weights.kl + ce * weights.ce, answer * weights.answer, *seen)
 
 
 def _divergence(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
+    asked: Tensor,
     student_head: Head,
     teacher_head: Head,
     temperature: float,
@@ -309,8 +316,11 @@ def _divergence(
         target = _log_probabilities(teacher_head(teacher), temperature)
     logits = student_head(student)
     kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="sum", log_target=True)
-    ce = F.cross_entropy(logits.to(target), labels, reduction="sum") if with_ce else torch.zeros_like(kl)
-    return torch.stack((kl * temperature**2, ce))
+    kl = kl * temperature**2
+    if not with_ce:
+        return torch.stack((kl, *torch.zeros_like(kl).expand(2)))
+    ce = F.cross_entropy(logits.to(target), labels, reduction="none")
+    return torch.stack((kl, ce.sum(), (ce * asked).sum()))
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

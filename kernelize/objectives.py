@@ -26,9 +26,9 @@ LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_h
 
 
 class Losses(NamedTuple):
-    """Sums over what `Objective.count` counts; all but `loss` are detached."""
+    """Sums over what `Objective.counts` counts; all but `loss` are detached."""
 
-    loss: Tensor
+    loss: Tensor  # [counts], the part of the loss that is to be divided by each count
     terms: Tensor  # one for each name in `Objective.terms`
     layers: Tensor  # [converted layers], or [0] where the loss is not a sum over layers
 
@@ -36,14 +36,14 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """Model and loss as one module, so that data-parallel wrappers see all that the loss depends on."""
 
-    terms: tuple[str, ...]
+    terms: dict[str, int]  # name -> index of the count that it is divided by
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def count(self, rows: Row) -> int:
-        """How many items of a micro-batch [b, T] the loss sums over."""
+    def counts(self, rows: Row) -> tuple[int, ...]:
+        """How many items of a micro-batch [b, T] each part of the loss sums over."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Objective(nn.Module):
 class Transfer(Objective):
     """Per-layer errors of the attention against softmax on the same q, k, v, averaged over layers; summed over rows."""
 
-    terms = ("output", "far", "mass")
+    terms = {"output": 0, "far": 0, "mass": 0}
 
     def __init__(self, model: PreTrainedModel, weights: TransferWeights):
         super().__init__(model)
@@ -62,16 +62,16 @@ class Transfer(Objective):
         for index, layer in kernelized_layers(model).items():
             layer.kernelize.probe = self.probes[index]
 
-    def count(self, rows: Row) -> int:
-        return len(rows.input_ids)
+    def counts(self, rows: Row) -> tuple[int, ...]:
+        return (len(rows.input_ids),)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 3]
         weights = terms.new_tensor([self.weights.output, self.weights.far, self.weights.mass])
         layers = (terms * weights).sum(-1)  # a product of matrices would be bfloat16 under autocast
-        return Losses(layers.mean(), terms.detach().mean(0), layers.detach())
+        return Losses(layers.mean()[None], terms.detach().mean(0), layers.detach())
 
     def close(self) -> None:
         for layer in kernelized_layers(self.model).values():
@@ -81,7 +81,7 @@ class Transfer(Objective):
 class Forecast(Objective):
     """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows."""
 
-    terms = ForecastTerms._fields
+    terms = dict.fromkeys(ForecastTerms._fields, 0)
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
@@ -90,14 +90,14 @@ class Forecast(Objective):
             layer = kernelized_layers(model)[index].kernelize
             layer.probe, layer.watch = probe, probe.watch
 
-    def count(self, rows: Row) -> int:
-        return len(rows.input_ids)
+    def counts(self, rows: Row) -> tuple[int, ...]:
+        return (len(rows.input_ids),)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 2]
-        return Losses(terms[:, 0].mean(), terms.detach().mean(0), terms[:, 0].detach())
+        return Losses(terms[:, 0].mean()[None], terms.detach().mean(0), terms[:, 0].detach())
 
     def close(self) -> None:
         for layer in kernelized_layers(self.model).values():
@@ -111,9 +111,10 @@ def forecasting_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 class Distil(Objective):
-    """Divergence from the teacher's next-token distribution, summed over the tokens that have a label."""
+    """Divergence from the teacher's next-token distribution, summed over the tokens that have a label; and the
+    cross-entropy of those that belong to answers."""
 
-    terms = ("kl", "ce")
+    terms = {"kl": 0, "ce": 0, "answer": 1}
 
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, weights: DistilWeights):
         super().__init__(model)
@@ -121,18 +122,19 @@ class Distil(Objective):
         self.student_features = Features(model)
         self.teacher_features = Features(teacher)
 
-    def count(self, rows: Row) -> int:
-        return int((rows.labels[:, 1:] >= 0).sum())
+    def counts(self, rows: Row) -> tuple[int, ...]:
+        return int((rows.labels[:, 1:] >= 0).sum()), int(rows.answers[:, 1:].sum())
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Losses:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         student, student_head = self.student_features(input_ids, position_ids)
         with torch.no_grad():
             teacher, teacher_head = self.teacher_features(input_ids, position_ids)
         vocabulary = self.model.config.get_text_config().vocab_size
         student, teacher = (x[:, :-1].flatten(0, 1) for x in (student, teacher))
-        labels = labels[:, 1:].flatten()
-        result = distillation(student, teacher, labels, student_head, teacher_head, self.weights, vocabulary)
-        return Losses(result.loss, torch.stack((result.kl, result.ce)), result.loss.new_zeros(0))
+        labels, asked = labels[:, 1:].flatten(), answers[:, 1:].flatten()
+        result = distillation(student, teacher, labels, asked, student_head, teacher_head, self.weights, vocabulary)
+        loss, terms = torch.stack((result.loss, result.answers)), torch.stack((result.kl, result.ce, result.answer))
+        return Losses(loss, terms, loss.new_zeros(0))
 
 
 class Features:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 DATA_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".parquet")
-BUILTIN_DATA = ("self", "sample")
+BUILTIN_DATA = ("self", "sample", "retrieval")
 
 Item = TypeVar("Item")
 Sequence = Annotated[tuple[Item, ...], Strict(False)]  # YAML has lists only
@@ -41,14 +41,15 @@ class _Strict(BaseModel):
 class DataSource(_Strict):
     """Where documents come from: a local file, a Hub dataset, or a builtin.
 
-    `self` is text that the teacher writes, `sample` the public-domain text shipped with the package. `weight`
-    is the share of documents drawn from here. `text_field` names the column of text; rows without it may have
+    `self` is text that the teacher writes, `sample` the public-domain text shipped with the package; `retrieval` makes
+    tasks in which something has to be found again, in the text of `path` or, without one, in the sample. `weight` is
+    the share of documents drawn from here. `text_field` names the column of text; rows without it may have
     the columns prompt and response instead. `split` serves datasets.
     """
 
     path: str | None = None
     dataset: str | None = None
-    builtin: Literal["self", "sample"] | None = None
+    builtin: Literal["self", "sample", "retrieval"] | None = None
     weight: float = Field(default=1.0, gt=0)
     split: str = "train"
     text_field: str = "text"
@@ -67,13 +68,14 @@ class DataSource(_Strict):
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSource:
-        if sum(origin is not None for origin in (self.path, self.dataset, self.builtin)) != 1:
-            raise ValueError("give exactly one of path, dataset, builtin")
+        given = [origin for origin in (self.path, self.dataset, self.builtin) if origin is not None]
+        if len(given) != 1 and given != [self.path, "retrieval"]:
+            raise ValueError("give exactly one of path, dataset, builtin; builtin 'retrieval' may have a path besides")
         return self
 
     @property
     def name(self) -> str:
-        return str(self.path or self.dataset or self.builtin)
+        return " in ".join(str(part) for part in (self.builtin, self.path or self.dataset) if part)
 
 
 class Lora(_Strict):
@@ -96,10 +98,12 @@ class TransferWeights(_Strict):
 
 
 class DistilWeights(_Strict):
-    """Weights of the divergence from the teacher's distribution and of the next token's cross-entropy."""
+    """Weights of the divergence from the teacher's distribution, of the next token's cross-entropy, and of that of the
+    answers in data `retrieval`; the first two are means over all tokens, the last over the answers' tokens."""
 
     kl: float = Field(default=1.0, ge=0)
     ce: float = Field(default=0.0, ge=0)
+    answer: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
 
 

@@ -14,8 +14,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,18 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints
-from .data import Documents, Row, Rows, batches, fitting_micro_batch, longest_sequence, open_source, write_text
+from .data import (
+    HAYSTACK_PER_TOKEN,
+    Documents,
+    Row,
+    Rows,
+    batches,
+    fitting_micro_batch,
+    longest_sequence,
+    open_source,
+    prefetched,
+    write_text,
+)
 from .errors import InputError, KernelizeError
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
@@ -274,17 +285,19 @@ class _Run:
             self._restore(last, training)
         first, position = (last.step, last.position) if last and inside else (0, None)
         try:
-            return self._steps(index, training, stream(position), first)
+            with closing(stream(position)) as data:
+                return self._steps(index, training, data, first)
         finally:
             self._leave(training)
 
-    def _stream(self, index: int, stage: Stage) -> Callable[..., Iterator[tuple[list[Row], dict[str, Any]]]]:
+    def _stream(self, index: int, stage: Stage) -> Callable[..., Generator[tuple[list[Row], dict[str, Any]]]]:
         seed = int(np.random.SeedSequence([self.recipe.seed, index]).generate_state(1)[0])
-        documents = Documents(stage.data, seed, written=self._written(stage, seed))
+        haystack = HAYSTACK_PER_TOKEN * stage.sequence_length
+        documents = Documents(stage.data, seed, written=self._written(stage, seed), haystack=haystack)
         rows = Rows(documents, self.tokenizer, stage.sequence_length, stage.packing == "joined")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         micro_batch = fitting_micro_batch(stage.rows, stage.micro_batch, processes)
-        return lambda position: batches(rows(position), stage.rows, micro_batch, process, processes)
+        return lambda position: prefetched(batches(rows(position), stage.rows, micro_batch, process, processes))
 
     def _written(self, stage: Stage, seed: int) -> Path | None:
         """The teacher's own text for this stage, written once."""
@@ -392,17 +405,18 @@ class _Run:
     def _step(self, index: int, step: int, training: _Training, micro: list[Row]) -> dict[str, float]:
         processes, objective = self.accelerator.num_processes, training.objective
         micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
-        count = self._sum(torch.tensor([float(sum(objective.count(rows) for rows in micro))])).item()
+        counts = self._sum(torch.tensor([objective.counts(rows) for rows in micro], dtype=torch.float32).sum(0))
+        counts = counts.clamp(min=1)
         total: Tensor | float = 0.0
         for number, rows in enumerate(micro):
             self._seed(index, step, number * processes + self.accelerator.process_index)
             with nullcontext() if number == len(micro) - 1 else self.accelerator.no_sync(training.wrapped):
                 losses: Losses = training.wrapped(*rows)
                 # data-parallel gradients are means over processes
-                self.accelerator.backward(losses.loss * (processes / max(count, 1)))
-            total = total + torch.cat((losses.loss.detach()[None], losses.terms, losses.layers)).float()
+                self.accelerator.backward((losses.loss / counts).sum() * processes)
+            total = total + _means(losses, counts, list(objective.terms.values()))
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
-        summed = self._sum(torch.cat((torch.as_tensor(total) / max(count, 1), asked))).tolist()
+        summed = self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
         self.stop.asked = summed.pop() > 0
         norm = float(self.accelerator.clip_grad_norm_(training.wrapped.parameters(), training.stage.clip))
         self._refuse_nonfinite(step, training, summed, norm)
@@ -477,6 +491,12 @@ class _Run:
             save(self.model, self.tokenizer, self.output, overwrite=True)
             self._tell(event="done", output=str(self.output))
         self.accelerator.wait_for_everyone()
+
+
+def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
+    """[1 + terms + layers]: what a micro-batch adds to the global batch's loss, terms and losses of the layers."""
+    loss = (losses.loss.detach() / counts).sum(0, keepdim=True)
+    return torch.cat((loss, losses.terms / counts[divisors], losses.layers / counts[0])).float()
 
 
 def _needs_teacher(stage: Stage) -> bool:

@@ -340,3 +340,33 @@ def test_lora_that_misses_a_layer_is_an_error(monkeypatch):
     monkeypatch.setattr(objectives.peft, "LoraModel", lazy)
     with pytest.raises(KernelizeError, match="13 of 14"):
         attach_lora(student(), Lora())
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+ASKED = {"name": "asked", "kind": "distil", "trainable": "all", "steps": 4, "learning_rate": 1e-3, "packing": "joined"}
+ASKED |= {"sequence_length": 256, "batch_tokens": 1024, "data": ["retrieval"]}
+
+
+def metric_of(events, name):
+    return [event["metrics"][name] for event in events if event["event"] == "step"]
+
+
+def test_answers_are_weighed_by_their_own_count(text, tmp_path):
+    """Whatever the micro-batch: the mean over the answers' tokens of the global batch."""
+    stage = ASKED | {"distil": {"kl": 1.0, "answer": 0.5}}
+    _, _, whole = run(recipe(text, stage | {"micro_batch": 4}), tmp_path / "whole")
+    _, _, single = run(recipe(text, stage | {"micro_batch": 1}), tmp_path / "single")
+    assert losses_of(single) == pytest.approx(losses_of(whole), rel=1e-4)
+    answers = metric_of(whole, "answer")
+    assert metric_of(single, "answer") == pytest.approx(answers, rel=1e-4)
+    assert min(answers) > 3.0, "a random model does not know them"
+    expected = [kl + 0.5 * answer for kl, answer in zip(metric_of(whole, "kl"), answers, strict=True)]
+    assert losses_of(whole) == pytest.approx(expected, rel=1e-5)
+
+
+def test_text_without_answers_has_no_answer_loss(text, tmp_path):
+    _, _, events = run(recipe(text, ALL | {"distil": {"kl": 1.0, "answer": 0.5}}), tmp_path / "out")
+    assert metric_of(events, "answer") == [0.0] * 5
+    assert losses_of(events) == metric_of(events, "kl")
