@@ -198,8 +198,8 @@ def received_later(query: Tensor, key: Tensor, scaling: float, spec: KernelSpec)
 class ForecastTerms(NamedTuple):
     """One layer's forecast against what came: summed over the rows of the batch."""
 
-    error: Tensor  # mean squared difference of the logarithms
-    correlation: Tensor  # of the two over the tokens of a row, all its KV heads together
+    error: Tensor  # variance of the difference of the logarithms over a row's tokens, mean over KV heads
+    correlation: Tensor  # of the two over a row's tokens, mean over KV heads
 
 
 class ForecastProbe:
@@ -236,17 +236,20 @@ class ForecastProbe:
                 came = target.gather(2, pos.expand(target.shape[:2] + pos.shape[2:]).clamp(min=0))
                 found.append((forecast(arithmetic, statistics, keys, values), came, (pos != EMPTY).expand_as(came)))
         self.seen = []
-        said, came, counts = (torch.cat(parts, 2).flatten(1) for parts in zip(*found, strict=True))
+        said, came, counts = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         self.terms = ForecastTerms(*forecast_terms(said, came, counts.to(said)))
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 def forecast_terms(said: Tensor, came: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and correlation over the entries [B, N] that count, each summed over the rows."""
-    n = counts.sum(1, keepdim=True).clamp(min=1)
-    a, b = ((x - (x * counts).sum(1, keepdim=True) / n) * counts for x in (said, came))
-    correlation = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-9)
-    return ((said - came).square() * counts).div(n).sum(), correlation.sum()
+    """Error and correlation over the tokens of each row and head [B, Hk, X] that count; summed over the rows.
+
+    A head's slots go by the order of its scores, so its mean is free.
+    """
+    n = counts.sum(2, keepdim=True).clamp(min=1)
+    a, b = ((x - (x * counts).sum(2, keepdim=True) / n) * counts for x in (said, came))
+    correlation = (a * b).sum(2) / (a.norm(dim=2) * b.norm(dim=2)).clamp(min=1e-9)
+    return (a - b).square().div(n).sum(2).mean(1).sum(), correlation.mean(1).sum()
 
 
 def _documents(layout: Layout | None) -> Tensor | None:

@@ -78,9 +78,9 @@ def assert_same_weights(a, b):
 
 def test_a_forecast_learns_what_will_be_attended_to_and_nothing_else_changes(text, tmp_path):
     made = [kernelize_model(tiny_llama(), [SPEC, SPEC.replace(policy="attention+forecast")]) for _ in range(2)]
-    _, _, events = run(recipe(text, FORECAST | {"steps": 16}), tmp_path / "out", model=made[0])
+    _, _, events = run(recipe(text, FORECAST | {"steps": 40}), tmp_path / "out", model=made[0])
     losses = losses_of(events)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     after, before = (model.state_dict() for model in made)
     assert {name.split(".")[-1] for name in before if not torch.equal(before[name], after[name])} == {
         "forecast_skip", "forecast_in", "forecast_out"
