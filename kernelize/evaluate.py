@@ -705,11 +705,16 @@ def _check_positions(subject: Subject, reach: int) -> None:
     limit = _trained_length(subject)
     if limit is None or reach <= limit:
         return
-    inputs = subject.model.get_input_embeddings()
-    tables = [m for m in subject.model.modules() if isinstance(m, torch.nn.Embedding) and m is not inputs]
-    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's table has two more
+    if has_position_table(subject.model, limit):
         raise InputError(f"length={reach} (answers included) is beyond the {limit} learned positions of {subject.name}")
     log.warning("%s: length %d is beyond the %d positions that it was trained for", subject.name, reach, limit)
+
+
+def has_position_table(model, limit: int) -> bool:
+    """Whether the `limit` positions of a model are learned ones, so that there is nothing beyond."""
+    inputs = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not inputs]
+    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)  # OPT's table has two more
 
 
 def _trained_length(subject: Subject) -> int | None:

@@ -24,7 +24,9 @@ from .runtime.state import EMPTY, AttentionOutput, forecast
 # and elsewhere few launches
 SCORES_HELD = {"cpu": 1 << 21}
 SCORES_HELD_ELSEWHERE = 1 << 26
-LOGITS_HELD = 1 << 25  # logits of each model that the divergence holds at once
+# logits of each model that the divergence holds at once: a GPU waits for the host between small chunks
+LOGITS_HELD = {"cpu": 1 << 25}
+LOGITS_HELD_ELSEWHERE = 1 << 28
 LEAST_MASS = 1e-4  # out-of-window mass below which a token has no target: there the quotients are rounding alone
 
 
@@ -280,29 +282,30 @@ def distillation(
     teacher: Tensor,  # [N, d']
     labels: Tensor,  # [N], the token that follows; -100 does not count
     asked: Tensor,  # [N] bool, where that token belongs to an answer
+    beyond: Tensor,  # [N] bool, where the teacher is past its own context and has nothing to teach
     student_head: Head,
     teacher_head: Head,
     weights: DistilWeights,
     vocabulary: int,
 ) -> Distilled:
     """KL(teacher || student) at a temperature, times its square (arXiv 1503.02531), plus next-token cross-entropy, of
-    all tokens and of answers'.
+    all tokens, of answers' and of those beyond the teacher's context, where it stands for the KL.
 
     A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once.
     """
     counted = labels != -100
-    student, teacher, labels, asked = student[counted], teacher[counted], labels[counted], asked[counted]
-    step = max(1, LOGITS_HELD // vocabulary)
-    totals = student.new_zeros(3, dtype=torch.promote_types(student.dtype, torch.float32))
-    with_ce = weights.ce > 0 or weights.answer > 0
-    for start in range(0, len(labels), step):
-        chunk = (part[start : start + step] for part in (student, teacher, labels, asked))
+    tokens = [part[counted] for part in (student, teacher, labels, asked, beyond)]
+    step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
+    totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
+    with_ce = weights.ce > 0 or weights.answer > 0 or bool(beyond.any())
+    for start in range(0, len(tokens[0]), step):
+        chunk = (part[start : start + step] for part in tokens)
         totals = totals + checkpoint(
             _divergence, *chunk, student_head, teacher_head, weights.temperature, with_ce, use_reentrant=False
         )
-    kl, ce, answer = totals
-    seen = totals.detach()
-    return Distilled(kl * weights.kl + ce * weights.ce, answer * weights.answer, *seen)
+    kl, ce, answer, past = totals
+    loss = kl * weights.kl + ce * weights.ce + past * (weights.beyond or 0.0)
+    return Distilled(loss, answer * weights.answer, *totals.detach()[:3])
 
 
 def _divergence(
@@ -310,6 +313,7 @@ def _divergence(
     teacher: Tensor,
     labels: Tensor,
     asked: Tensor,
+    beyond: Tensor,
     student_head: Head,
     teacher_head: Head,
     temperature: float,
@@ -318,12 +322,12 @@ def _divergence(
     with torch.no_grad():
         target = _log_probabilities(teacher_head(teacher), temperature)
     logits = student_head(student)
-    kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="sum", log_target=True)
-    kl = kl * temperature**2
+    kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="none", log_target=True).sum(-1)
+    kl = kl.masked_fill(beyond, 0).sum() * temperature**2
     if not with_ce:
-        return torch.stack((kl, *torch.zeros_like(kl).expand(2)))
+        return torch.stack((kl, *torch.zeros_like(kl).expand(3)))
     ce = F.cross_entropy(logits.to(target), labels, reduction="none")
-    return torch.stack((kl, ce.sum(), (ce * asked).sum()))
+    return torch.stack((kl, ce.sum(), (ce * asked).sum(), (ce * beyond).sum()))
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

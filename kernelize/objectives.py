@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .data import Row
+from .data import Row, longest_sequence
 from .errors import InputError, KernelizeError
 from .losses import ForecastProbe, ForecastTerms, TransferProbe, distillation
 from .recipe import DistilWeights, Lora, TransferWeights
@@ -121,6 +121,7 @@ class Distil(Objective):
         self.weights = weights
         self.student_features = Features(model)
         self.teacher_features = Features(teacher)
+        self.reach = longest_sequence(teacher.config)
 
     def counts(self, rows: Row) -> tuple[int, ...]:
         return int((rows.labels[:, 1:] >= 0).sum()), int(rows.answers[:, 1:].sum())
@@ -132,7 +133,9 @@ class Distil(Objective):
         vocabulary = self.model.config.get_text_config().vocab_size
         student, teacher = (x[:, :-1].flatten(0, 1) for x in (student, teacher))
         labels, asked = labels[:, 1:].flatten(), answers[:, 1:].flatten()
-        result = distillation(student, teacher, labels, asked, student_head, teacher_head, self.weights, vocabulary)
+        beyond = position_ids[:, :-1].flatten() >= (self.reach or position_ids.shape[1])
+        heads = student_head, teacher_head
+        result = distillation(student, teacher, labels, asked, beyond, *heads, self.weights, vocabulary)
         loss, terms = torch.stack((result.loss, result.answers)), torch.stack((result.kl, result.ce, result.answer))
         return Losses(loss, terms, loss.new_zeros(0))
 

@@ -99,11 +99,16 @@ class TransferWeights(_Strict):
 
 class DistilWeights(_Strict):
     """Weights of the divergence from the teacher's distribution, of the next token's cross-entropy, and of that of the
-    answers in data `retrieval`; the first two are means over all tokens, the last over the answers' tokens."""
+    answers in data `retrieval`: the first two are means over all tokens, the last over the answers' tokens.
+
+    With `beyond`, sequences may be longer than the teacher's context, if its positions are rotary: past it a token has
+    no divergence but the cross-entropy, with this weight.
+    """
 
     kl: float = Field(default=1.0, ge=0)
     ce: float = Field(default=0.0, ge=0)
     answer: float = Field(default=0.0, ge=0)
+    beyond: float | None = Field(default=None, ge=0)
     temperature: float = Field(default=1.0, gt=0)
 
 

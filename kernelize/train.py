@@ -44,6 +44,7 @@ from .data import (
     write_text,
 )
 from .errors import InputError, KernelizeError
+from .evaluate import has_position_table
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.modeling import kernelized_layers
@@ -208,9 +209,10 @@ class _Run:
 
     def _check_stage(self, stage: Stage) -> None:
         limit = longest_sequence(self.model.config)
-        if limit is not None and stage.sequence_length > limit:
+        if limit is not None and stage.sequence_length > limit and not self._may_exceed(stage, limit):
             raise InputError(
                 f"stage {stage.name!r}: sequence_length={stage.sequence_length}; the model's positions end at {limit}"
+                + ("" if has_position_table(self.model, limit) else " (distil.beyond weighs what comes after)")
             )
         fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
         if self.teacher is None and self.recipe.source is None and _needs_teacher(stage):
@@ -226,6 +228,11 @@ class _Run:
         for source in stage.data:
             if source.builtin != "self":
                 open_source(source)
+
+    def _may_exceed(self, stage: Stage, limit: int) -> bool:
+        """Whether a sequence may go past the model's positions: rotary ones, and the recipe says what counts there."""
+        says = stage.distil is not None and stage.distil.beyond is not None
+        return says and not has_position_table(self.model, limit)
 
     # --- the whole ---
 

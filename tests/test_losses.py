@@ -234,45 +234,48 @@ def test_attention_received_later_is_that_past_the_window(monkeypatch, held):
 
 
 ASKED = torch.arange(13) % 3 == 0
+PAST = torch.arange(13) >= 10
 
 
 @pytest.mark.parametrize("held", [1, 19 * 4, 1 << 25])
 def test_the_divergence_is_the_dense_one_with_its_gradients(monkeypatch, held):
-    monkeypatch.setattr(losses, "LOGITS_HELD", held)
+    monkeypatch.setitem(losses.LOGITS_HELD, "cpu", held)
     student, teacher, labels, student_head, teacher_head = heads_and_features()
-    weights = DistilWeights(kl=0.7, ce=0.3, answer=0.2, temperature=2.0)
-    got = distillation(student, teacher, labels, ASKED, student_head, teacher_head, weights, 19)
+    weights = DistilWeights(kl=0.7, ce=0.3, answer=0.2, beyond=0.4, temperature=2.0)
+    got = distillation(student, teacher, labels, ASKED, PAST, student_head, teacher_head, weights, 19)
     counted = labels != -100
     logits, target = student_head(student)[counted], teacher_head(teacher)[counted].detach()
-    kl = F.kl_div((logits / 2).log_softmax(-1), (target / 2).softmax(-1), reduction="sum") * 4
+    near = ~PAST[counted]
+    kl = F.kl_div((logits[near] / 2).log_softmax(-1), (target[near] / 2).softmax(-1), reduction="sum") * 4
+    past = F.cross_entropy(logits[~near], labels[counted & PAST], reduction="sum")
     ce = F.cross_entropy(logits, labels[counted], reduction="sum")
-    torch.testing.assert_close(got.loss, 0.7 * kl + 0.3 * ce)
+    torch.testing.assert_close(got.loss, 0.7 * kl + 0.3 * ce + 0.4 * past)
     answer = F.cross_entropy(logits[ASKED[counted]], labels[counted & ASKED], reduction="sum")
     torch.testing.assert_close(got.answers, 0.2 * answer)
     torch.testing.assert_close((got.kl, got.ce, got.answer), (kl, ce, answer))
     wanted = (student, *student_head.parameters())
-    expected = torch.autograd.grad(0.7 * kl + 0.3 * ce + 0.2 * answer, wanted)
+    expected = torch.autograd.grad(0.7 * kl + 0.3 * ce + 0.2 * answer + 0.4 * past, wanted)
     torch.testing.assert_close(torch.autograd.grad(got.loss + got.answers, wanted), expected)
     assert teacher_head.weight.grad is None
 
 
 def test_the_teacher_itself_has_no_divergence():
     student, _, labels, head, _ = heads_and_features()
-    got = distillation(student, student.detach(), labels, ASKED, head, head, DistilWeights(), 19)
+    got = distillation(student, student.detach(), labels, ASKED, PAST, head, head, DistilWeights(), 19)
     assert abs(got.loss.item()) < 1e-12
     assert all(grad.abs().max() < 1e-12 for grad in torch.autograd.grad(got.loss, (student, head.weight)))
 
 
 def test_logits_of_all_tokens_are_never_held(monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_HELD", 19 * 2)
+    monkeypatch.setitem(losses.LOGITS_HELD, "cpu", 19 * 2)
     student, teacher, labels, student_head, teacher_head = heads_and_features()
     sizes = []
     student_head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
-    distillation(student, teacher, labels, ASKED, student_head, teacher_head, DistilWeights(), 19).loss.backward()
+    distillation(student, teacher, labels, ASKED, PAST, student_head, teacher_head, DistilWeights(), 19).loss.backward()
     assert max(sizes) == 2
 
 
 def test_a_batch_without_targets_is_zero():
     student, teacher, labels, student_head, teacher_head = heads_and_features()
-    got = distillation(student, teacher, labels * 0 - 100, ASKED, student_head, teacher_head, DistilWeights(), 19)
+    got = distillation(student, teacher, labels * 0 - 100, ASKED, PAST, student_head, teacher_head, DistilWeights(), 19)
     assert got.loss.item() == 0
