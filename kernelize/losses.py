@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .recipe import DistilWeights, TransferWeights
+from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
-from .runtime.state import AttentionOutput
+from .runtime.state import AttentionOutput, Seen, capped
 
 # attention scores that the teacher's softmax holds at once: what a CPU's cache keeps (four times as fast as 1 << 24),
 # and elsewhere few launches
@@ -29,30 +30,27 @@ LEAST_MASS = 1e-4  # out-of-window mass below which a token has no target: there
 # --- transfer ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def softmax_attention(
-    query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, Hk, T, D]
-    value: Tensor,  # [B, Hk, T, Dv]
-    scaling: float,
-    documents: Tensor | None = None,  # [B, T]
-) -> tuple[Tensor, Tensor]:
-    """Causal softmax attention inside each document and its log-sum-exp: [B, H, T, Dv], [B, H, T].
+def softmax(seen: Seen) -> tuple[Tensor, Tensor]:
+    """The layer's original attention, causal and inside each document, and its log-sum-exp: [B, H, T, Dv], [B, H, T].
 
     A block of queries at a time: nothing T x T is held, and keys and values are not repeated for grouped heads.
     """
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    query = query.unflatten(1, (groups, heads // groups))
+    batch, heads, length, _ = seen.query.shape
+    query = seen.query.unflatten(1, (seen.key.shape[1], -1))
+    documents = _documents(seen.layout)
     held = SCORES_HELD.get(query.device.type, SCORES_HELD_ELSEWHERE)
     step = max(1, held // (batch * heads * length))
     parts = []
     for start in range(0, length, step):
         end = min(start + step, length)
         visible = _visible(start, end, query.device, documents)
-        parts.append(_attend(query[..., start:end, :], key[..., :end, :], value[..., :end, :], scaling, visible))
+        p, lse = softmax_weights(query[..., start:end, :], seen.key[..., :end, :], seen, visible)
+        parts.append((torch.einsum("bkgqt,bktd->bkgqd", p, seen.value[..., :end, :]), lse))
     y, lse = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (-2, -1), strict=True))
     return y.flatten(1, 2), lse.flatten(1, 2)
+
+
+softmax_attention = torch.no_grad()(softmax)
 
 
 def _visible(start: int, end: int, device: torch.device, documents: Tensor | None) -> Tensor:
@@ -64,11 +62,17 @@ def _visible(start: int, end: int, device: torch.device, documents: Tensor | Non
     return causal[:, None, None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor) -> tuple[Tensor, Tensor]:
-    scores = torch.einsum("bkgqd,bktd->bkgqt", query, key) * scaling
+def softmax_weights(query: Tensor, key: Tensor, seen: Seen, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, Hk, G, queries, keys] under the scaling, soft cap and sinks of `seen`, and their log-sum-exp.
+
+    query [B, Hk, G, queries, D], key [B, Hk, keys, D]; with sinks the probabilities of a query sum to less than 1.
+    """
+    scores = capped(torch.einsum("bkgqd,bktd->bkgqt", query, key) * seen.scaling, seen.softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
-    return torch.einsum("bkgqt,bktd->bkgqd", (scores - lse[..., None]).exp(), value), lse
+    if seen.sink_logits is not None:
+        lse = torch.logaddexp(lse, seen.sink_logits.to(lse).view(*query.shape[1:3], 1))
+    return (scores - lse[..., None]).exp(), lse
 
 
 class Far(NamedTuple):
@@ -145,22 +149,19 @@ class TransferProbe:
 
     def __call__(
         self,
-        kernel: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
+        layer: KernelAttention,
+        seen: Seen,
         output: AttentionOutput,
     ) -> Tensor:
-        documents = _documents(layout)
+        query, documents = seen.query, _documents(seen.layout)
         # in reduced precision the difference of two log-sum-exps, which is what the memory learns, would be noise
         with torch.autocast(query.device.type, enabled=False):
             wide = torch.promote_types(query.dtype, torch.float32)
-            y, lse = softmax_attention(query.to(wide), key.to(wide), value.to(wide), scaling, documents)
+            inputs = {name: getattr(seen, name).to(wide) for name in ("query", "key", "value")}
+            y, lse = softmax_attention(seen._replace(**inputs))
             with torch.no_grad():
-                seen = output.memory_lse.isfinite()
-                far = far_part(y, lse, output.exact.to(wide), output.exact_lse.to(wide), seen)
+                filled = output.memory_lse.isfinite()
+                far = far_part(y, lse, output.exact.to(wide), output.exact_lse.to(wide), filled)
                 valid = torch.ones_like(lse[:, :1], dtype=torch.bool) if documents is None else documents[:, None] >= 0
             self.terms = transfer_terms(y, far, output, valid)
         return y.to(query.dtype)
