@@ -74,7 +74,8 @@ def tiny_config(name: str, **changes):
 def tiny_teacher(name: str, seed: int = 0):
     """A random softmax model of the family; norms and biases are random too, so that leaving one out shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name)).eval()
+    options = {"attn_implementation": "eager"} if FAMILIES[name].lacks == "sdpa" else {}
+    model = AutoModelForCausalLM.from_config(tiny_config(name), **options).eval()
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.ndim == 1:

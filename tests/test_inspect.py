@@ -91,8 +91,8 @@ def test_observing_honours_soft_caps_and_native_sinks(family):
 
 
 def test_a_family_that_does_not_ask_the_attention_interface_cannot_be_inspected():
-    with pytest.raises(InputError, match="'gptj' does not ask the attention interface"):
-        observe(tiny_teacher("gptj"), texts()[:1], (0, 1))
+    with pytest.raises(InputError, match="'gpt_neo' does not ask the attention interface"):
+        observe(tiny_teacher("gpt_neo"), texts()[:1], (0, 2))
 
 
 def test_layers_with_a_sliding_window_cannot_be_converted():

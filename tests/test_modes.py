@@ -15,6 +15,7 @@ from kernelize.runtime.cache import kernel_layers
 from kernelize.runtime.spec import KernelSpec
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
+pytestmark = pytest.mark.fast
 NEW = 12
 
 
