@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from kernelize.check import LAWS, check
 from kernelize.lora import register_lora_targets
 from kernelize.runtime.cache import RELEASE
-from kernelize.runtime.modeling import FAMILIES, PREFIX, family_of, kernelize_model, native_windows, supported
+from kernelize.runtime.modeling import (
+    FAMILIES,
+    PREFIX,
+    attentions,
+    family_of,
+    kernelize_model,
+    native_windows,
+    supported,
+)
 from kernelize.runtime.spec import SpecError
 
 pytestmark = pytest.mark.fast
@@ -85,6 +93,16 @@ def test_positions_of_llama4_follow_the_cache():
     student = kernelize_model(teacher, plan_for(teacher.config)).eval()
     rows = check(student, only=["chunked prefill", "one token at a time", "static cache"])
     assert not [row for row in rows if not row.passed]
+
+
+@pytest.mark.parametrize("name", supported())
+def test_default_lora_targets_reach_every_attention(name):
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    register_lora_targets()
+    for layer, attention in attentions(tiny_student(name), PREFIX + name).items():
+        found = [key for key, _ in attention.named_modules() if key.endswith(tuple(TARGETS[PREFIX + name]))]
+        assert found, f"layer {layer}: none of {TARGETS[PREFIX + name]}"
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked by peft
