@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	@echo "installing the oldest supported release of Transformers"
 	@$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	@$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	@$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python install --quiet -r constraints-oldest.txt
 	@touch $@

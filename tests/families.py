@@ -30,6 +30,7 @@ TYPES = ["sliding_attention", "full_attention"] * 2
 
 CHANGES: dict[str, dict] = {
     "cohere": GATED | {"use_qk_norm": True},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "gemma": GATED | HEAD,
     "gemma2": GATED | HEAD | LOCAL | {"layer_types": TYPES, "attn_logit_softcapping": 3.0},
     "gemma3_text": GATED | HEAD | LOCAL | {"layer_types": TYPES},

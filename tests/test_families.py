@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import REFUSED, SPEC, plan_for, tiny_config, tiny_student, tiny_teacher
@@ -55,7 +57,7 @@ def test_refused_family_says_why(name):
 
 
 def test_unknown_family_lists_the_supported_ones():
-    with pytest.raises(SpecError, match="'bert' is not supported; supported: cohere, gemma"):
+    with pytest.raises(SpecError, match="'bert' is not supported; supported: cohere, falcon, gemma"):
         family_of("bert")
 
 
@@ -83,6 +85,23 @@ def test_an_attention_that_drops_the_soft_caps_is_refused():
 def test_odd_configs_are_refused():
     teacher = AutoModelForCausalLM.from_config(tiny_config("gpt2", add_cross_attention=True))
     with pytest.raises(SpecError, match="add_cross_attention=True"):
+        kernelize_model(teacher, plan_for(teacher.config))
+
+
+@pytest.mark.parametrize("heads", [{"multi_query": True}, {"multi_query": False}], ids=str)
+def test_both_older_layouts_of_falcon(heads):
+    torch.manual_seed(0)
+    config = tiny_config("falcon", new_decoder_architecture=False, num_kv_heads=4, **heads)
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    student = kernelize_model(copy.deepcopy(teacher), plan_for(config)).eval()
+    laws = ["chunked prefill", "window ≥ length is softmax", "identity with the teacher"]
+    assert not [row for row in check(student, against=teacher, only=laws) if not row.passed]
+    assert student.transformer.h[0].self_attention.kernelize.kv_heads == (1 if heads["multi_query"] else 4)
+
+
+def test_falcon_with_alibi_is_refused():
+    teacher = AutoModelForCausalLM.from_config(tiny_config("falcon", alibi=True))
+    with pytest.raises(SpecError, match="alibi=True in the config of 'falcon' is not supported"):
         kernelize_model(teacher, plan_for(teacher.config))
 
 

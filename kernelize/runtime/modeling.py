@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .spec import KernelSpec, SpecError
 
 VERSION = 1  # of the `kernelize` entry of a config
 PREFIX = "kernelized_"
+FALCON = "transformers.models.falcon.modeling_falcon"
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # of attention classes, through releases and families
 
 
@@ -112,6 +114,25 @@ class UnscaledDirectAttentionMixin(DirectAttentionMixin):
     fixed_scaling = 1.0
 
 
+class FalconAttentionMixin(DirectAttentionMixin):
+    """Falcon computes softmax inside its forward; this is that forward, up to the queries and keys after rotation.
+
+    Falcon repeats the keys of a group to all its query heads; here each is taken once.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        rotate = sys.modules[FALCON].apply_rotary_pos_emb
+        q, k, v = self._split_heads(self.query_key_value(hidden_states))  # type: ignore[attr-defined]
+        repeats = k.shape[2] // self.kernelize.kv_heads
+        q, k, v = (x.transpose(1, 2) for x in (q, k[:, :, ::repeats], v[:, :, ::repeats]))
+        self.waiting_state = self.take_state(kwargs)
+        q, k = rotate(q, k, *position_embeddings)
+        y = self._attn(q, k, v)[0]
+        return self.dense(y.transpose(1, 2).flatten(2)), None  # type: ignore[attr-defined]
+
+
 def projected(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]:
     """(query heads, key heads, head size) of the layer's own projections: they may differ from layer to layer."""
     size = attention.head_dim
@@ -141,7 +162,10 @@ LOCAL = "layers with a native sliding window keep it"
 FAMILIES: dict[str, Family] = {
     "bloom": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
     "cohere": Family(note="q/k norm where the config has it; parallel residual"),
-    "falcon": Family(refused="its attention neither asks the attention interface nor keeps softmax in one method"),
+    "falcon": Family(
+        "transformer.h", "self_attention", "its own forward; grouped heads; without ALiBi", configured,
+        FalconAttentionMixin,
+    ),
     "gemma": Family(),
     "gemma2": Family(note=f"{LOCAL}; soft-capped scores, in the window as in the slots; no sdpa", lacks="sdpa"),
     "gemma3_text": Family(note=f"{LOCAL}; q/k norm"),
@@ -476,9 +500,9 @@ def softmax_twin(model: Any) -> Iterator[Any]:
 def kv_heads_of(config: PreTrainedConfig) -> int:
     """Key-value heads; model types without grouped heads do not name them."""
     data = config.to_dict()
-    if data.get("multi_query"):  # GPT-BigCode
+    if data.get("multi_query") and not data.get("new_decoder_architecture"):  # GPT-BigCode, Falcon 7B
         return 1
-    return data.get("num_key_value_heads") or config.num_attention_heads
+    return data.get("num_key_value_heads") or data.get("num_kv_heads") or config.num_attention_heads
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
