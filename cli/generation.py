@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Device, DType, Json, Revision, Source, Trust
-from .output import stream, write_json
+from .options import Device, DType, Json, Revision, Source, Trust, in_a_folder
+from .output import data_size, say, stream, write_json
 from .progress import doing
 
 PROMPT_MARK = "> "
+SaveState = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=in_a_folder, help="Read the prompt, write what is remembered of it to FILE."),
+]
+LoadState = Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from what --save-state has written.")]
 
 
 def generate(
@@ -23,6 +29,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    save_state: SaveState = None,
+    load_state: LoadState = None,
     device: Device = None,
     dtype: DType = None,
     revision: Revision = None,
@@ -31,20 +39,42 @@ def generate(
 ) -> None:
     """Continue a prompt, or converse.
 
-    With any causal LM, kernelized or not.
+    With any causal LM, kernelized or not. A kernelized one can read a document once (--save-state) and answer many
+    questions about it (--load-state) at the cost of the question.
     """
+    from kernelize import states
+    from kernelize.errors import InputError
     from kernelize.generate import Conversation
     from kernelize.pipeline import load_for_use
 
+    if chat and save_state is not None:
+        raise InputError("--save-state reads plain text; leave out --chat, or give it with --load-state")
     with doing(f"loading {source}"):
-        loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+        model, tokenizer = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    before = None if load_state is None else states.load_state(load_state, model)
+    if save_state is not None:
+        text = sys.stdin.read() if prompt is None else prompt
+        read_document(model, tokenizer, text, before, save_state, json)
+        return
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    talk = Conversation(*loaded, chat=chat, on_text=stream, **settings)
+    talk = Conversation(model, tokenizer, chat=chat, on_text=stream, state=before, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):
         done.append(talk.answer(text))
         stream("\n")
     write_json(json, [dataclasses.asdict(completion) for completion in done])
+
+
+def read_document(model, tokenizer, text: str, before, path: Path, json: Path | None) -> None:
+    """What `--save-state` does: reads, goes on from the state `before` if there is one, and writes nothing but it."""
+    from kernelize.generate import read_text
+    from kernelize.states import save_state
+
+    with doing("reading"):
+        cache, tokens = read_text(model, tokenizer, text, before)
+    written = save_state(cache, path, model).stat().st_size
+    say(f"read {tokens:,} tokens; wrote {path}, {data_size(written)}")
+    write_json(json, {"state": str(path), "tokens": tokens, "bytes": written})
 
 
 def _prompts(chat: bool) -> Iterator[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SOURCE_HELP = "Hub id, folder, or .gguf file."
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(path: Path | None) -> Path | None:
     """Refuses a file that could not be written before the work begins, not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{path} cannot be written: not a file in an existing folder")
@@ -30,7 +30,7 @@ def _in_a_folder(path: Path | None) -> Path | None:
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write what the tables show to FILE."),
+    typer.Option("--json", metavar="FILE", callback=in_a_folder, help="Write what the tables show to FILE."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]

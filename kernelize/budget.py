@@ -12,18 +12,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .losses import softmax_attention
+from .losses import softmax, softmax_attention
 from .plan import ConversionPlan
 from .runtime import ops
 from .runtime.attention import KernelAttention
-from .runtime.layout import Layout
 from .runtime.modeling import kernelized_layers, plan_entry, plan_of
+from .runtime.state import Seen
 
 SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
 LEAST, STEP = 16, 8  # slots: the smallest budget of a layer, and the unit in which the rest is given out
@@ -48,38 +51,36 @@ class CostProbe:
     cost: dict[bool, Tensor] = field(default_factory=dict)  # retrieval or not -> [sizes], summed
     retrieval: bool = False
 
-    def __call__(
-        self,
-        kernel: KernelAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
-        output: None,
-    ) -> Tensor:
-        teacher = softmax_attention(query, key, value, scaling)[0]
-        inputs = (query.detach(), key.detach(), value.detach())
-        errors = [self.error(kernel, inputs, scaling, size, teacher) for size in self.sizes]
-        exact = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+    def __call__(self, layer: KernelAttention, seen: Seen, output: None) -> Tensor:
+        teacher = softmax_attention(seen)[0]
+        errors = [self.error(layer, seen, size, teacher) for size in self.sizes]
+        exact = differentiable_softmax(seen)
         exact.register_hook(lambda gradient: self.price(gradient, errors))
         return exact
 
     @torch.no_grad()
-    def error(
-        self, kernel: KernelAttention, inputs: tuple[Tensor, ...], scaling: float, size: int, teacher: Tensor
-    ) -> Tensor:
+    def error(self, layer: KernelAttention, seen: Seen, size: int, teacher: Tensor) -> Tensor:
         """What the layer with `size` slots does wrong, [B, H, T, D]."""
-        arithmetic = kernel.kernel(scaling)
-        resized = arithmetic._replace(spec=arithmetic.spec.replace(slots=size))
-        q, k, v = inputs
-        return ops.attend(q, k, v, resized)[0].y - teacher
+        kernel = layer.kernel_for(seen)
+        resized = kernel._replace(spec=kernel.spec.replace(slots=size))
+        return ops.attend(*seen[:3], resized)[0].y - teacher
 
     def price(self, gradient: Tensor, errors: list[Tensor]) -> None:
         cost = torch.stack([(gradient * error).sum((1, 3)).square().sum() / 2 for error in errors])
         self.cost[self.retrieval] = self.cost.get(self.retrieval, torch.zeros_like(cost)) + cost
+
+
+def differentiable_softmax(seen: Seen) -> Tensor:
+    """Softmax attention [B, H, T, D] with a gradient; scaled_dot_product_attention knows neither soft cap nor sinks."""
+    q, k, v = seen[:3]
+    if seen.softcap is None and seen.sink_logits is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=seen.scaling, enable_gqa=True)
+    again = partial(_softmax_of, seen)
+    return checkpoint(again, q, k, v, use_reentrant=False)  # else the scores of all layers would be held
+
+
+def _softmax_of(seen: Seen, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return softmax(seen._replace(query=query, key=key, value=value))[0]
 
 
 def retrieval_text(tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], length: int, seed: int) -> BudgetText:

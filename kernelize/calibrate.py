@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .losses import LEAST_MASS, softmax_attention
+from .losses import LEAST_MASS, softmax_attention, softmax_weights
 from .runtime import ops
 from .runtime.attention import KernelAttention, Probe, log_rate
-from .runtime.layout import Layout
 from .runtime.modeling import kernelized_layers
-from .runtime.state import AttentionOutput
+from .runtime.state import AttentionOutput, Seen
 
 GATES = (-20.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # from softmax's mass
 QUERIES = 512  # a calibration sequence's last queries, of which the look-back is taken
@@ -37,28 +36,19 @@ class SamplingProbe:
         self.query: list[Tensor] = []  # [N, H, D], scaled as feature maps get them
         self.key: list[Tensor] = []  # [N, Hk, D]
 
-    def __call__(
-        self,
-        kernel: KernelAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
-        output: None,
-    ) -> Tensor:
-        self.see(query, key, scaling, kernel.spec.sinks)
-        return softmax_attention(query, key, value, scaling)[0]
+    def __call__(self, layer: KernelAttention, seen: Seen, output: None) -> Tensor:
+        self.see(seen, layer.spec.sinks)
+        return softmax_attention(seen)[0]
 
-    def see(self, query: Tensor, key: Tensor, scaling: float, sinks: int) -> None:
+    def see(self, seen: Seen, sinks: int) -> None:
         """Keeps a sample of one text's queries and keys, without its sinks: they are unlike all other keys."""
-        for kept, x in ((self.query, query), (self.key, key)):
+        for kept, x in ((self.query, seen.query), (self.key, seen.key)):
             tokens = x[:, :, sinks:].transpose(1, 2).flatten(0, 1)  # [B, H, T, D] -> [N, H, D]
-            kept.append(tokens[:: self.stride].float() * scaling**0.5)
+            kept.append(tokens[:: self.stride].float() * seen.scaling**0.5)
 
-    def fit(self, kernel: KernelAttention) -> None:
+    def fit(self, layer: KernelAttention) -> None:
         """Fits the layer's maps to what was kept."""
-        type(kernel.map_q).calibrate(kernel.map_q, kernel.map_k, torch.cat(self.query), torch.cat(self.key))
+        type(layer.map_q).calibrate(layer.map_q, layer.map_k, torch.cat(self.query), torch.cat(self.key))
 
 
 class CalibrationProbe:
@@ -71,40 +61,30 @@ class CalibrationProbe:
         self.errors: Tensor | None = None  # [gates, H], summed over the sequences
         self.look_back: Tensor | None = None  # [2, Hk], far mass times age, far mass
 
-    def __call__(
-        self,
-        kernel: KernelAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
-        output: None,
-    ) -> Tensor:
-        teacher, lse = softmax_attention(query, key, value, scaling)
-        if kernel.spec.decay != "none":
-            found = look_back(query, key, scaling, kernel.spec.ring)
+    def __call__(self, layer: KernelAttention, seen: Seen, output: None) -> Tensor:
+        teacher, lse = softmax_attention(seen)
+        if layer.spec.decay != "none":
+            found = look_back(seen, layer.spec.ring)
             self.look_back = found if self.look_back is None else self.look_back + found
             age, mass = self.look_back
-            half_life = (age / mass.clamp(min=1e-6)).clamp(kernel.spec.block, LONGEST)
-            kernel.log_rate.copy_(log_rate(half_life))
-        mine, _ = ops.attend(query, key, value, kernel.kernel(scaling))
+            half_life = (age / mass.clamp(min=1e-6)).clamp(layer.spec.block, LONGEST)
+            layer.log_rate.copy_(log_rate(half_life))
+        mine, _ = ops.attend(*seen[:3], layer.kernel_for(seen))
         if self.gates is None:
-            natural = kernel.log_gate + missing_mass(mine, lse)
+            natural = layer.log_gate + missing_mass(mine, lse)
             self.gates = natural + torch.tensor(GATES, device=natural.device)[:, None]
-        errors = torch.stack([gate_error(mine, gate - kernel.log_gate, teacher) for gate in self.gates])
+        errors = torch.stack([gate_error(mine, gate - layer.log_gate, teacher) for gate in self.gates])
         self.errors = errors if self.errors is None else self.errors + errors
-        kernel.log_gate.copy_(self.gates.gather(0, self.errors.argmin(0)[None])[0])
+        layer.log_gate.copy_(self.gates.gather(0, self.errors.argmin(0)[None])[0])
         return teacher
 
 
-def look_back(query: Tensor, key: Tensor, scaling: float, window: int) -> Tensor:
-    """Of the last queries [B, H, T, D]: Σ probability·age and Σ probability of keys older than `window`, [2, Hk]."""
-    T, groups = query.shape[2], key.shape[1]
-    last = query[:, :, -QUERIES:].unflatten(1, (groups, -1)).float()
-    scores = torch.einsum("bkgqd,bktd->bkgqt", last, key.float()) * scaling
+def look_back(seen: Seen, window: int) -> Tensor:
+    """Of the last queries: Σ probability·age and Σ probability of keys older than `window`, [2, Hk]."""
+    T, key = seen.query.shape[2], seen.key.float()
+    last = seen.query[:, :, -QUERIES:].unflatten(1, (key.shape[1], -1)).float()
     age = torch.arange(T - last.shape[3], T, device=key.device)[:, None] - torch.arange(T, device=key.device)
-    p = scores.masked_fill(age < 0, -torch.inf).softmax(-1) * (age >= window)
+    p = softmax_weights(last, key, seen, age >= 0)[0] * (age >= window)
     return torch.stack([(p * age).sum((0, 2, 3, 4)), p.sum((0, 2, 3, 4))])
 
 

@@ -27,7 +27,7 @@ from .convert import save
 from .errors import InputError, KernelizeError
 from .hub import verify
 from .reload import answer
-from .runtime.cache import kernel_layers
+from .runtime.cache import CACHE, kernel_layers
 from .runtime.modeling import PREFIX, kernelized_layers, softmax_twin
 from .runtime.spec import SpecError
 
@@ -122,9 +122,9 @@ class KeepDouble(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()  # integers too: positions meet frequencies in one matmul
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
@@ -213,7 +213,7 @@ class Subject:
 
 
 def logits(model: Any, ids: Tensor, cache: Cache | None = None, **options: Any) -> Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options).logits
+    return model(input_ids=ids, use_cache=cache is not None, **{CACHE: cache}, **options).logits
 
 
 def distance(a: Tensor, b: Tensor) -> float:

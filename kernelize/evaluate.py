@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from . import __version__
 from .errors import InputError, KernelizeError
 from .recall import DEPTHLESS, TASKS, Prompt, Writer, encode, start_ids
-from .runtime.cache import state_bytes
+from .runtime.cache import CACHE, state_bytes
 from .runtime.spec import SpecError, choose
 
 log = logging.getLogger("kernelize")
@@ -196,7 +196,7 @@ def stream(model, ids: Tensor, chunk: int) -> Iterator[tuple[Tensor, Any]]:
     """
     cache = DynamicCache(config=model.config)
     for part in ids.split(chunk, dim=1):
-        yield model(part, past_key_values=cache, use_cache=True).logits, cache
+        yield model(part, use_cache=True, **{CACHE: cache}).logits, cache
 
 
 @torch.inference_mode()
@@ -204,10 +204,10 @@ def greedy(model, ids: Tensor, count: int, chunk: int) -> Tensor:
     """The `count` likeliest tokens after ids [B, T], one after the other: [B, count]. Ends at no special token."""
     cache = DynamicCache(config=model.config)
     for part in ids.split(chunk, dim=1):
-        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
     tokens = [logits[:, -1:].argmax(-1)]
     while len(tokens) < count:
-        logits = model(tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(tokens[-1], use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
         tokens.append(logits[:, -1:].argmax(-1))
     return torch.cat(tokens, dim=1)
 

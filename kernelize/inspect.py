@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .measure import MapRow, Report, Seen, candidates, check_texts, measure_layer, observe, softmax_layers
+from .losses import softmax_weights
+from .measure import MapRow, Report, candidates, check_texts, measure_layer, observe, softmax_layers
 from .plan import AttentionShape, ConversionPlan
-from .runtime.feature_maps import key_heads
 from .runtime.spec import NO_MEMORY, KernelSpec
+from .runtime.state import Seen
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,13 +113,14 @@ def head_rows(layer: int, seen: Seen, spec: KernelSpec) -> list[HeadRow]:
     """Statistics of every head from the last `LENGTH` tokens' attention to each other and to everything before."""
     T = seen.query.shape[2]
     first = max(0, T - LENGTH)
-    q = key_heads(seen.query[0, :, first:].transpose(0, 1), seen.key.shape[1])
     age = torch.arange(first, T)[:, None] - torch.arange(T)
+    groups = seen.query.shape[1] // seen.key.shape[1]
     rows: list[HeadRow] = []
-    for group, queries in enumerate(q.unflatten(1, (T - first, -1)).unbind(0)):
-        for queries_of_head in queries.unbind(1):
-            scores = (queries_of_head @ seen.key[0, group].mT * seen.scaling).masked_fill(age < 0, -torch.inf)
-            rows.append(head_row(layer, len(rows), scores.softmax(-1), age, spec))
+    for head, query in enumerate(seen.query[:1, :, first:].unbind(1)):
+        key, sinks = seen.key[:1, head // groups, None], seen.sink_logits
+        alone = seen._replace(sink_logits=None if sinks is None else sinks[head, None])
+        p, _ = softmax_weights(query[:, None, None], key, alone, age >= 0)
+        rows.append(head_row(layer, head, p[0, 0, 0], age, spec))
     return rows
 
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .recipe import DistilWeights, TransferWeights
 from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
 from .runtime.spec import KernelSpec
-from .runtime.state import EMPTY, AttentionOutput, forecast
+from .runtime.state import EMPTY, AttentionOutput, Seen, capped, forecast
 
 # attention scores that the teacher's softmax holds at once: what a CPU's cache keeps (four times as fast as 1 << 24),
 # and elsewhere few launches
@@ -33,30 +33,27 @@ LEAST_MASS = 1e-4  # out-of-window mass below which a token has no target: there
 # --- transfer ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def softmax_attention(
-    query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, Hk, T, D]
-    value: Tensor,  # [B, Hk, T, Dv]
-    scaling: float,
-    documents: Tensor | None = None,  # [B, T]
-) -> tuple[Tensor, Tensor]:
-    """Causal softmax attention inside each document and its log-sum-exp: [B, H, T, Dv], [B, H, T].
+def softmax(seen: Seen) -> tuple[Tensor, Tensor]:
+    """The layer's original attention, causal and inside each document, and its log-sum-exp: [B, H, T, Dv], [B, H, T].
 
     A block of queries at a time: nothing T x T is held, and keys and values are not repeated for grouped heads.
     """
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    query = query.unflatten(1, (groups, heads // groups))
+    batch, heads, length, _ = seen.query.shape
+    query = seen.query.unflatten(1, (seen.key.shape[1], -1))
+    documents = _documents(seen.layout)
     held = SCORES_HELD.get(query.device.type, SCORES_HELD_ELSEWHERE)
     step = max(1, held // (batch * heads * length))
     parts = []
     for start in range(0, length, step):
         end = min(start + step, length)
         visible = _visible(start, end, query.device, documents)
-        parts.append(_attend(query[..., start:end, :], key[..., :end, :], value[..., :end, :], scaling, visible))
+        p, lse = softmax_weights(query[..., start:end, :], seen.key[..., :end, :], seen, visible)
+        parts.append((torch.einsum("bkgqt,bktd->bkgqd", p, seen.value[..., :end, :]), lse))
     y, lse = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (-2, -1), strict=True))
     return y.flatten(1, 2), lse.flatten(1, 2)
+
+
+softmax_attention = torch.no_grad()(softmax)
 
 
 def _visible(start: int, end: int, device: torch.device, documents: Tensor | None) -> Tensor:
@@ -68,11 +65,17 @@ def _visible(start: int, end: int, device: torch.device, documents: Tensor | Non
     return causal[:, None, None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor) -> tuple[Tensor, Tensor]:
-    scores = torch.einsum("bkgqd,bktd->bkgqt", query, key) * scaling
+def softmax_weights(query: Tensor, key: Tensor, seen: Seen, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, Hk, G, queries, keys] under the scaling, soft cap and sinks of `seen`, and their log-sum-exp.
+
+    query [B, Hk, G, queries, D], key [B, Hk, keys, D]; with sinks the probabilities of a query sum to less than 1.
+    """
+    scores = capped(torch.einsum("bkgqd,bktd->bkgqt", query, key) * seen.scaling, seen.softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
-    return torch.einsum("bkgqt,bktd->bkgqd", (scores - lse[..., None]).exp(), value), lse
+    if seen.sink_logits is not None:
+        lse = torch.logaddexp(lse, seen.sink_logits.to(lse).view(*query.shape[1:3], 1))
+    return (scores - lse[..., None]).exp(), lse
 
 
 class Far(NamedTuple):
@@ -149,22 +152,19 @@ class TransferProbe:
 
     def __call__(
         self,
-        kernel: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
+        layer: KernelAttention,
+        seen: Seen,
         output: AttentionOutput,
     ) -> Tensor:
-        documents = _documents(layout)
+        query, documents = seen.query, _documents(seen.layout)
         # in reduced precision the difference of two log-sum-exps, which is what the memory learns, would be noise
         with torch.autocast(query.device.type, enabled=False):
             wide = torch.promote_types(query.dtype, torch.float32)
-            y, lse = softmax_attention(query.to(wide), key.to(wide), value.to(wide), scaling, documents)
+            inputs = {name: getattr(seen, name).to(wide) for name in ("query", "key", "value")}
+            y, lse = softmax_attention(seen._replace(**inputs))
             with torch.no_grad():
-                seen = output.memory_lse.isfinite()
-                far = far_part(y, lse, output.exact.to(wide), output.exact_lse.to(wide), seen)
+                filled = output.memory_lse.isfinite()
+                far = far_part(y, lse, output.exact.to(wide), output.exact_lse.to(wide), filled)
                 valid = torch.ones_like(lse[:, :1], dtype=torch.bool) if documents is None else documents[:, None] >= 0
             self.terms = transfer_terms(y, far, output, valid)
         return y.to(query.dtype)
@@ -174,26 +174,23 @@ class TransferProbe:
 
 
 @torch.no_grad()
-def received_later(query: Tensor, key: Tensor, scaling: float, spec: KernelSpec) -> Tensor:
+def received_later(seen: Seen, spec: KernelSpec) -> Tensor:
     """The most that softmax pays to each token, from any query of its group past the token's window: [B, Hk, T].
 
-    query [B, H, T, D], key [B, Hk, T, D]; rows are whole documents. 0 where no such query comes. A block of queries at
-    a time.
+    Rows are whole documents. 0 where no such query comes. A block of queries at a time.
     """
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    query = query.unflatten(1, (groups, heads // groups))
+    batch, heads, length, _ = seen.query.shape
+    query = seen.query.unflatten(1, (seen.key.shape[1], -1))
     step = max(1, SCORES_HELD.get(query.device.type, SCORES_HELD_ELSEWHERE) // (batch * heads * length))
-    position = torch.arange(length, device=key.device)
+    position = torch.arange(length, device=query.device)
     leaves = (position // spec.block + spec.back + 1) * spec.block
-    most = torch.zeros(batch, groups, length, device=key.device)
+    most = torch.zeros(*query.shape[:2], length, device=query.device)
     for start in range(0, length, step):
-        at = position[start : start + step, None]
-        scores = torch.einsum("bkgqd,bktd->bkgqt", query[..., start : start + step, :], key[:, :, : at[-1] + 1])
-        now = position[: scores.shape[-1]]
-        p = (scores.float() * scaling).masked_fill(now > at, -torch.inf).softmax(-1)
-        p = p.masked_fill(leaves[: len(now)] > at, 0).amax((2, 3))
-        most[:, :, : len(now)] = torch.maximum(most[:, :, : len(now)], p)
+        end = min(start + step, length)
+        visible = _visible(start, end, query.device, None)
+        p, _ = softmax_weights(query[..., start:end, :], seen.key[:, :, :end], seen, visible)
+        p = p.masked_fill(leaves[:end] > position[start:end, None], 0).amax((2, 3))
+        most[:, :, :end] = torch.maximum(most[:, :, :end], p)
     return most
 
 
@@ -215,32 +212,28 @@ class ForecastProbe:
 
     def __init__(self) -> None:
         self.terms: ForecastTerms | None = None
-        self.seen: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
+        self.leaving: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
 
     def watch(self, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> None:
-        self.seen.append((statistics, key.detach(), value.detach(), pos))
+        self.leaving.append((statistics, key.detach(), value.detach(), pos))
 
     def __call__(
         self,
-        kernel: KernelAttention,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        layout: Layout | None,
+        layer: KernelAttention,
+        seen: Seen,
         output: AttentionOutput,
     ) -> Tensor:
-        target = (received_later(query, key, scaling, kernel.spec) + LEAST_MASS).log()
-        arithmetic = kernel.kernel(scaling)
+        target = (received_later(seen, layer.spec) + LEAST_MASS).log()
+        arithmetic = layer.kernel(seen.scaling)
         found = []
-        with torch.autocast(query.device.type, enabled=False):
-            for statistics, keys, values, pos in self.seen:
+        with torch.autocast(target.device.type, enabled=False):
+            for statistics, key, value, pos in self.leaving:
                 came = target.gather(2, pos.expand(target.shape[:2] + pos.shape[2:]).clamp(min=0))
-                found.append((forecast(arithmetic, statistics, keys, values), came, (pos != EMPTY).expand_as(came)))
-        self.seen = []
+                found.append((forecast(arithmetic, statistics, key, value), came, (pos != EMPTY).expand_as(came)))
+        self.leaving = []
         said, came, counts = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         self.terms = ForecastTerms(*forecast_terms(said, came, counts.to(said)))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return softmax_attention(seen)[0]
 
 
 def forecast_terms(said: Tensor, came: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from .plan import AttentionShape, LayerCost
 from .runtime import ops
 from .runtime.attention import KernelAttention
 from .runtime.feature_maps import FEATURE_MAPS
-from .runtime.modeling import PREFIX, attentions
+from .runtime.modeling import PREFIX, attentions, native_windows
 from .runtime.spec import NO_MEMORY, KernelSpec
-from .runtime.state import AttentionOutput
+from .runtime.state import AttentionOutput, Seen
 
 WATCHED = "kernelize_watched"  # a name in AttentionInterface, taken while a model is observed
 SIZES = (32, 128)
@@ -39,24 +39,17 @@ Report = Callable[[int, int, str], object]  # how many are done, of how many, wh
 # --- what a layer sees ----------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """What one layer's attention was given for one text."""
-
-    query: Tensor  # [1, H, T, D], after positions
-    key: Tensor  # [1, Hk, T, D]
-    value: Tensor  # [1, Hk, T, D]
-    scaling: float
-
-
 @contextmanager
 def watched(model: PreTrainedModel, layers: Collection[int], see: Callable[[int, Seen], None]) -> Iterator[None]:
     """Within the context the softmax attention of `layers` also hands its inputs to `see`; outputs are the same."""
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
-                  **_: Any) -> tuple[Tensor, None]:  # fmt: skip
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        see(module.layer_idx, Seen(query, key, value, scaling))
-        return softmax_attention(query, key, value, scaling)[0].transpose(1, 2), None
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None,
+        softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        seen = Seen(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+        see(module.layer_idx, seen)
+        return softmax_attention(seen)[0].transpose(1, 2), None
 
     AttentionInterface.register(WATCHED, attention)
     modules = {i: m for i, m in attentions(model, model.config.model_type).items() if i in layers}
@@ -78,11 +71,14 @@ def observe(model: PreTrainedModel, texts: Sequence[Tensor], layers: Collection[
 
     def see(layer: int, seen: Seen) -> None:
         q, k, v = (x.float().cpu().clone() for x in seen[:3])
-        found[layer].append(Seen(q, k, v, seen.scaling))
+        sinks = None if seen.sink_logits is None else seen.sink_logits.float().cpu()
+        found[layer].append(Seen(q, k, v, seen.scaling, seen.softcap, sinks))
 
     with watched(model, layers, see):
         for ids in texts:
             model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+    if not all(found.values()):
+        raise InputError(f"{model.config.model_type!r} does not ask the attention interface; it cannot be inspected")
     return found
 
 
@@ -110,9 +106,8 @@ def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
 
 def softmax_layers(model: PreTrainedModel) -> tuple[int, ...]:
     """The layers that can be converted: those whose attention sees everything."""
-    config = model.config.to_dict()
-    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
-    return tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    local = native_windows(model.config)
+    return tuple(i for i in range(model.config.num_hidden_layers) if i not in local)
 
 
 # --- what a map makes of it -----------------------------------------------------------------------------------
@@ -140,9 +135,8 @@ def measure_layer(layer: int, seen: Sequence[Seen], spec: KernelSpec, shape: Att
     """Calibrates one layer's choice on all of `seen` but the last, and measures it there."""
     kernel = KernelAttention(spec, shape.heads, shape.kv_heads, shape.head_dim)
     fit(kernel, seen[:-1])
-    q, k, v, scaling = seen[-1]
-    out, _ = ops.attend(q, k, v, kernel.kernel(scaling))
-    y, lse = softmax_attention(q, k, v, scaling)
+    out, _ = ops.attend(*seen[-1][:3], kernel.kernel_for(seen[-1]))
+    y, lse = softmax_attention(seen[-1])
     scale = y.square().sum()
     errors = {name: float((x - y).square().sum() / scale) for name, x in (("output", out.y), ("without", out.exact))}
     far, mass = far_errors(out, y, lse)
@@ -160,11 +154,11 @@ def fit(kernel: KernelAttention, seen: Sequence[Seen]) -> None:
     if kernel.map_q.calibrated:
         samples = SamplingProbe(-(-sum(s.query.shape[2] for s in seen) // SAMPLES))
         for s in seen:
-            samples.see(s.query, s.key, s.scaling, kernel.spec.sinks)
+            samples.see(s, kernel.spec.sinks)
         samples.fit(kernel)
     gates = CalibrationProbe()
     for s in seen:
-        gates(kernel, s.query, s.key, s.value, s.scaling, None, None)
+        gates(kernel, s, None)
 
 
 def far_errors(out: AttentionOutput, y: Tensor, lse: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import InputError, KernelizeError
-from .runtime.cache import KernelState, adopt_cache, kernel_layers
+from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
 from .runtime.modeling import unwrapped
 from .runtime.state import State
 
-FORMAT = "kernelize state 1"
+FORMAT = "kernelize state 2"
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
 
-def read(model: Any, ids: Tensor, *, chunk: int = 2048) -> Cache:
-    """The cache after `ids` [B, T], taken `chunk` tokens at a time; no logits are kept."""
-    cache = DynamicCache(config=unwrapped(model).config)
+def read(model: Any, ids: Tensor, *, chunk: int = 2048, after: Cache | None = None) -> Cache:
+    """The cache after `ids` [B, T], or `after` once it has read them too; `chunk` tokens at a time, no logits kept."""
+    cache = DynamicCache(config=unwrapped(model).config) if after is None else after
     with torch.no_grad():
         for piece in ids.to(model.device).split(chunk, 1):
-            model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=piece, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 
@@ -48,21 +50,26 @@ def generate_from(model: Any, cache: Cache, ids: Tensor, **settings: Any) -> Ten
     before = torch.zeros(ids.shape[0], int(cache.get_seq_length()), dtype=ids.dtype, device=ids.device)
     prompt = torch.cat([before, ids], 1)
     mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, past_key_values=cache, **settings)[:, prompt.shape[1] :]
+    return model.generate(prompt, attention_mask=mask, **{CACHE: cache}, **settings)[:, prompt.shape[1] :]
 
 
 def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
     """Writes what `cache` holds for `model` as a safetensors file, of a size that does not depend on the text.
 
-    InputError where a layer keeps softmax (its keys and values grow) or nothing was read yet.
+    The file is complete or not there; one that was there is replaced. InputError where a layer keeps softmax (its keys
+    and values grow), where nothing was read yet, or where weights are offloaded, so that they have no fingerprint.
     """
-    layers = _states(cache)
+    layers, path = _states(cache), Path(path)
     tensors = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in _fields(layer).items()}
+    metadata = {"format": FORMAT, "model": json.dumps(_identity(model), sort_keys=True)}
+    aside = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, Path(path), metadata={"format": FORMAT, "model": _identity(model)})
+        save_file(tensors, aside, metadata=metadata)
+        aside.replace(path)
     except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
         raise KernelizeError(f"cannot write {str(path)!r}: {error}") from error
-    return Path(path)
+    return path
 
 
 def load_state(path: str | Path, model: Any) -> Cache:
@@ -100,18 +107,33 @@ def _fields(layer: KernelState) -> dict[str, Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in fields.items()}
 
 
-def _identity(model: Any) -> str:
-    """What a state depends on, as far as it can be told cheaply: model type, plan, sizes and dtype."""
+def _identity(model: Any) -> dict[str, Any]:
+    """What a state depends on: model type, plan, sizes and dtype, weights."""
     base = unwrapped(model)
     weight = next(base.parameters())
     shape = [list(weight.shape), base.config.num_hidden_layers, str(weight.dtype)]
-    return json.dumps({"type": base.config.model_type, "plan": base.config.kernelize, "shape": shape}, sort_keys=True)
+    plan = base.config.kernelize
+    return {"type": base.config.model_type, "plan": plan, "shape": shape, "weights": fingerprint(base)}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every weight's bits, summed as integers: one pass, and the same number on every device.
+
+    InputError for weights that are offloaded.
+    """
+    sums = {}
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise InputError(f"weight {name!r} is offloaded; a state needs a model whose weights are in memory")
+        bits = weight.detach().contiguous().view(INTEGER[weight.element_size()])
+        sums[name] = int(bits.sum(dtype=torch.int64))
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def _check(path: str | Path, metadata: dict[str, str], model: Any) -> None:
     if metadata.get("format") != FORMAT:
         raise InputError(f"{str(path)!r} is no saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    theirs, ours = json.loads(metadata["model"]), json.loads(_identity(model))
-    other = [field for field in ours if ours[field] != theirs.get(field)]
+    theirs, ours = json.loads(metadata["model"]), json.loads(json.dumps(_identity(model)))
+    other = [field for field in ours if ours[field] != theirs[field]]
     if other:
         raise InputError(f"{str(path)!r} is the state of another model: its {' and '.join(other)} differ")

@@ -19,7 +19,7 @@ from kernelize.runtime.feature_maps import FEATURE_MAPS
 from kernelize.runtime.layout import layout_of
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import DECAYS, NO_MEMORY, POLICIES, RULES, KernelSpec, SpecError
-from kernelize.runtime.state import Kernel
+from kernelize.runtime.state import Kernel, Seen
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 LENGTH = 41
@@ -276,7 +276,7 @@ def law_documents(spec: KernelSpec) -> None:
     lengths = ((9, 1, 31), (25, 16))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     layout = layout_of(LENGTH, None, positions, 2, has_cache=False)
-    got = attention(q, k, v, kernel_of(attention), layout, None)
+    got = attention(Seen(q, k, v, kernel_of(attention).scaling, layout=layout), None)
     for row, pieces in enumerate(lengths):
         alone = [x[row : row + 1].split(pieces, 2) for x in (q, k, v)]
         parts = [reference.attend(*piece, kernel_of(attention))[0].y for piece in zip(*alone, strict=True)]

@@ -30,6 +30,7 @@ TYPES = ["sliding_attention", "full_attention"] * 2
 
 CHANGES: dict[str, dict] = {
     "cohere": GATED | {"use_qk_norm": True},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "gemma": GATED | HEAD,
     "gemma2": GATED | HEAD | LOCAL | {"layer_types": TYPES, "attn_logit_softcapping": 3.0},
     "gemma3_text": GATED | HEAD | LOCAL | {"layer_types": TYPES},
@@ -74,7 +75,8 @@ def tiny_config(name: str, **changes):
 def tiny_teacher(name: str, seed: int = 0):
     """A random softmax model of the family; norms and biases are random too, so that leaving one out shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name)).eval()
+    options = {"attn_implementation": "eager"} if FAMILIES[name].lacks == "sdpa" else {}
+    model = AutoModelForCausalLM.from_config(tiny_config(name), **options).eval()
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.ndim == 1:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from families import tiny_student
 from tiny import byte_tokenizer, tiny_llama
 
-from kernelize.budget import LEAST, SIZES, STEP, BudgetText, budgeted, layer_costs, retrieval_text, share_out
+from kernelize.budget import (
+    LEAST,
+    SIZES,
+    STEP,
+    BudgetText,
+    budgeted,
+    differentiable_softmax,
+    layer_costs,
+    retrieval_text,
+    share_out,
+)
 from kernelize.convert import convert
 from kernelize.plan import ConversionPlan
 from kernelize.runtime.modeling import kernelized_layers
 from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.state import Seen
 
 SPEC = KernelSpec(window=16, block=8, sinks=2, slots=32, feature_dim=16)
 
@@ -61,6 +74,37 @@ def test_costs_leave_the_model_as_it_was_and_fall_to_nothing():
         assert cost[-1] < 1e-20, "with a slot for every token the layer is softmax attention"
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(layer.kernelize.probe is None for layer in kernelized_layers(model).values())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_costs_honour_soft_caps_and_native_sinks(family):
+    model = tiny_student(family).double()
+    costs = costs_of(model)
+    assert set(costs) == set(kernelized_layers(model))
+    for cost in costs.values():
+        assert cost[0] > 0
+        assert cost[-1] < 1e-10 * cost[0], "with a slot for every token the layer is softmax attention"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_the_differentiable_softmax_has_the_gradient_of_the_dense_one(family):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 20, 8), (1, 2, 20, 8), (1, 2, 20, 8))
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    cap = {"gemma2": 2.0}.get(family)
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64) if family == "gpt_oss" else None
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    scores = (scores if cap is None else cap * torch.tanh(scores / cap)).masked_fill(
+        ~torch.ones(20, 20, dtype=torch.bool).tril(), -torch.inf
+    )
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(-1, -1, 20, 1)], -1)
+    dense = scores.softmax(-1)[..., :20] @ v.repeat_interleave(2, 1)
+    got = differentiable_softmax(Seen(q, k, v, 0.3, cap, sinks))
+    torch.testing.assert_close(got, dense, rtol=0, atol=1e-12)
+    weight = torch.randn(dense.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad((dense * weight).sum(), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad((got * weight).sum(), (q, k, v)), expected, rtol=0, atol=1e-11)
 
 
 def test_a_layer_that_nobody_listens_to_costs_nothing():

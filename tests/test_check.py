@@ -14,6 +14,7 @@ from kernelize.errors import InputError
 from kernelize.runtime import attention, chunked, layout, modeling
 from kernelize.runtime.attention import KernelAttention
 
+pytestmark = pytest.mark.fast
 MUTABLE = [name for name in LAWS if name not in ("clean process", "save and load", "state bytes", "working dtype")]
 
 

@@ -239,6 +239,40 @@ def test_generate_streams_what_json_keeps(folder, tmp_path, capsys):
     assert json.loads(path.read_text())[0]["prompt_tokens"] == len("<user>Call me\n")
 
 
+def test_generate_reads_once_and_answers_later(folder, tmp_path, capsys):
+    state, path, options = tmp_path / "book", tmp_path / "text.json", ["--max-new-tokens", "5"]
+    book = "Call me Ishmael. Some years ago, never mind how long precisely, having little money"
+    assert run("generate", folder / "made", book[:40], "--save-state", state, "--json", path) == 0
+    assert f"read 40 tokens; wrote {state}" in capsys.readouterr().out
+    assert json.loads(path.read_text())["bytes"] == (size := state.stat().st_size)
+    assert run("generate", folder / "made", book[40:60], "--load-state", state, "--save-state", state) == 0
+    assert state.stat().st_size == size
+    capsys.readouterr()
+    for _ in range(2):  # asking changes nothing
+        assert run("generate", folder / "made", book[60:], "--load-state", state, *options) == 0
+        later = capsys.readouterr().out
+        assert run("generate", folder / "made", book, *options) == 0
+        assert later == capsys.readouterr().out
+    assert run("generate", folder / "made", "Who?", "--load-state", state, "--chat", *options) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["{0}/source", "x", "--save-state", "{1}/book"], "has read nothing yet"),
+        (["{0}/made", "x", "--save-state", "{1}/book", "--chat"], "leave out --chat"),
+        (["{0}/made", " ", "--save-state", "{1}/book"], "the prompt is empty"),
+        (["{0}/made", "x", "--save-state", "{1}/nowhere/book"], "cannot be written"),
+        (["{0}/made", "x", "--load-state", "{1}/book"], "is no saved state"),
+        (["{0}/made", "x", "--load-state", "{0}/made/model.safetensors"], "is no saved state"),
+    ],
+)
+def test_generate_refuses_states(options, said, folder, tmp_path, capsys):
+    assert run("generate", *(option.format(folder, tmp_path) for option in options)) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", [["  "], ["x", "--max-new-tokens", "0"], ["x", "--temperature", "-1"]])
 def test_generate_refuses(option, folder):
     assert run("generate", folder / "made", *option) == 2

@@ -11,6 +11,7 @@ import typer
 from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.cli.app import app
+from kernelize.runtime.modeling import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -40,6 +41,13 @@ def test_documented_command_is_understood(line):
     assert command is not None, f"{name!r} is no command"
     parsed = command.make_context(name, list(arguments), parent=context)
     assert parsed.params
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_table_of_families_says_what_the_code_says(name):
+    family, page = FAMILIES[name], (ROOT / "docs" / "families.md").read_text("utf-8")
+    supported = f"| `{name}` | `{family.layers}.*.{family.attention}` | {family.note} |"
+    assert (f"- `{name}`: {family.refused}.\n" if family.refused else supported) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

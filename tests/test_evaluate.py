@@ -34,6 +34,7 @@ from kernelize.evaluate import (
 )
 from kernelize.plan import ConversionPlan
 from kernelize.recall import TASKS, Writer
+from kernelize.runtime.cache import CACHE
 from kernelize.runtime.spec import KernelSpec
 
 TOKENIZER = byte_tokenizer()
@@ -164,9 +165,9 @@ class _Oracle(torch.nn.Module):
     def get_input_embeddings(self):
         return self.inner.get_input_embeddings()
 
-    def forward(self, ids, past_key_values, **options):
-        out = self.inner(ids, past_key_values=past_key_values, **options)
-        step = past_key_values.get_seq_length() - self.length
+    def forward(self, ids, **options):
+        out = self.inner(ids, **options)
+        step = options[CACHE].get_seq_length() - self.length
         if 0 <= step < self.keys.shape[1]:
             out.logits[:, -1] = torch.nn.functional.one_hot(self.keys[:, step], out.logits.shape[-1]) * 1e4
         return out

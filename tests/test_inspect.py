@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from families import tiny_teacher
 from tiny import tiny_llama
 
 from kernelize.calibrate import missing_mass
@@ -22,12 +23,12 @@ from kernelize.inspect import (
     recommend,
 )
 from kernelize.losses import softmax_attention
-from kernelize.measure import MapRow, Seen, candidates, measure_layer, measure_maps, observe, softmax_layers, spaced
+from kernelize.measure import MapRow, candidates, measure_layer, measure_maps, observe, softmax_layers, spaced
 from kernelize.plan import AttentionShape, describe
 from kernelize.runtime.feature_maps import FEATURE_MAPS
 from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import AttentionOutput
+from kernelize.runtime.state import AttentionOutput, Seen
 
 SPEC = KernelSpec(feature_map="codebook", feature_dim=8, window=8, sinks=2, slots=4, block=4)
 SHAPE = AttentionShape(layers=1, heads=4, kv_heads=2, head_dim=8, context=256, dtype="float32")
@@ -71,8 +72,27 @@ def test_what_is_observed_gives_the_layers_output():
     seen = observe(model, texts()[:1], (1,))[1][0]
     hook.remove()
     with torch.no_grad():
-        y, _ = softmax_attention(seen.query, seen.key, seen.value, seen.scaling)
+        y, _ = softmax_attention(seen)
     torch.testing.assert_close(y.transpose(1, 2).flatten(2), outputs[0])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_observing_honours_soft_caps_and_native_sinks(family):
+    model = tiny_teacher(family)
+    with torch.no_grad():
+        before = model(texts()[0]).logits
+        outputs = []
+        hook = model.register_forward_hook(lambda _, args, out: outputs.append(out.logits))
+        seen = observe(model, texts()[:1], softmax_layers(model))
+        hook.remove()
+        rows = head_rows(1, seen[1][0], SPEC)
+    torch.testing.assert_close(outputs[0], before[:, -1:], rtol=0, atol=2e-5)
+    assert [row.window + row.sinks + row.elsewhere for row in rows] == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+def test_a_family_that_does_not_ask_the_attention_interface_cannot_be_inspected():
+    with pytest.raises(InputError, match="'gpt_neo' does not ask the attention interface"):
+        observe(tiny_teacher("gpt_neo"), texts()[:1], (0, 2))
 
 
 def test_layers_with_a_sliding_window_cannot_be_converted():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from families import SPEC as FAMILY_SPEC
+from families import tiny_student, tiny_teacher
 from tiny import tiny_llama
 from torch import nn
 
 from kernelize import losses
 from kernelize.losses import TransferProbe, distillation, far_part, softmax_attention, transfer_terms
 from kernelize.recipe import DistilWeights, TransferWeights
-from kernelize.runtime.layout import packed
+from kernelize.runtime.layout import Layout, packed
 from kernelize.runtime.modeling import kernelize_model, kernelized_layers
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import AttentionOutput
+from kernelize.runtime.state import AttentionOutput, Seen
 
 SPEC = KernelSpec(feature_dim=16, window=9, sinks=1, slots=4, block=4)
 
@@ -45,7 +47,8 @@ def test_blockwise_softmax_is_softmax(monkeypatch, held, with_documents):
     if with_documents:
         documents = torch.tensor([[0] * 5 + [1] * 19, [0] * 12 + [1] * 12])
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-    y, lse = softmax_attention(query, key, value, 0.3, documents)
+    layout = Layout(documents=documents) if with_documents else None
+    y, lse = softmax_attention(Seen(query, key, value, 0.3, layout=layout))
     expected, expected_lse = dense(query, key, value, allowed)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
@@ -151,12 +154,39 @@ def test_the_probe_passes_the_teachers_states_on(packed_row):
     assert all(float(probe.terms.far) > 0 for probe in probes.values())
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("learned", [False, True])  # a sink that the student learns is not the teacher's
+def test_the_probe_honours_soft_caps_and_native_sinks(family, learned):
+    model = tiny_student(family, FAMILY_SPEC.replace(sink_logits=learned))
+    probes = {index: TransferProbe() for index in kernelized_layers(model)}
+    for index, layer in kernelized_layers(model).items():
+        layer.kernelize.probe = probes[index]
+        if learned:
+            layer.kernelize.sink_logit.data.fill_(1.0)
+    ids, _ = batch(False)
+    with torch.no_grad():
+        expected = tiny_teacher(family)(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_everything_exact_is_the_teacher_under_soft_caps_and_sinks(family):
+    model = tiny_student(family, FAMILY_SPEC.replace(slots=96)).double()
+    probes = {index: TransferProbe() for index in kernelized_layers(model)}
+    for index, layer in kernelized_layers(model).items():
+        layer.kernelize.probe = probes[index]
+    with torch.no_grad():
+        model(batch(False)[0], use_cache=False)
+    assert all(float(probe.terms.output) < 1e-10 for probe in probes.values())
+
+
 def test_each_document_counts_as_it_would_alone():
     _, positions = batch(True)
     query, key, value = (x[:1] for x in random_qkv(48))
-    documents = packed(positions[:1]).documents
-    y, lse = softmax_attention(query, key, value, 0.3, documents)
-    alone = [softmax_attention(query[:, :, p], key[:, :, p], value[:, :, p], 0.3) for p in (slice(30), slice(30, 48))]
+    y, lse = softmax_attention(Seen(query, key, value, 0.3, layout=packed(positions[:1])))
+    parts = (slice(30), slice(30, 48))
+    alone = [softmax_attention(Seen(query[:, :, p], key[:, :, p], value[:, :, p], 0.3)) for p in parts]
     torch.testing.assert_close(y, torch.cat([part[0] for part in alone], 2))
     torch.testing.assert_close(lse, torch.cat([part[1] for part in alone], 2))
 
@@ -222,11 +252,11 @@ def heads_and_features(dtype=torch.float64):
 @pytest.mark.parametrize("held", [1, 1 << 24])
 def test_attention_received_later_is_that_past_the_window(monkeypatch, held):
     monkeypatch.setitem(losses.SCORES_HELD, "cpu", held)
-    query, key, _ = (x.float() for x in random_qkv(30))
+    query, key, value = (x.float() for x in random_qkv(30))
     spec = KernelSpec(window=5, block=4)
     scores = query.unflatten(1, (2, 2)) @ key[:, :, None].mT * 0.5
     p = scores.masked_fill(~causal(30), -torch.inf).softmax(-1)
-    found = losses.received_later(query, key, 0.5, spec)
+    found = losses.received_later(Seen(query, key, value, 0.5), spec)
     for j in range(30):
         left = (j // 4 + spec.back + 1) * 4
         expected = p[:, :, :, left:, j].amax((2, 3)) if left < 30 else torch.zeros(2, 2)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
+import datasets
 import pytest
 import torch
 import torch._dynamo.testing
 from families import tiny_student
-from transformers import DynamicCache, pipeline
+from tiny import byte_tokenizer
+from transformers import AutoModelForCausalLM, DynamicCache, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
-from kernelize.errors import InputError
-from kernelize.runtime.cache import kernel_layers
+from kernelize import states
+from kernelize.convert import save
+from kernelize.errors import InputError, KernelizeError
+from kernelize.runtime.cache import CACHE, kernel_layers
 from kernelize.runtime.spec import KernelSpec
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
+pytestmark = pytest.mark.fast
 NEW = 12
 
 
@@ -59,10 +67,11 @@ def test_mode_equals_greedy(model, ids, settings):
     assert torch.equal(write(model, ids, **settings), write(model, ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gptj"])  # Gemma 2 itself gives NaN on padded rows here
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gptj", "gemma2"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_left_padded_batch_equals_single_rows(ids, family, cache):
-    model = tiny_student(family).double()
+    # Gemma 2's eager softmax is float32 always, and there the least float64 of its masks is minus infinity
+    model = tiny_student(family).to(torch.float32 if family == "gemma2" else torch.float64)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     both = write(model, ids, attention_mask=mask, cache_implementation=cache)
@@ -77,6 +86,20 @@ def test_search_equals_the_same_without_a_cache(model, ids, settings):
         torch.manual_seed(0)
         outcomes.append(write(model, ids, use_cache=use_cache, max_new_tokens=8, **settings))
     assert torch.equal(*outcomes)
+
+
+def test_candidates_that_are_tried_and_dropped_leave_no_trace(model, ids):
+    """What contrastive search does with a cache: every row k times, one token tried in each, the best one kept."""
+    cache, best = read(model, ids[:, :80]), torch.tensor([2, 0])
+    tried = torch.randint(1, 257, (2, 3), generator=torch.Generator().manual_seed(1))
+    cache.batch_repeat_interleave(3)
+    with torch.no_grad():
+        model(tried.view(-1, 1), use_cache=True, **{CACHE: cache})
+        cache.batch_select_indices(torch.arange(2) * 3 + best)
+        out = model(ids[:, 80:], use_cache=True, **{CACHE: cache}).logits
+        chosen = torch.cat([ids[:, :80], tried.gather(1, best[:, None]), ids[:, 80:]], 1)
+        expected = model(chosen, use_cache=False).logits[:, 81:]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)  # rotations are float32
 
 
 def test_prompt_look_up_equals_greedy(model, ids):
@@ -109,11 +132,50 @@ def test_four_dimensional_mask_is_refused(model, ids):
 
 
 def test_pipeline_writes_text():
-    from tiny import byte_tokenizer
-
     write_text = pipeline("text-generation", model=tiny_student("llama"), tokenizer=byte_tokenizer(), device="cpu")
     text = write_text("Once upon a time", max_new_tokens=5, do_sample=False)[0]["generated_text"]
     assert text.startswith("Once upon a time")
+
+
+def writer(model, **options):
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu", **options)
+
+
+def test_batches_of_a_dataset_equal_single_texts(model):
+    texts = [
+        "Once upon a time there was a window.",
+        "Short.",
+        "And a third one, which is longer than both, by far: " * 2,
+    ]
+    data = datasets.Dataset.from_dict({"text": texts})
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_full_text": False}
+    write_text = writer(model)
+    alone = [write_text(text, **settings)[0]["generated_text"] for text in texts]
+    batches = write_text(KeyDataset(data, "text"), batch_size=3, **settings)
+    assert [written[0]["generated_text"] for written in batches] == alone
+
+
+def test_a_conversation_goes_through_the_chat_template(model):
+    tokenizer, messages = byte_tokenizer(chat=True), [{"role": "user", "content": "Call me"}]
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+    answer = writer(model)(messages, max_new_tokens=NEW, do_sample=False)[0]["generated_text"][-1]
+    expected = tokenizer.decode(write(model, ids, eos_token_id=0)[0], skip_special_tokens=True)
+    assert (answer["role"], answer["content"]) == ("assistant", expected)
+
+
+def test_automatic_placement_with_layers_on_disk(ids, tmp_path):
+    plain = tiny_student("smollm3")
+    plain.save_pretrained(tmp_path / "model")
+    room = sum(p.nbytes for p in plain.parameters()) * 9 // 10
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path / "disk"
+    )
+    assert {"cpu", "disk"} == set(map(str, placed.hf_device_map.values()))
+    assert torch.equal(write(placed, ids), write(plain, ids))
+    with pytest.raises(InputError, match="is offloaded"):
+        save_state(read(placed, ids), tmp_path / "state", placed)
 
 
 def test_step_compiles_once_whatever_the_position(model, ids):
@@ -125,7 +187,7 @@ def test_step_compiles_once_whatever_the_position(model, ids):
         layer.static = True
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits[:, 85:]
-        steps = [step(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(85, 90)]
+        steps = [step(input_ids=ids[:, t : t + 1], use_cache=True, **{CACHE: cache}).logits for t in range(85, 90)]
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.cat(steps, 1), exact, rtol=0, atol=1e-5)  # rotations are float32
 
@@ -157,12 +219,64 @@ def test_saved_state_answers_as_if_all_was_read_at_once(model, ids, tmp_path):
     assert longer.stat().st_size == path.stat().st_size
 
 
+LATER = """\
+import sys, torch
+from kernelize import load
+from kernelize.states import generate_from, load_state
+model, _ = load(sys.argv[1])
+question = torch.tensor([[int(token) for token in sys.argv[3].split()]])
+tokens = generate_from(model, load_state(sys.argv[2], model), question, max_new_tokens=12, do_sample=False,
+                       pad_token_id=0, eos_token_id=None)
+print(*tokens[0].tolist())
+"""
+
+
+def test_a_document_read_once_is_answered_from_in_a_new_process(tmp_path):
+    model = tiny_student("llama")
+    document = torch.randint(1, 257, (1, 16384), generator=torch.Generator().manual_seed(2))
+    question = document[:, 100:109]
+    save(model, byte_tokenizer(), tmp_path / "model")
+    sizes = [
+        save_state(read(model, document[:, :length]), tmp_path / f"{length}", model).stat().st_size
+        for length in (512, 16384)
+    ]
+    assert sizes[0] == sizes[1]
+    asked = [str(tmp_path / "model"), str(tmp_path / "16384"), " ".join(map(str, question[0].tolist()))]
+    later = subprocess.run([sys.executable, "-c", LATER, *asked], capture_output=True, text=True, check=True).stdout
+    at_once = write(model, torch.cat([document, question], 1), prefill_chunk_size=3000)
+    assert list(map(int, later.split())) == at_once[0].tolist()
+
+
+def test_a_state_of_other_weights_is_refused(model, ids, tmp_path):
+    path = save_state(read(model, ids), tmp_path / "a.safetensors", model)
+    other = copy.deepcopy(model)
+    other.model.embed_tokens.weight.data[200, 3] += 1e-9
+    with pytest.raises(InputError, match="another model: its weights differ"):
+        load_state(path, other)
+    load_state(path, copy.deepcopy(model))
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one(model, ids, tmp_path, monkeypatch):
+    path = save_state(read(model, ids), tmp_path / "a.safetensors", model)
+    before = path.read_bytes()
+
+    def full(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(states, "save_file", full)
+    with pytest.raises(KernelizeError, match="no space left"):
+        save_state(read(model, ids[:, :50]), path, model)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_fork_leaves_the_original_alone(model, ids):
     cache = read(model, ids[:1, :80])
     both = fork(cache, 2)
     with torch.no_grad():
-        out = model(ids[:, 80:], past_key_values=both, use_cache=True).logits
-        alone = model(ids[:1, 80:], past_key_values=cache, use_cache=True).logits
+        out = model(ids[:, 80:], use_cache=True, **{CACHE: both}).logits
+        alone = model(ids[:1, 80:], use_cache=True, **{CACHE: cache}).logits
     torch.testing.assert_close(out[:1], alone, rtol=0, atol=1e-5)  # rotations are float32
 
 

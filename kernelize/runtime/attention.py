@@ -15,7 +15,7 @@ from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
 from .spec import KernelSpec
-from .state import AttentionOutput, Kernel, State
+from .state import AttentionOutput, Kernel, Seen, State
 
 ATTENTION = "kernelize"  # its name in AttentionInterface
 INITIAL_LOG_GATE = -4.0  # an untrained memory must not hurt
@@ -32,12 +32,8 @@ class Probe(Protocol):
 
     def __call__(
         self,
-        kernel: KernelAttention,
-        query: Tensor,  # [B, H, T, D]
-        key: Tensor,  # [B, Hk, T, D]
-        value: Tensor,  # [B, Hk, T, D]
-        scaling: float,
-        layout: Layout | None,
+        layer: KernelAttention,
+        seen: Seen,
         output: Any,  # AttentionOutput, or None
     ) -> Tensor: ...  # [B, H, T, D]
 
@@ -120,24 +116,22 @@ class KernelAttention(nn.Module):
         own: dict[str, Any] = {name: p for name, p in self._parameters.items() if name in Kernel._fields}
         return kernel._replace(**own, watch=self.watch)
 
+    def kernel_for(self, seen: Seen) -> Kernel:
+        """The layer's arithmetic under the scaling, soft cap and sinks of `seen`."""
+        return self.kernel(seen.scaling, seen.softcap, seen.sink_logits)
+
     def effective_spec(self) -> KernelSpec:
         if not (self.training and self.window_dropout):
             return self.spec
         dropped = float(torch.rand(())) < self.window_dropout
         return self.spec.replace(window=1) if dropped else self.spec
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel: Kernel,
-        layout: Layout | None,
-        cache: KernelState | None,
-    ) -> Tensor:
-        """query [B, H, T, D], key and value [B, Hk, T, D] -> [B, H, T, D]; the state goes on in `cache`."""
+    def forward(self, seen: Seen, cache: KernelState | None) -> Tensor:
+        """What the layer makes of `seen`, [B, H, T, D]; the state goes on in `cache`."""
         if self.probe is not None and not self.probe.wants_output:
-            return self.probe(self, query, key, value, kernel.scaling, layout, None)
+            return self.probe(self, seen, None)
+        query, key, value, *_, layout = seen
+        kernel = self.kernel_for(seen)
         if layout is not None and layout.documents is not None:
             out = self.attend_documents(query, key, value, kernel, layout)
         else:
@@ -147,7 +141,7 @@ class KernelAttention(nn.Module):
             if cache is not None:
                 cache.advance(state, query.shape[2], self.replay(query, key, value, kernel, cache, valid))
         if self.probe is not None:
-            return self.probe(self, query, key, value, kernel.scaling, layout, out)
+            return self.probe(self, seen, out)
         return out.y
 
     def replay(
@@ -206,8 +200,8 @@ def attention_function(
     Attention dropout is not applied: the student of a distillation is deterministic.
     """
     attention: KernelAttention = module.kernelize  # type: ignore[assignment]
-    kernel = attention.kernel(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    y = attention(query, key, value, kernel, kernelize_layout, kernelize_cache)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    y = attention(Seen(query, key, value, scaling, softcap, s_aux, kernelize_layout), kernelize_cache)
     return y.transpose(1, 2), None
 
 

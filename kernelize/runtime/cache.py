@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+from .spec import SpecError
 from .state import State
 
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"  # the argument of Transformers that holds the cache
 Replay = Callable[[int], State]
 RECORDED = 2  # calls that a second crop may still take back: an assistant model takes back twice
 
@@ -195,3 +199,15 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
     peer = next((held[i] for i in softmax if not sliding[i]), None)
     for layer in kernel_layers(cache):
         layer.mask_peer = peer
+
+
+def refuse_second_draft(cache: Cache) -> None:
+    """SpecError where a sliding window layer of an old release would read on without a crop: its mask is wrong then."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        sliding = isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized and layer.record_past
+        if sliding and layer.keys.shape[-2] >= layer.sliding_window:
+            raise SpecError(
+                f"Transformers {transformers.__version__} cannot read on in a sliding window layer that records its "
+                "past without a crop() between; allowed: 5.18 and later"
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import ATTENTION, KernelAttention, attention_function
-from .cache import KernelState, adopt_cache
+from .cache import CACHE, RELEASE, KernelState, adopt_cache, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
 from .spec import KernelSpec, SpecError
 
 VERSION = 1  # of the `kernelize` entry of a config
 PREFIX = "kernelized_"
+FALCON = "transformers.models.falcon.modeling_falcon"
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # of attention classes, through releases and families
 
 
 class KernelizedAttentionMixin:
@@ -42,14 +45,15 @@ class KernelizedAttentionMixin:
     kernelize: KernelAttention
     layer_idx: int
 
-    def forward(
-        self, *args: Any, past_key_values: Cache | None = None, layer_past: Cache | None = None, **kwargs: Any
-    ) -> Any:
-        state = self.state_in(past_key_values if layer_past is None else layer_past)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.take_state(kwargs)
         return super().forward(*args, kernelize_cache=state, **kwargs)  # type: ignore[misc]
 
-    def state_in(self, cache: Cache | None) -> KernelState | None:
-        return None if cache is None else cache.layers[self.layer_idx]  # type: ignore[return-value]
+    def take_state(self, kwargs: dict[str, Any]) -> KernelState | None:
+        """Takes the cache out of `kwargs`, under whichever name the model passes it; the layer's state in it."""
+        given = [kwargs.pop(name, None) for name in CACHE_NAMES]
+        cache = next((cache for cache in given if cache is not None), None)
+        return None if cache is None else cache.layers[self.layer_idx]
 
 
 class Offset:
@@ -61,18 +65,18 @@ class Offset:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.state.get_seq_length()
 
-    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
 
 
 class OffsetAttentionMixin(KernelizedAttentionMixin):
     """For an attention class that scales queries by their position, which it takes from the cache (Llama 4)."""
 
-    def forward(self, *args: Any, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
-        state = self.state_in(past_key_values)
-        offset = None if state is None else Offset(state)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.take_state(kwargs)
+        kwargs[CACHE] = None if state is None else Offset(state)
         return super(KernelizedAttentionMixin, self).forward(  # type: ignore[misc]
-            *args, past_key_values=offset, kernelize_cache=state, **kwargs
+            *args, kernelize_cache=state, **kwargs
         )
 
 
@@ -86,8 +90,8 @@ class DirectAttentionMixin(KernelizedAttentionMixin):
     waiting_layout: Layout | None = None
     fixed_scaling: float | None = None  # None: head_dim ** -0.5
 
-    def forward(self, *args: Any, layer_past: Cache | None = None, **kwargs: Any) -> Any:
-        self.waiting_state = self.state_in(layer_past)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.waiting_state = self.take_state(kwargs)
         return super(KernelizedAttentionMixin, self).forward(*args, **kwargs)  # type: ignore[misc]
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> tuple[Tensor, None]:
@@ -108,6 +112,25 @@ class UnscaledDirectAttentionMixin(DirectAttentionMixin):
     """GPT-Neo: scores are not scaled."""
 
     fixed_scaling = 1.0
+
+
+class FalconAttentionMixin(DirectAttentionMixin):
+    """Falcon computes softmax inside its forward; this is that forward, up to the queries and keys after rotation.
+
+    Falcon repeats the keys of a group to all its query heads; here each is taken once.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        rotate = sys.modules[FALCON].apply_rotary_pos_emb
+        q, k, v = self._split_heads(self.query_key_value(hidden_states))  # type: ignore[attr-defined]
+        repeats = k.shape[2] // self.kernelize.kv_heads
+        q, k, v = (x.transpose(1, 2) for x in (q, k[:, :, ::repeats], v[:, :, ::repeats]))
+        self.waiting_state = self.take_state(kwargs)
+        q, k = rotate(q, k, *position_embeddings)
+        y = self._attn(q, k, v)[0]
+        return self.dense(y.transpose(1, 2).flatten(2)), None  # type: ignore[attr-defined]
 
 
 def projected(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -131,16 +154,20 @@ class Family:
     shape: Callable[[Any, PreTrainedConfig], tuple[int, int, int]] = projected
     mixin: type = KernelizedAttentionMixin
     refused: str = ""  # why it is not supported
-    lacks: str = ""  # what Transformers' own attention of the layers that are kept cannot do: packing, static cache
+    lacks: str = ""  # what Transformers' own attention of the layers that are kept cannot do, one of LACKS
 
 
+LACKS = ("packing", "static cache", "sdpa")
 LOCAL = "layers with a native sliding window keep it"
 FAMILIES: dict[str, Family] = {
     "bloom": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
     "cohere": Family(note="q/k norm where the config has it; parallel residual"),
-    "falcon": Family(refused="its attention neither asks the attention interface nor keeps softmax in one method"),
+    "falcon": Family(
+        "transformer.h", "self_attention", "its own forward; grouped heads; without ALiBi", configured,
+        FalconAttentionMixin,
+    ),
     "gemma": Family(),
-    "gemma2": Family(note=f"{LOCAL}; soft-capped scores, in the window as in the slots"),
+    "gemma2": Family(note=f"{LOCAL}; soft-capped scores, in the window as in the slots; no sdpa", lacks="sdpa"),
     "gemma3_text": Family(note=f"{LOCAL}; q/k norm"),
     "gpt2": Family("transformer.h", "attn", "learned positions", configured),
     "gpt_bigcode": Family("transformer.h", "attn", "learned positions; one key-value head", configured),
@@ -150,10 +177,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family("gpt_neox.layers", "attention", "partial RoPE", configured),
     "gpt_oss": Family(note=f"{LOCAL}; its learned sinks stay in the normaliser", lacks="packing"),
-    "gptj": Family("transformer.h", "attn", "partial RoPE; no sdpa", configured, DirectAttentionMixin),
+    "gptj": Family(
+        "transformer.h", "attn", "partial RoPE; no sdpa before 5.24", configured,
+        DirectAttentionMixin if RELEASE < (5, 24) else KernelizedAttentionMixin,
+    ),
     "granite": Family(note="its own scaling"),
     "llama": Family(),
-    "llama4_text": Family(note="chunked layers stay as they are; NoPE layers", mixin=OffsetAttentionMixin),
+    "llama4_text": Family(
+        note="chunked layers stay as they are; NoPE layers", mixin=OffsetAttentionMixin,
+        lacks="packing" if RELEASE < (5, 23) else "",
+    ),
     "mistral": Family(note=LOCAL),
     "mixtral": Family(note=LOCAL),
     "mpt": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
@@ -207,6 +240,11 @@ def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
     for field in ("alibi", "add_cross_attention", "use_bidirectional_attention"):
         if data.get(field):
             raise SpecError(f"{field}={data[field]!r} in the config of {base!r} is not supported; allowed: false")
+    if FAMILIES[base].lacks == config._attn_implementation:
+        raise SpecError(
+            f"attn_implementation={config._attn_implementation!r} leaves out what {base!r} does with its scores; "
+            "load the model with attn_implementation='eager'"
+        )
     local = sorted(i for i in native_windows(config) if i < len(layers) and layers[i] is not None)
     if local:
         raise SpecError(
@@ -264,24 +302,26 @@ class KernelizedModelMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         kernelize_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the original, with past_key_values of constant size; logits are [B, T, V].
+        """As the original, with a cache of constant size, by its older or newer name; logits are [B, T, V].
 
         `kernelize_mask` [B, T] stands for `attention_mask` where `generate` has made 4-D masks of it.
         """
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:  # type: ignore[attr-defined]
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt_cache(past_key_values, self.converted)
-        has_cache = past_key_values is not None
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None and not self.training:  # type: ignore[attr-defined]
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            adopt_cache(cache, self.converted)
+        has_cache = cache is not None
         mask = attention_mask if kernelize_mask is None else kernelize_mask
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
         layout = layout_of(length, mask, position_ids, batch, has_cache)
-        self.refuse_for_kept(layout, past_key_values)
+        self.refuse_for_kept(layout, cache)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
             for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
                 attention.waiting_layout = layout
@@ -291,15 +331,17 @@ class KernelizedModelMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=has_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
     def refuse_for_kept(self, layout: Layout | None, cache: Cache | None) -> None:
         """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
         lacks, base = family_of(self.config.model_type).lacks, self.config.model_type.removeprefix(PREFIX)
+        if cache is not None and RELEASE < (5, 18):
+            refuse_second_draft(cache)
         if not lacks or len(self.converted) == self.config.num_hidden_layers:
             return
         packed = lacks == "packing" and layout is not None and layout.documents is not None
@@ -332,10 +374,11 @@ class KernelizedModelMixin:
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if model_kwargs.get("past_key_values") is not None:
-            adopt_cache(model_kwargs["past_key_values"], self.converted)
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            adopt_cache(cache, self.converted)
             if generation_config.is_assistant:  # said before the layers were there
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
@@ -457,9 +500,9 @@ def softmax_twin(model: Any) -> Iterator[Any]:
 def kv_heads_of(config: PreTrainedConfig) -> int:
     """Key-value heads; model types without grouped heads do not name them."""
     data = config.to_dict()
-    if data.get("multi_query"):  # GPT-BigCode
+    if data.get("multi_query") and not data.get("new_decoder_architecture"):  # GPT-BigCode, Falcon 7B
         return 1
-    return data.get("num_key_value_heads") or config.num_attention_heads
+    return data.get("num_key_value_heads") or data.get("num_kv_heads") or config.num_attention_heads
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -497,6 +540,8 @@ def _classes(base: str) -> tuple[type, type]:
         annotations = {"kernelize": "dict | None"}
         config = type(config_name, (original_config,), {**fields, "__annotations__": annotations})
         body = {"config_class": config, "__annotations__": {"config": config}, "__module__": __name__}
+        if FAMILIES[base].lacks == "sdpa":  # older releases take it, and drop the soft caps
+            body["_supports_sdpa"] = False
         _CLASSES[config_name] = config
         mapping = get_checkpoint_conversion_mapping(base)
         if mapping is not None:  # experts are stored one by one and held together

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layout import Layout
 from .spec import KernelSpec
 
 EMPTY = -1  # the position of an entry that holds no token
@@ -37,6 +38,18 @@ class Kernel(NamedTuple):
     forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
+
+
+class Seen(NamedTuple):
+    """What a layer's attention is given, and how its original softmax weighs it."""
+
+    query: Tensor  # [B, H, T, D], after positions
+    key: Tensor  # [B, Hk, T, D]
+    value: Tensor  # [B, Hk, T, Dv]
+    scaling: float
+    softcap: float | None = None  # as in `Kernel`
+    sink_logits: Tensor | None = None  # [H], the model's own, without what the layer's spec adds
+    layout: Layout | None = None
 
 
 class AttentionOutput(NamedTuple):
@@ -124,7 +137,12 @@ def merge(exact: Tensor, exact_lse: Tensor, total: Tensor | None, log_gate: Tens
 def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
     """Scaled, capped scores [..., X, Y] of q [..., X, D] and k [..., Y, D]."""
     s = (q * kernel.scaling) @ k.transpose(-1, -2)  # q is smaller than the scores
-    return s if kernel.softcap is None else kernel.softcap * torch.tanh(s / kernel.softcap)
+    return capped(s, kernel.softcap)
+
+
+def capped(s: Tensor, softcap: float | None) -> Tensor:
+    """Scores that never leave ±softcap (Gemma 2)."""
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
 
 
 def add_sink_logits(exact: Tensor, lse: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
