@@ -92,6 +92,14 @@ METRICS: dict[str, Metric] = {
     "repetition": Metric("share of 4-grams that the text repeats", "lower", "{:.3f}".format),
     "distinct_1": Metric("different tokens / tokens", "higher", "{:.3f}".format),
     "distinct_2": Metric("different 2-grams / 2-grams", "higher", "{:.3f}".format),
+    **{
+        f"mass_{source}": Metric(f"share of the normaliser that is {source}, mean over layers", "", "{:.3f}".format)
+        for source in ("window", "sinks", "slots", "memory")
+    },
+    **{
+        f"mass_{source}_at": Metric(f"the part of it fewer than `length` tokens away ({source})", "", "{:.3f}".format)
+        for source in ("window", "sinks", "slots")
+    },
     "parameters": Metric("parameters", "", "{:,.0f}".format),
     "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
     **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}".format) for name in TASKS},

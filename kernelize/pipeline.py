@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+    from .audit import Audit
     from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
@@ -194,6 +195,31 @@ def evaluate_sources(
     if card:
         document(sources[0], rows=as_rows(rows))
     return rows
+
+
+def audit_source(
+    source: str,
+    teacher: str,
+    *,
+    card: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> Audit:
+    """Audits a converted checkpoint beside the original; with `card`, its model card takes up what was found.
+
+    `options` go to `audit.audit`: length, pieces, trials, text, on_progress.
+    """
+    from .audit import audit
+
+    if card:
+        read_facts(source)
+    model, tokenizer = load_for_use(source, device=device, dtype=dtype)
+    original, _ = load_for_use(teacher, device=device, dtype=dtype)
+    found = audit(model, original, tokenizer, name=Path(source).stem, **options)
+    if card:
+        document(source, audit=found.to_dict())
+    return found
 
 
 def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:

@@ -14,7 +14,7 @@ from .cache import KernelState
 from .feature_maps import FEATURE_MAPS
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
-from .spec import KernelSpec
+from .spec import KernelSpec, SpecError
 from .state import AttentionOutput, Kernel, State
 
 ATTENTION = "kernelize"  # its name in AttentionInterface
@@ -41,6 +41,9 @@ class Probe(Protocol):
     ) -> Tensor: ...  # [B, H, T, D]
 
 
+Instead = Callable[[Tensor, Tensor, Tensor, Kernel], Tensor]  # q [B, H, T, D], k and v [B, Hk, T, D] -> like q
+
+
 class KernelAttention(nn.Module):
     """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head.
 
@@ -54,6 +57,7 @@ class KernelAttention(nn.Module):
         self.spec, self.heads, self.kv_heads = spec, heads, kv_heads
         self.window_dropout = 0.0  # probability, in training, that a forward sees but one block as its window
         self.probe: Probe | None = None  # training looks in here; it may replace the output
+        self.instead: Instead | None = None  # an audit computes whole rows with this, not with the layer's own
         if spec.has_memory:
             kind = FEATURE_MAPS[spec.feature_map]
             self.map_q = kind(heads, head_dim, spec.feature_dim)
@@ -120,6 +124,10 @@ class KernelAttention(nn.Module):
         cache: KernelState | None,
     ) -> Tensor:
         """query [B, H, T, D], key and value [B, Hk, T, D] -> [B, H, T, D]; the state goes on in `cache`."""
+        if self.instead is not None:
+            if cache is not None or layout is not None:
+                raise SpecError("what stands in for a layer reads whole rows: no cache, padding or packed documents")
+            return self.instead(query, key, value, kernel)
         if self.probe is not None and not self.probe.wants_output:
             return self.probe(self, query, key, value, kernel.scaling, layout, None)
         if layout is not None and layout.documents is not None:
