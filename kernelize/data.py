@@ -292,11 +292,17 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_retrieval(
-    haystack: str, tokenizer: PreTrainedTokenizerBase, seed: str, room: int, shortest: int = SHORTEST
+    haystack: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: str,
+    room: int,
+    shortest: int = SHORTEST,
+    kind: str | None = None,
 ) -> Encoded:
     """At most `room` tokens of the haystack, with something to be found again if they suffice for that.
 
-    The length is drawn between `shortest` and `room`; all follows from `seed`.
+    The length is drawn between `shortest` and `room`; all follows from `seed`. `kind` is one of `retrieval.KINDS`, or
+    any of them.
     """
     if not tokenizer.is_fast:
         raise InputError("data 'retrieval' needs a fast tokenizer, which knows where in the text a token stands")
@@ -307,7 +313,7 @@ def encode_retrieval(
     ratio = len(sample) / max(1, len(tokenizer(sample, verbose=False)["input_ids"]))
     characters, encoded = max(1, int((target - len(end)) * ratio)), Encoded([], [])
     for _ in range(TRIES):
-        marked = write(haystack, characters, random.Random(seed))
+        marked = write(haystack, characters, random.Random(seed), kind)
         encoded = mark(marked, tokenizer, end)
         if not marked.answers or len(encoded.ids) <= room:
             break

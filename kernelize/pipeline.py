@@ -53,10 +53,13 @@ def plan_source(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> tuple[Recipe, PlanReport]:
     """What a recipe would do to a model, from its config alone. `make_recipe` gets the number of layers.
 
+    A recipe that chooses the layers it keeps needs the weights, and minutes: `device` and `on_progress` are for that.
     `options` go to `describe`: lengths, dtype. Raises InputError or SpecError for what cannot be converted.
     """
     from .convert import load_config
@@ -68,7 +71,32 @@ def plan_source(
         raise InputError(f"{source!r} is already kernelized; `kernelize info` shows its plan")
     family_of(config.model_type)
     recipe = make_recipe(config.num_hidden_layers)
+    if recipe.keep_auto:
+        loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": options.get("dtype")}
+        recipe = keep_chosen(source, recipe, device=device, on_progress=on_progress, **loading)
     return recipe, describe(plan_for(recipe, config), config, **options)
+
+
+def keep_chosen(
+    source: str, recipe: Recipe, *, on_progress: Callable[[int, int, str], None] | None = None, **loading: Any
+) -> Recipe:
+    """The recipe with the layers that its `keep_auto` asks for, measured on the model, and their costs."""
+    from .convert import convert
+    from .evaluate import sample_text
+    from .keep import LENGTH, choose_layers, retrieval_texts
+
+    count = recipe.keep_auto or 0
+    free = recipe.model_copy(update={"keep_auto": None})
+    model, tokenizer = load_for_use(source, **loading)
+    length = min(LENGTH, model.config.max_position_embeddings)
+    texts = retrieval_texts(tokenizer, sample_text("train"), length)
+    plan = plan_for(free, model.config)
+    if count >= len(plan.converted):
+        raise InputError(f"keep=auto:{count} is not below the {len(plan.converted)} layers that can be converted")
+    model = convert(model, plan, calibration=calibration(tokenizer, model))
+    kept = choose_layers(model, texts, count, on_progress=on_progress)
+    costs = {str(layer): round(cost, 4) for layer, cost in kept.costs.items()}
+    return free.model_copy(update={"keep": kept.layers, "keep_costs": costs})
 
 
 def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
@@ -102,7 +130,7 @@ def convert_source(
     from .convert import convert, save
 
     check_output(output, overwrite)
-    recipe, report = plan_source(source, make_recipe, dtype=dtype, **loading)
+    recipe, report = plan_source(source, make_recipe, dtype=dtype, device=device, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
     plan = plan_for(recipe, model.config)
     model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))

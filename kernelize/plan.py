@@ -144,6 +144,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def parse_auto(text: str) -> int:
+    """7 from "auto:7": how many layers keep softmax."""
+    word, _, count = text.partition(":")
+    if word != "auto" or not count.isdecimal() or int(count) == 0:
+        raise InputError(f"keep={text!r} is neither layers ('0,7,12-14') nor a number of them to be chosen ('auto:7')")
+    return int(count)
+
+
 def _range(part: str) -> range:
     first, dash, last = part.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
