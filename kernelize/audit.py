@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .card import UNUSED
 from .errors import InputError
-from .evaluate import Passkey, Perplexity, Row, bootstrap, wilson
+from .evaluate import Passkey, Perplexity, Row, Subject, bootstrap, check_positions, wilson
 from .losses import far_part
 from .objectives import Features
 from .recall import encode
@@ -38,6 +38,7 @@ SUITE = "audit"
 SOURCES = ("window", "sinks", "slots", "memory")
 EVERY = 64  # tokens: one query in so many is looked at
 EDGES = (4, 16, 64, 256, 1024, 4096, 16384, 65536, 2**31)  # tokens of distance: upper ends of the buckets
+ANSWER = 16  # tokens that a passkey may have
 ROWS_HELD = 128  # positions whose logits exist at once
 
 # What is left, as (window and sinks, slots, memory)
@@ -257,6 +258,8 @@ def audit(
     sizes = [m.config.get_text_config().vocab_size for m in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise InputError(f"{name} and the teacher have different vocabularies, of {sizes[0]} and {sizes[1]} tokens")
+    for title, subject in ((name, model), ("the teacher", teacher)):
+        check_positions(Subject(title, subject, tokenizer, ""), length + ANSWER)
     texts = [unit.ids[0] for unit in Perplexity(lengths=(length,), pieces=pieces, text=text).units(tokenizer)]
     units = Passkey(lengths=(length,), trials=trials, text=text).units(tokenizer)
     prompts = [_asked(tokenizer, ids, asked.answers[0]) for unit in units

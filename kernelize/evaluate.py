@@ -658,7 +658,7 @@ def evaluate(
     subjects = _subjects(models, device, dtype)
     reference = _teacher(subjects, teacher)
     for subject in subjects:
-        _check_positions(subject, max(suite.reach for suite in chosen))
+        check_positions(subject, max(suite.reach for suite in chosen))
     store = Store(cache)
     units = [_units(suite, subjects) for suite in chosen]
     jobs = [j for s, u in zip(chosen, units, strict=True) for j in _jobs(s, subjects, u, reference, store)]
@@ -708,7 +708,7 @@ def _teacher(subjects: Sequence[Subject], name: str | None) -> Subject | None:
     return names.get(name or "teacher")
 
 
-def _check_positions(subject: Subject, reach: int) -> None:
+def check_positions(subject: Subject, reach: int) -> None:
     """Learned positions end; rotary ones only leave what was trained, which is said and allowed."""
     limit = _trained_length(subject)
     if limit is None or reach <= limit:

@@ -95,8 +95,7 @@ def keep_chosen(
         raise InputError(f"keep=auto:{count} is not below the {len(plan.converted)} layers that can be converted")
     model = convert(model, plan, calibration=calibration(tokenizer, model))
     kept = choose_layers(model, texts, count, on_progress=on_progress)
-    costs = {str(layer): round(cost, 4) for layer, cost in kept.costs.items()}
-    return free.model_copy(update={"keep": kept.layers, "keep_costs": costs})
+    return free.keeping(kept.layers, kept.costs)
 
 
 def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
@@ -300,6 +299,7 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None)
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
         changes |= {"kernel": made.kernel, "keep": made.keep, "layers": made.layers}
+        changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
     return recipe.model_copy(update=changes)
 
 

@@ -53,6 +53,8 @@ class ConversionPlan:
     @classmethod
     def from_recipe(cls, recipe: Recipe, count: int, leave: Collection[int] = ()) -> ConversionPlan:
         """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them."""
+        if recipe.keep_auto:
+            raise InputError(f"recipe {recipe.name!r}: keep_auto={recipe.keep_auto} is measured by `convert`, not here")
         kept = set(leave) - recipe.named
         return cls(tuple(None if i in kept else spec for i, spec in enumerate(recipe.specs(count))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -238,9 +239,10 @@ class Recipe(_Strict):
         return set(self._overrides)
 
     def specs(self, layer_count: int) -> tuple[KernelSpec | None, ...]:
-        """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there."""
-        if self.keep_auto:
-            raise InputError(f"recipe {self.name!r}: keep_auto={self.keep_auto} is measured by `convert`, not by this")
+        """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there.
+
+        What `keep_auto` will keep is not known here.
+        """
         for index in (*self.keep, *self._overrides):
             if index >= layer_count:
                 raise InputError(f"recipe {self.name!r} names layer {index}; the model has 0 to {layer_count - 1}")
@@ -250,6 +252,12 @@ class Recipe(_Strict):
         if index in self.keep:
             return None
         return KernelSpec.from_dict(self.kernel | self._overrides.get(index, {}))
+
+    def keeping(self, layers: tuple[int, ...], costs: Mapping[int, float]) -> Recipe:
+        """The recipe after its `keep_auto` was found to be `layers`, with what each layer's replacement costs."""
+        overrides = {str(i): fields for i, fields in self._overrides.items() if i not in layers}
+        found = {str(layer): round(cost, 4) for layer, cost in costs.items()}
+        return self.model_copy(update={"keep_auto": None, "keep": layers, "keep_costs": found, "layers": overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without what equals its default."""

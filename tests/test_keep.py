@@ -27,7 +27,7 @@ TEXTS = retrieval_texts(TOKENIZER, sample_text("train"), 700, ("several", "copyi
 
 
 def llama(layers=4, **changes):
-    return tiny_llama(num_hidden_layers=layers, max_position_embeddings=1024, **changes)
+    return tiny_llama(num_hidden_layers=layers, **({"max_position_embeddings": 1024} | changes))
 
 
 def gpt2():
@@ -130,7 +130,7 @@ def test_softmax_is_the_layers_own_with_a_cap():
 
 
 def test_plan_and_convert_choose_the_same_layers(tmp_path, capsys):
-    llama(3).save_pretrained(tmp_path / "source")
+    llama(3, max_position_embeddings=768).save_pretrained(tmp_path / "source")
     TOKENIZER.save_pretrained(tmp_path / "source")
     kernel = ["--window", "16", "--block", "8", "--slots", "8", "--feature-dim", "16", "--budget", "uniform"]
     plan = str(tmp_path / "plan.yaml")
@@ -151,6 +151,11 @@ def test_plan_and_convert_choose_the_same_layers(tmp_path, capsys):
 def test_a_recipe_may_choose():
     data = {"name": "r", "description": "d", "keep_auto": 3}
     with pytest.raises(InputError, match="keep_auto=3 is measured by `convert`"):
-        Recipe.from_dict(data).specs(4)
+        ConversionPlan.from_recipe(Recipe.from_dict(data), 4)
+    layers = {"0-2": {"slots": 8}}
+    made = Recipe.from_dict({**data, "layers": layers}).keeping((1, 3), {0: 0.1, 1: 0.25, 2: 0.0, 3: 3.00004})
+    assert Recipe.from_yaml(made.to_yaml()) == made
+    assert [spec and spec.slots for spec in made.specs(4)] == [8, None, 8, None]
+    assert made.keep_costs["3"] == 3.0
     with pytest.raises(InputError, match="keep or keep_auto, not both"):
         Recipe.from_dict({**data, "keep": [1]})
