@@ -56,7 +56,7 @@ def plan(
     if output is not None:
         output.write_text(recipe.to_yaml(), "utf-8")
         say(f"wrote {output}; next: kernelize convert {source} --config {output}")
-    write_json(json, report.to_dict())
+    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
 
 def show_kept(recipe: Recipe) -> None:
@@ -107,7 +107,7 @@ def convert(
             )
     show_plan(report)
     say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
-    write_json(json, report.to_dict())
+    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
 
 def info(

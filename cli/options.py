@@ -83,7 +83,7 @@ class KernelFlags:
         if self.keep is not None and self.pattern is not None:
             raise InputError("give --keep or --pattern, not both")
         if self.keep is not None or self.pattern is not None:
-            data.pop("keep_auto", None)
+            data = {name: value for name, value in data.items() if name not in ("keep_auto", "keep_costs")}
         if self.keep is not None and self.keep.startswith("auto"):
             data |= {"keep": (), "keep_auto": parse_auto(self.keep)}
         elif self.keep is not None:

@@ -134,11 +134,14 @@ def test_plan_and_convert_choose_the_same_layers(tmp_path, capsys):
     TOKENIZER.save_pretrained(tmp_path / "source")
     kernel = ["--window", "16", "--block", "8", "--slots", "8", "--feature-dim", "16", "--budget", "uniform"]
     plan = str(tmp_path / "plan.yaml")
-    assert main(["plan", str(tmp_path / "source"), *kernel, "--keep", "auto:1", "-o", plan]) == 0
+    assert (
+        main(["plan", str(tmp_path / "source"), *kernel, "--keep", "auto:1", "-o", plan, "--json", f"{plan}.json"]) == 0
+    )
     assert "What replacing a layer costs in retrieval" in capsys.readouterr().out
     found = load_recipe(plan)
     assert len(found.keep) == 1
     assert set(found.keep_costs) == {"0", "1", "2"}
+    assert json.loads((tmp_path / "plan.yaml.json").read_text())["keep_costs"] == found.keep_costs
     made = str(tmp_path / "made")
     assert main(["convert", str(tmp_path / "source"), "-o", made, *kernel, "--keep", "auto:1"]) == 0
     assert Recipe.from_yaml((tmp_path / "made/recipe.yaml").read_text()).keep == found.keep
