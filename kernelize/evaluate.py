@@ -92,6 +92,14 @@ METRICS: dict[str, Metric] = {
     "repetition": Metric("share of 4-grams that the text repeats", "lower", "{:.3f}".format),
     "distinct_1": Metric("different tokens / tokens", "higher", "{:.3f}".format),
     "distinct_2": Metric("different 2-grams / 2-grams", "higher", "{:.3f}".format),
+    **{
+        f"mass_{source}": Metric(f"share of the normaliser that is {source}, mean over layers", "", "{:.3f}".format)
+        for source in ("window", "sinks", "slots", "memory")
+    },
+    **{
+        f"mass_{source}_at": Metric(f"the part of it fewer than `length` tokens away ({source})", "", "{:.3f}".format)
+        for source in ("window", "sinks", "slots")
+    },
     "parameters": Metric("parameters", "", "{:,.0f}".format),
     "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
     **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}".format) for name in TASKS},
@@ -650,7 +658,7 @@ def evaluate(
     subjects = _subjects(models, device, dtype)
     reference = _teacher(subjects, teacher)
     for subject in subjects:
-        _check_positions(subject, max(suite.reach for suite in chosen))
+        check_positions(subject, max(suite.reach for suite in chosen))
     store = Store(cache)
     units = [_units(suite, subjects) for suite in chosen]
     jobs = [j for s, u in zip(chosen, units, strict=True) for j in _jobs(s, subjects, u, reference, store)]
@@ -700,7 +708,7 @@ def _teacher(subjects: Sequence[Subject], name: str | None) -> Subject | None:
     return names.get(name or "teacher")
 
 
-def _check_positions(subject: Subject, reach: int) -> None:
+def check_positions(subject: Subject, reach: int) -> None:
     """Learned positions end; rotary ones only leave what was trained, which is said and allowed."""
     limit = _trained_length(subject)
     if limit is None or reach <= limit:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+    from .audit import Audit
     from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
@@ -52,10 +53,13 @@ def plan_source(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> tuple[Recipe, PlanReport]:
     """What a recipe would do to a model, from its config alone. `make_recipe` gets the number of layers.
 
+    A recipe that chooses the layers it keeps needs the weights, and minutes: `device` and `on_progress` are for that.
     `options` go to `describe`: lengths, dtype. Raises InputError or SpecError for what cannot be converted.
     """
     from .convert import load_config
@@ -67,7 +71,31 @@ def plan_source(
         raise InputError(f"{source!r} is already kernelized; `kernelize info` shows its plan")
     family_of(config.model_type)
     recipe = make_recipe(config.num_hidden_layers)
+    if recipe.keep_auto:
+        loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": options.get("dtype")}
+        recipe = keep_chosen(source, recipe, device=device, on_progress=on_progress, **loading)
     return recipe, describe(plan_for(recipe, config), config, **options)
+
+
+def keep_chosen(
+    source: str, recipe: Recipe, *, on_progress: Callable[[int, int, str], None] | None = None, **loading: Any
+) -> Recipe:
+    """The recipe with the layers that its `keep_auto` asks for, measured on the model, and their costs."""
+    from .convert import convert
+    from .evaluate import sample_text
+    from .keep import LENGTH, choose_layers, retrieval_texts
+
+    count = recipe.keep_auto or 0
+    free = recipe.model_copy(update={"keep_auto": None})
+    model, tokenizer = load_for_use(source, **loading)
+    length = min(LENGTH, model.config.max_position_embeddings)
+    texts = retrieval_texts(tokenizer, sample_text("train"), length)
+    plan = plan_for(free, model.config)
+    if count >= len(plan.converted):
+        raise InputError(f"keep=auto:{count} is not below the {len(plan.converted)} layers that can be converted")
+    model = convert(model, plan, calibration=calibration(tokenizer, model))
+    kept = choose_layers(model, texts, count, on_progress=on_progress)
+    return free.keeping(kept.layers, kept.costs)
 
 
 def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
@@ -101,7 +129,7 @@ def convert_source(
     from .convert import convert, save
 
     check_output(output, overwrite)
-    recipe, report = plan_source(source, make_recipe, dtype=dtype, **loading)
+    recipe, report = plan_source(source, make_recipe, dtype=dtype, device=device, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
     plan = plan_for(recipe, model.config)
     model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))
@@ -196,6 +224,31 @@ def evaluate_sources(
     return rows
 
 
+def audit_source(
+    source: str,
+    teacher: str,
+    *,
+    card: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> Audit:
+    """Audits a converted checkpoint beside the original; with `card`, its model card takes up what was found.
+
+    `options` go to `audit.audit`: length, pieces, trials, text, on_progress.
+    """
+    from .audit import audit
+
+    if card:
+        read_facts(source)
+    model, tokenizer = load_for_use(source, device=device, dtype=dtype)
+    original, _ = load_for_use(teacher, device=device, dtype=dtype)
+    found = audit(model, original, tokenizer, name=Path(source).stem, **options)
+    if card:
+        document(source, audit=found.to_dict())
+    return found
+
+
 def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:
     """The recipe with fields of all its stages changed; None leaves a field as it is. `tokens` replaces `steps`."""
     from .recipe import Recipe
@@ -246,6 +299,7 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None)
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
         changes |= {"kernel": made.kernel, "keep": made.keep, "layers": made.layers}
+        changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
     return recipe.model_copy(update=changes)
 
 

@@ -53,6 +53,8 @@ class ConversionPlan:
     @classmethod
     def from_recipe(cls, recipe: Recipe, count: int, leave: Collection[int] = ()) -> ConversionPlan:
         """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them."""
+        if recipe.keep_auto:
+            raise InputError(f"recipe {recipe.name!r}: keep_auto={recipe.keep_auto} is measured by `convert`, not here")
         kept = set(leave) - recipe.named
         return cls(tuple(None if i in kept else spec for i, spec in enumerate(recipe.specs(count))))
 
@@ -142,6 +144,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
     if twice:
         raise InputError(f"layers {text!r} name layer {twice[0]} twice")
     return tuple(found)
+
+
+def parse_auto(text: str) -> int:
+    """7 from "auto:7": how many layers keep softmax."""
+    word, _, count = text.partition(":")
+    if word != "auto" or not count.isdecimal() or int(count) == 0:
+        raise InputError(f"keep={text!r} is neither layers ('0,7,12-14') nor a number of them to be chosen ('auto:7')")
+    return int(count)
 
 
 def _range(part: str) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -193,7 +194,9 @@ class Recipe(_Strict):
     """A whole run.
 
     `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
-    or an inclusive range ("3-7"); the layers in `keep` stay softmax. With `budget: auto` the slots of all layers go
+    or an inclusive range ("3-7"); the layers in `keep` stay softmax. `keep_auto` is how many do, chosen at the
+    conversion by what their replacement costs in retrieval: `keep` and `keep_costs` (nats a token of the answers, by
+    layer) then say what was found. With `budget: auto` the slots of all layers go
     where they save most, as many in all.
     """
 
@@ -202,6 +205,8 @@ class Recipe(_Strict):
     source: str | None = None
     kernel: dict[str, Any] = {}
     keep: Sequence[Annotated[int, Field(ge=0)]] = ()
+    keep_auto: int | None = Field(default=None, ge=1)
+    keep_costs: dict[str, float] = {}
     layers: dict[str, dict[str, Any]] = {}
     budget: Literal["uniform", "auto"] = "uniform"
     stages: Sequence[Stage] = ()
@@ -209,7 +214,7 @@ class Recipe(_Strict):
     checkpoint_steps: int = Field(default=200, ge=1)
     evaluation: Evaluation = Evaluation()
 
-    @field_validator("layers", mode="before")
+    @field_validator("layers", "keep_costs", mode="before")
     @classmethod
     def _text_keys(cls, layers: Any) -> Any:
         return {str(key): fields for key, fields in layers.items()} if isinstance(layers, dict) else layers
@@ -219,6 +224,8 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages share a name: {', '.join(names)}")
+        if self.keep and self.keep_auto:
+            raise ValueError("give keep or keep_auto, not both")
         KernelSpec.from_dict(self.kernel)
         for fields in self.layers.values():
             KernelSpec.from_dict(self.kernel | fields)
@@ -242,7 +249,10 @@ class Recipe(_Strict):
         return set(self._overrides)
 
     def specs(self, layer_count: int) -> tuple[KernelSpec | None, ...]:
-        """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there."""
+        """The choice for each of a model's layers; None keeps softmax. InputError for a layer that is not there.
+
+        What `keep_auto` will keep is not known here.
+        """
         for index in (*self.keep, *self._overrides):
             if index >= layer_count:
                 raise InputError(f"recipe {self.name!r} names layer {index}; the model has 0 to {layer_count - 1}")
@@ -252,6 +262,12 @@ class Recipe(_Strict):
         if index in self.keep:
             return None
         return KernelSpec.from_dict(self.kernel | self._overrides.get(index, {}))
+
+    def keeping(self, layers: tuple[int, ...], costs: Mapping[int, float]) -> Recipe:
+        """The recipe after its `keep_auto` was found to be `layers`, with what each layer's replacement costs."""
+        overrides = {str(i): fields for i, fields in self._overrides.items() if i not in layers}
+        found = {str(layer): round(cost, 4) for layer, cost in costs.items()}
+        return self.model_copy(update={"keep_auto": None, "keep": layers, "keep_costs": found, "layers": overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without what equals its default."""

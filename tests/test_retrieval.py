@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+from functools import lru_cache
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def grams(words: list[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
+@lru_cache
 def evaluation_prompts() -> list[str]:
     writer = Writer(TOKENIZER, sample_text("novel"))
     made = [make(writer, 1600, 0.5, random.Random(seed)) for make in TASKS.values() for seed in range(4)]

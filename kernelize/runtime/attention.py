@@ -14,7 +14,7 @@ from .cache import KernelState
 from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
-from .spec import KernelSpec
+from .spec import KernelSpec, SpecError
 from .state import AttentionOutput, Kernel, Seen, State
 
 ATTENTION = "kernelize"  # its name in AttentionInterface
@@ -38,6 +38,9 @@ class Probe(Protocol):
     ) -> Tensor: ...  # [B, H, T, D]
 
 
+Instead = Callable[[Tensor, Tensor, Tensor, Kernel], Tensor]  # q [B, H, T, D], k and v [B, Hk, T, D] -> like q
+
+
 class KernelAttention(nn.Module):
     """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head.
 
@@ -52,6 +55,7 @@ class KernelAttention(nn.Module):
         self.window_dropout = 0.0  # probability, in training, that a forward sees but one block as its window
         self.probe: Probe | None = None  # training looks in here; it may replace the output
         self.watch: Callable[..., None] | None = None  # see Kernel.watch
+        self.instead: Instead | None = None  # an audit computes whole rows with this, not with the layer's own
         if spec.has_memory:
             kind = FEATURE_MAPS[spec.feature_map]
             self.map_q = kind(heads, head_dim, spec.feature_dim)
@@ -128,6 +132,10 @@ class KernelAttention(nn.Module):
 
     def forward(self, seen: Seen, cache: KernelState | None) -> Tensor:
         """What the layer makes of `seen`, [B, H, T, D]; the state goes on in `cache`."""
+        if self.instead is not None:
+            if cache is not None or seen.layout is not None:
+                raise SpecError("what stands in for a layer reads whole rows: no cache, padding or packed documents")
+            return self.instead(seen.query, seen.key, seen.value, self.kernel_for(seen))
         if self.probe is not None and not self.probe.wants_output:
             return self.probe(self, seen, None)
         query, key, value, *_, layout = seen
