@@ -22,6 +22,10 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; on a terminal, converse.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = None,
     dtype: DType = None,
@@ -39,6 +43,7 @@ def generate(
     with doing(f"loading {source}"):
         loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings |= {"top_k": top_k, "top_p": top_p}
     talk = Conversation(*loaded, chat=chat, on_text=stream, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):
