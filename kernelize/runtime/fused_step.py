@@ -266,10 +266,9 @@ def leave_kernel(
             fold(memory, up, lost, gone_value, factor, c, c < C, d, D)
             fold(memory, down, lost, gone_value, factor, C + c, c < C, d, D)
         for first in range(0, SLOTS, TILE):
-            i = first + tl.arange(0, TILE)
-            held = tl.load(Pos + slots + i, mask=i < SLOTS, other=-1) >= 0
-            faded = tl.load(Decay + slots + i, mask=held, other=0.0) + total
-            tl.store(Decay + slots + i, faded, mask=held)
+            slot = slots + first + tl.arange(0, TILE)
+            holds = tl.load(Pos + slot, mask=first + tl.arange(0, TILE) < SLOTS, other=-1) >= 0
+            tl.store(Decay + slot, tl.load(Decay + slot, mask=holds, other=0.0) + total, mask=holds)
         tl.debug_barrier()
         if SHARES == 2:
             put_entries(
