@@ -20,6 +20,7 @@ def bench(
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="Hub id, folder, or .gguf file.")] = None,
     against: Annotated[str | None, typer.Option(help="The original model, measured in the same run.")] = None,
     shape: Annotated[str | None, typer.Option(help="Instead of a SOURCE: random weights, e.g. llama3-8b.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="With --shape: leave out the softmax model.")] = False,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 1k,128k,1m.")] = LENGTHS,
     batch: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,16.")] = "1",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for a timing.")] = 32,
@@ -45,7 +46,7 @@ def bench(
     from kernelize.report import rows_table
 
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
-    chosen = contenders_for(source, against, shape, kernel.recipe, **options)
+    chosen = contenders_for(source, against, shape, kernel.recipe, alone=alone, **options)
     settings = Settings(parse_lengths(lengths), parse_counts(batch), tokens, chunk, train, shared_prompt)
     with Progress("cases") as progress:
         found = run(chosen, settings, progress)

@@ -193,7 +193,8 @@ class FullLayer(DynamicLayer):
 def freeze(cache: Cache) -> None:
     """Makes the growing layers of a cache `FullLayer`s; those of a kernelized model have none."""
     layers: list[Any] = cache.layers
-    full = {id(x): FullLayer(x.keys, x.values) for x in layers if type(x) is DynamicLayer}
+    growing: list[Any] = [x for x in layers if type(x) is DynamicLayer]
+    full = {id(x): FullLayer(x.keys, x.values) for x in growing}
     cache.layers = [full.get(id(x), x) for x in layers]
     for layer in kernel_layers(cache):
         layer.mask_peer = full.get(id(layer.mask_peer), layer.mask_peer)

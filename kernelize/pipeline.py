@@ -284,9 +284,11 @@ def contenders_for(
     against: str | None,
     shape: str | None,
     make_recipe: Callable[[int], Recipe],
+    *,
+    alone: bool = False,
     **options: Any,
 ) -> list[Contender]:
-    """Whom `bench` measures: a source and, last, its teacher; or a named shape, converted and as it is.
+    """Whom `bench` measures: a source and, last, its teacher; or a named shape, converted and, unless `alone`, as it is.
 
     `options` as in `load_for_use`. InputError unless there is exactly one of `source` and `shape`.
     """
@@ -297,10 +299,8 @@ def contenders_for(
     if shape is not None:
         if against is not None:
             raise InputError(f"against={against!r} goes with a SOURCE; --shape brings its own teacher")
-        return [
-            Contender(f"{shape} kernelized", lambda: _shaped(shape, make_recipe, **options)),
-            Contender("teacher", lambda: _shaped(shape, None, **options)),
-        ]
+        mine = Contender(f"{shape} kernelized", lambda: _shaped(shape, make_recipe, **options))
+        return [mine] if alone else [mine, Contender("teacher", lambda: _shaped(shape, None, **options))]
 
     def loaded(name: str, what: str) -> Contender:
         return Contender(name, lambda: load_for_use(what, **options)[0])

@@ -120,6 +120,8 @@ def test_command_writes_rows_that_report_reads(tmp_path, capsys):
     assert "prefill_ms: " in shown
     assert {row.model for row in load_rows(path)} == {"tiny kernelized", "teacher"}
     assert set(json.loads(path.read_text())["break_even"]) == {"bench prefill_ms", "bench decode_ms"}
+    assert main([*arguments, "--alone"]) == 0
+    assert {row.model for row in load_rows(path)} == {"tiny kernelized"}
     assert main(["report", str(path), "-o", str(tmp_path / "report")]) == 0
 
 
