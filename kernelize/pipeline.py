@@ -288,7 +288,7 @@ def contenders_for(
     alone: bool = False,
     **options: Any,
 ) -> list[Contender]:
-    """Whom `bench` measures: a source and, last, its teacher; or a named shape, converted and, unless `alone`, as it is.
+    """Whom `bench` measures: a source and, last, its teacher; or a named shape, converted and (unless `alone`) not.
 
     `options` as in `load_for_use`. InputError unless there is exactly one of `source` and `shape`.
     """
