@@ -128,7 +128,7 @@ class Step:
         self.eos, self.pad = torch.tensor(eos, **new), torch.tensor(pad, **new)
         self.run: Callable[[], None] = self.once
         for layer in kernel_layers(cache):
-            layer.static = True
+            layer.hold()
 
     def begin(self, cache: Cache, logits: Tensor, read: Tensor) -> None:
         """Takes over what `prefill` gives, and picks the first token."""

@@ -50,6 +50,8 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.put_back(state, self.length)
         else:
             self.state = state
+            if self.static:
+                self.hold()
         if not self.is_initialized:
             self.device: Any = state.keys.device
             self.batch_size = state.keys.shape[0]
@@ -61,6 +63,12 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         else:
             self.length = self.length + tokens
         self.has_previous_state[0] = True
+
+    def hold(self) -> None:
+        """From now on the state stays where it is: in tensors of its own, since those of a call may be shared."""
+        self.static = True
+        if self.state is not None and not torch.is_grad_enabled():
+            self.state = self.state.map(lambda t: t.clone(memory_format=torch.contiguous_format))
 
     @property
     def in_place(self) -> bool:

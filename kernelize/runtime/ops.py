@@ -83,11 +83,12 @@ def attend_one(
     q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, branches: bool, in_place: bool
 ) -> tuple[AttentionOutput, State]:
     """One token: q [B, H, 1, D], k and v [B, Hk, 1, D], valid [B] -> as `attend`."""
-    if branches or forced() not in (None, "fused") or not (q.is_cuda or interpreted()):
-        return step(q, k, v, kernel, state, valid)
+    compiled = torch.compiler.is_compiling()  # torch.compile fuses the reference's step itself
+    if compiled or branches or forced() not in (None, "fused") or not (q.is_cuda or interpreted()):
+        return step(q, k, v, kernel, state, valid, in_place)
     if reason := fused_step.supports(kernel, q, k, v, state):
         tell(reason, "the reference's step instead of the fused one")
-        return step(q, k, v, kernel, state, valid)
+        return step(q, k, v, kernel, state, valid, in_place)
     return fused_step.step(q, k, v, kernel, state, valid, in_place)
 
 
