@@ -16,10 +16,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import fused_step
 from .chunked import attend as chunked_attend
 from .fused import attend as fused_attend
 from .fused import autocast, supports, unsupported
+from .fused_step import lacks as step_lacks
+from .fused_step import step as fused_step
+from .fused_step import supports as step_supports
 from .fused_triton import interpreted, triton
 from .reference import attend as reference_attend
 from .reference import step
@@ -75,7 +77,7 @@ def describe_step(spec: KernelSpec) -> str:
         return "reference (forced)"
     if not torch.cuda.is_available():
         return "reference (no GPU)"
-    reason = "Triton is not installed" if triton is None else fused_step.lacks(spec)
+    reason = "Triton is not installed" if triton is None else step_lacks(spec)
     return f"reference ({reason})" if reason else "fused_step"
 
 
@@ -86,10 +88,10 @@ def attend_one(
     compiled = torch.compiler.is_compiling()  # torch.compile fuses the reference's step itself
     if compiled or branches or forced() not in (None, "fused") or not (q.is_cuda or interpreted()):
         return step(q, k, v, kernel, state, valid, in_place)
-    if reason := fused_step.supports(kernel, q, k, v, state):
+    if reason := step_supports(kernel, q, k, v, state):
         tell(reason, "the reference's step instead of the fused one")
         return step(q, k, v, kernel, state, valid, in_place)
-    return fused_step.step(q, k, v, kernel, state, valid, in_place)
+    return fused_step(q, k, v, kernel, state, valid, in_place)
 
 
 @contextmanager
