@@ -90,12 +90,11 @@ def settle(kernel: Kernel, state: State, leaving: Tensor) -> State:
     after = block.sum(-1, keepdim=True) - block.cumsum(-1)
     held = torch.where(fresh, after, decay + block.sum(-1, keepdim=True))
 
-    score = scores(kernel, state, index, key, value, pos, decay, fresh)
+    phi = None if kernel.map_k is None else features(kernel, kernel.map_k, key, pos)
+    score = scores(kernel, state, index, phi, key, value, pos, decay, fresh)
     place = choose_slots(spec, score, pos, fresh)  # [B, Hk, X] the slot an entry gets, or EMPTY
     memory = state.memory * block.sum(-1).exp()[..., None, None]
-    if spec.has_memory:
-        assert kernel.map_k is not None
-        phi = features(kernel, kernel.map_k, key, pos)
+    if phi is not None:
         gone = (place == EMPTY) & (pos != EMPTY)
         lost = gone * held.exp()  # [B, Hk, X]
         memory = memory + (phi * lost[..., None]).transpose(-1, -2) @ with_ones(value.to(phi.dtype))
@@ -141,6 +140,7 @@ def scores(
     kernel: Kernel,
     state: State,
     index: Tensor,
+    phi: Tensor | None,
     key: Tensor,
     value: Tensor,
     pos: Tensor,
@@ -155,7 +155,8 @@ def scores(
     if spec.measures("attention"):
         found["attention"] = state.mass.gather(2, index)
     if spec.measures("recall"):
-        found["recall"] = recall_error(kernel, state, key, value, pos, decay, fresh)
+        assert phi is not None
+        found["recall"] = recall_error(spec, state, phi, value, pos, decay)
     if spec.measures("value"):
         found["value"] = value.to(wide(value.dtype)).norm(dim=-1)
     if spec.measures("keydiff"):
@@ -164,15 +165,13 @@ def scores(
     return torch.where(fresh[:, None], scores_from(kernel, found, key, value, pos), held)
 
 
-def recall_error(
-    kernel: Kernel, state: State, key: Tensor, value: Tensor, pos: Tensor, decay: Tensor, fresh: Tensor
-) -> Tensor:
-    """‖v − what the memory of all earlier blocks answers to k‖ for each entry, [B, Hk, X]."""
-    assert kernel.map_k is not None
-    phi = features(kernel, kernel.map_k, key, pos)
-    holders = (~fresh & (pos != EMPTY)) * decay.exp()
-    everything = state.memory + (phi * holders[..., None]).transpose(-1, -2) @ with_ones(value.to(phi.dtype))
-    return self_recall(phi @ everything, value)
+def recall_error(spec: KernelSpec, state: State, phi: Tensor, value: Tensor, pos: Tensor, decay: Tensor) -> Tensor:
+    """‖v − what the memory of all earlier blocks answers to k‖, [B, Hk, X]; 0 for those who hold a slot already."""
+    held = slice(0, spec.slots)
+    there = (pos[:, :, held] != EMPTY) * decay[:, :, held].exp()
+    holders = (phi[:, :, held] * there[..., None]).transpose(-1, -2) @ with_ones(value[:, :, held].to(phi.dtype))
+    error = self_recall(phi[:, :, spec.slots :] @ (state.memory + holders), value[:, :, spec.slots :])
+    return torch.nn.functional.pad(error, (spec.slots, 0))
 
 
 def self_recall(total: Tensor, value: Tensor) -> Tensor:
