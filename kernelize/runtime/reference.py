@@ -65,12 +65,15 @@ def evict(kernel: Kernel, state: State, valid: Tensor | None) -> State:
     spec = kernel.spec
     # a host look costs nothing on the CPU; elsewhere it would be a sync
     eager = state.seen.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager and not any(seen % spec.block == 0 and seen >= spec.ring for seen in state.seen.tolist()):
+    leaves = [seen % spec.block == 0 and seen >= spec.ring for seen in state.seen.tolist()] if eager else []
+    if eager and not any(leaves):
         return state
     begins = (state.seen % spec.block == 0) & (state.seen >= spec.ring)  # [B]
     begins = begins if valid is None else begins & valid
     leaving = spec.sinks + (state.seen[:, None] + torch.arange(spec.block, device=begins.device)) % spec.ring  # [B, C]
     after = settle(kernel, state, leaving)
+    if eager and valid is None and all(leaves):
+        return after
     return State(
         *(torch.where(begins.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(after, state, strict=True))
     )
