@@ -2,7 +2,8 @@
 
 Every model is given its best: a kernelized one reads in chunks of bounded size and decodes through `decode.Step`; a
 softmax one reads a prompt at once, with cuDNN's attention first where there is one, and decodes on keys and values of a
-fixed length without a mask, with cuDNN's or flash attention. On a GPU both steps are CUDA graphs. What does not fit is a row, too.
+fixed length without a mask, with cuDNN's or flash attention. On a GPU both steps are CUDA graphs. What does not fit is
+a row, too.
 """
 
 from __future__ import annotations
@@ -247,7 +248,8 @@ def describe(model: Any) -> str:
     graph = uncapturable(model)
     how = "as a CUDA graph" if graph is None else f"without a graph ({graph})"
     if not isinstance(model, KernelizedModelMixin):
-        return f"{model.config._attn_implementation} attention, cuDNN first for prompts, the faster of cuDNN and flash for decoding, {how}"
+        name = model.config._attn_implementation
+        return f"prefill {name}, cuDNN first; decoding {name}, the faster of cuDNN and flash, {how}"
     specs = list(dict.fromkeys(spec for spec in plan_of(model.config) if spec is not None))
     prefills, steps = ({f(spec) for spec in specs} for f in (ops.describe, ops.describe_step))
     return f"prefill {' and '.join(sorted(prefills))}; decoding {' and '.join(sorted(steps))} {how}"
