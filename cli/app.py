@@ -13,7 +13,7 @@ import typer
 from kernelize.errors import KernelizeError
 from kernelize.runtime.spec import SpecError
 
-from . import checkpoint, demonstration, evaluation, generation, inspection, publication, training
+from . import benchmark, checkpoint, demonstration, evaluation, generation, inspection, publication, training
 from .codes import BAD_INPUT, FAILURE, INTERRUPTED
 
 DEBUG = "--debug"
@@ -33,6 +33,7 @@ for command in (
     evaluation.check,
     evaluation.audit,
     evaluation.overlap,
+    benchmark.bench,
     generation.generate,
     publication.push,
     checkpoint.info,

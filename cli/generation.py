@@ -28,6 +28,10 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; on a terminal, converse.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     save_state: SaveState = None,
     load_state: LoadState = None,
@@ -57,6 +61,7 @@ def generate(
         read_document(model, tokenizer, text, before, save_state, json)
         return
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings |= {"top_k": top_k, "top_p": top_p}
     talk = Conversation(model, tokenizer, chat=chat, on_text=stream, state=before, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):

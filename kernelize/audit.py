@@ -170,7 +170,7 @@ class Meter:
 
 def masses(query: Tensor, kernel: Kernel, state: State) -> tuple[Tensor, Tensor]:
     """What each position [B, H, P] and the memory [B, H] have of the normaliser of a query [B, H, 1, D]."""
-    out, _ = read(query, kernel, state)
+    out, _ = read(query, kernel, state, None)
     spec, (B, H, _, D), Hk, acc = kernel.spec, query.shape, state.pos.shape[1], wide(query.dtype)
     scores = logits(query.to(acc).view(B, Hk, H // Hk, D), state.keys.to(acc), kernel)  # [B, Hk, G, P]
     if spec.learned_share is not None:

@@ -132,8 +132,11 @@ def _names(names: str | tuple[str, ...] | list[str]) -> Sequence[str]:
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
+    return dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else named_dtype(dtype)
+
+
+def named_dtype(dtype: str) -> torch.dtype:
+    """torch.bfloat16 of "bfloat16"; InputError for what is no floating point type."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if dtype not in named:
         raise InputError(f"dtype={dtype!r} is not one of auto, {', '.join(named)}")

@@ -100,6 +100,15 @@ METRICS: dict[str, Metric] = {
         f"mass_{source}_at": Metric(f"the part of it fewer than `length` tokens away ({source})", "", "{:.3f}".format)
         for source in ("window", "sinks", "slots")
     },
+    "prefill_ms": Metric("milliseconds to read `length` tokens", "lower", "{:,.1f}".format),
+    "decode_ms": Metric("milliseconds a token (of all rows) after `length` tokens", "lower", "{:,.2f}".format),
+    "peak_bytes": Metric("memory of the device at most while reading, weights included", "lower", data_size),
+    "state_bytes": Metric("size of the decoding state of a sequence after `length` tokens", "lower", data_size),
+    "train_tokens_per_s": Metric("tokens a second, forward and backward", "higher", "{:,.0f}".format),
+    "fits": Metric("fits into the memory", "higher", lambda value: "yes" if value else "out of memory"),
+    "fits_training": Metric(
+        "training fits into the memory", "higher", lambda value: "yes" if value else "out of memory"
+    ),
     "parameters": Metric("parameters", "", "{:,.0f}".format),
     "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
     **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}".format) for name in TASKS},

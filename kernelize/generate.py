@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import TextStreamer, set_seed
 from transformers.cache_utils import Cache
 
+from .decode import Decoder, Sampling, refused
 from .errors import InputError
 from .states import generate_from, read
+
+log = logging.getLogger("kernelize")
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Conversation:
     """Answers prompts: each for itself, or with `chat` as turns of one conversation in the tokenizer's template.
 
     With `state` each prompt, or the conversation, goes on from what that cache has read, which stays as it is.
-    temperature 0 takes the likeliest token. Raises InputError for numbers out of range, an empty prompt, and `chat`
-    with a model that has no chat template.
+    temperature 0 takes the likeliest token; top_p None is what the checkpoint says. On a GPU a kernelized model writes
+    through `Decoder`, where that can; `generate` serves the rest. Raises InputError for numbers out of range, an empty
+    prompt, and `chat` with a model that has no chat template.
     """
 
     def __init__(
@@ -52,20 +60,25 @@ class Conversation:
         chat: bool = False,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float | None = None,
         seed: int = 0,
         state: Cache | None = None,
         on_text: Callable[[str], None] = lambda text: None,
     ):
-        if max_new_tokens < 1 or temperature < 0:
-            raise InputError(f"max_new_tokens={max_new_tokens} is below 1, or temperature={temperature} below 0")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} is below 1")
+        top_p = (model.generation_config.top_p or 1.0) if top_p is None else top_p
+        sampling = Sampling(temperature, top_k, top_p)
         if chat and not tokenizer.chat_template:
             raise InputError("the model has no chat template; leave out --chat")
         self.model, self.tokenizer, self.chat, self.on_text = model, tokenizer, chat, on_text
         self.state = state
         self.messages: list[dict[str, str]] = []
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        self.settings = {**sampling, "max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        chosen = {"do_sample": True, **dataclasses.asdict(sampling)} if temperature else {"do_sample": False}
+        self.settings = {**chosen, "max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        self.decoder = decoder_for(model, sampling)
         set_seed(seed)
 
     def answer(self, prompt: str) -> Completion:
@@ -80,11 +93,28 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": text})
         return Completion(prompt, text, asked, len(written), time.monotonic() - start)
 
-    def _write(self, inputs, streamer: TextStreamer):
+    def _write(self, inputs, streamer: TextStreamer) -> Tensor:
+        """The tokens [T] that follow, which `streamer` has seen."""
         ids = inputs["input_ids"]
-        if self.state is None:
+        if self.state is not None:
+            return generate_from(self.model, copy.deepcopy(self.state), ids, **self.settings, streamer=streamer)[0]
+        if self.decoder is None:
             return self.model.generate(**inputs, **self.settings, streamer=streamer)[0, ids.shape[1] :]
-        return generate_from(self.model, copy.deepcopy(self.state), ids, **self.settings, streamer=streamer)[0]
+        streamer.put(ids)
+
+        def hand_over(tokens: Tensor) -> None:  # [1, n]
+            streamer.put(self._until_end(tokens[0]))
+
+        count = self.settings["max_new_tokens"]
+        written = self.decoder.write(ids, inputs.get("attention_mask"), max_new_tokens=count, on_tokens=hand_over)
+        streamer.end()
+        return self._until_end(written[0])
+
+    def _until_end(self, tokens: Tensor) -> Tensor:
+        """tokens [T] up to the first that ends a text, included."""
+        assert self.decoder is not None
+        ends = torch.isin(tokens, torch.tensor(self.decoder.eos, dtype=tokens.dtype)).nonzero()
+        return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
     def _encode(self, prompt: str):
         """input_ids and attention_mask [1, T]."""
@@ -108,3 +138,13 @@ def read_text(model, tokenizer, text: str, after: Cache | None = None) -> tuple[
     """What the model remembers of `text`, read `after` what it read before; and how many tokens that was."""
     ids = encode(tokenizer, text, after)["input_ids"]
     return read(model, ids, after=after), ids.shape[1]
+
+
+def decoder_for(model, sampling: Sampling) -> Decoder | None:
+    """The decoder where it gains something: on a GPU. The log says why a kernelized model there goes without."""
+    if model.device.type != "cuda":
+        return None
+    if reason := refused(model):
+        log.warning("decoding through generate, without a CUDA graph: %s", reason)
+        return None
+    return Decoder(model, sampling)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .audit import Audit
+    from .bench import Contender
     from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
@@ -330,3 +331,58 @@ def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     import dataclasses
 
     return [dataclasses.asdict(row) for row in rows]
+
+
+def contenders_for(
+    source: str | None,
+    against: str | None,
+    shape: str | None,
+    make_recipe: Callable[[int], Recipe],
+    *,
+    alone: bool = False,
+    **options: Any,
+) -> list[Contender]:
+    """Whom `bench` measures: a source and, last, its teacher; or a named shape, converted and (unless `alone`) not.
+
+    `options` as in `load_for_use`. InputError unless there is exactly one of `source` and `shape`.
+    """
+    from .bench import Contender
+
+    if (source is None) == (shape is None):
+        raise InputError(f"source={source!r}, shape={shape!r}: give a SOURCE, or --shape for random weights")
+    if shape is not None:
+        if against is not None:
+            raise InputError(f"against={against!r} goes with a SOURCE; --shape brings its own teacher")
+        mine = Contender(f"{shape} kernelized", lambda: _shaped(shape, make_recipe, **options))
+        return [mine] if alone else [mine, Contender("teacher", lambda: _shaped(shape, None, **options))]
+
+    def loaded(name: str, what: str) -> Contender:
+        return Contender(name, lambda: load_for_use(what, **options)[0])
+
+    mine = loaded(Path(str(source)).name, str(source))
+    return [mine] if against is None else [mine, loaded("teacher", against)]
+
+
+def _shaped(
+    shape: str,
+    make_recipe: Callable[[int], Recipe] | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    **_: Any,
+) -> Any:
+    """A random model of a named shape; with a recipe, converted (slots alike in all layers, nothing calibrated)."""
+    import torch
+
+    from .convert import named_dtype
+    from .plan import ConversionPlan
+    from .runtime.modeling import kernelize_model
+    from .shapes import random_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = named_dtype(dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    model = random_model(shape, device=device, dtype=chosen)
+    if make_recipe is None:
+        return model
+    layers = model.config.num_hidden_layers
+    return kernelize_model(model, list(ConversionPlan.from_recipe(make_recipe(layers), layers).layers)).eval()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tolerances import GRADIENT_TOLERANCE, assert_same
 
-from kernelize.runtime import chunked, fused, fused_memory, fused_select
+from kernelize.runtime import chunked, fused, fused_memory, fused_select, fused_step, reference
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError
 
@@ -135,6 +135,70 @@ def lifetimes() -> None:
         assert torch.equal((lives.holders >= 0).sum(1), holds), f"{slots} slots by {policy}: holders"
 
 
+def in_order(spec: KernelSpec, state):
+    """The state with the holders of each share by position: kernels put them elsewhere than the reference."""
+    first, parts = spec.sinks + spec.ring, [torch.arange(spec.sinks + spec.ring).expand(*state.pos.shape[:2], -1)]
+    for _, capacity in spec.shares if spec.slots else ():
+        parts.append(first + state.pos[:, :, first : first + capacity].argsort(-1))
+        first += capacity
+    index, count = torch.cat(parts, -1), spec.sinks + spec.ring
+
+    def take(x, at):
+        return x.gather(2, reference.spread(at, x))
+
+    moved = {name: take(getattr(state, name), index) for name in ("keys", "values", "pos", "decay", "mass")}
+    return state._replace(**moved, score=take(state.score, index[:, :, count:] - count))
+
+
+CAPPED = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 2, 4)}
+STEP_SPECS = (  # spec, (heads, key heads, head size), the rest of the head
+    (KernelSpec(**{**SMALL, "aging": 20, "share": 0.7}, decay="gated"), (4, 2, 8), {}),
+    (KernelSpec(**{**SMALL, "policy": "value+recall", "block": 2, "window": 4, "sinks": 0, "slots": 3}), (2, 1, 8), {}),
+    (KernelSpec(**{**SMALL, "policy": "attention", "decay": "none", "slots": 20, "block": 4}), (3, 1, 8), CAPPED),
+    (KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention+value"}), (2, 1, 8), {}),
+)
+
+
+@torch.no_grad()
+def steps() -> None:
+    """Each step in place gives the reference's output and state, also in a batch where rows wait."""
+    length = 34
+    valid = torch.rand(2, length, generator=torch.Generator().manual_seed(4)) > 0.25
+    valid[0] = True
+    for spec, sizes, heads in STEP_SPECS:
+        attention = contract.layer(spec, FULL, sizes)
+        extra = {name: value[: sizes[0]] if isinstance(value, torch.Tensor) else value for name, value in heads.items()}
+        kernel, (q, k, v) = attention.kernel(0.5, **extra), contract.tokens(2, length, FULL, sizes=sizes)
+        state = reference.empty_state(spec, k, v)
+        mine = state.map(torch.clone)
+        for t in range(length):
+            now, keep = [x[:, :, t : t + 1] for x in (q, k, v)], valid[:, t]
+            what = f"{contract.name_of(spec)}, token {t}"
+            assert fused_step.supports(kernel, *now, mine) is None
+            got, mine = fused_step.step(*now, kernel, mine, keep, in_place=True)
+            expected, state = reference.step(*now, kernel, state, keep)
+            assert_same(got.y[keep], expected.y[keep], what)
+            for name, a, b in zip(state._fields, in_order(spec, mine), in_order(spec, state), strict=True):
+                assert_same(a.float(), b.float(), f"{what}: {name}")
+
+
+@torch.no_grad()
+def steps_in_low_precision() -> None:
+    """16-bit states stay near the reference on the same state, with a head size that is no power of two."""
+    for dtype, sizes in ((HALF, (3, 1, 24)), (torch.float16, (2, 1, 16))):
+        spec = KernelSpec(**{**SMALL, "aging": 30})
+        attention = contract.layer(spec, FULL, sizes)
+        kernel, (q, k, v) = attention.kernel(0.5), contract.tokens(1, 34, dtype, sizes=sizes)
+        state = reference.empty_state(spec, k, v)
+        for t in range(34):
+            now = [x[:, :, t : t + 1] for x in (q, k, v)]
+            got, after = fused_step.step(*now, kernel, state)
+            expected, state = reference.step(*now, kernel, state)
+            assert got.y.dtype == after.keys.dtype == dtype
+            assert_same(got.y.to(HALF), expected.y.to(HALF), f"{dtype}, token {t}")
+            assert_same(after.memory, state.memory, f"{dtype}, token {t}: memory")
+
+
 @torch.no_grad()
 def low_precision() -> None:
     """bfloat16 stays near float32 on the same tokens, whoever holds the slots."""
@@ -186,7 +250,9 @@ def choice() -> None:
         implementation(refused["block"], q, k, v)
 
 
-LAWS = (forward, streams, gradients, lifetimes, low_precision, mixed_precision, choice)
+LAWS = (
+    forward, streams, gradients, lifetimes, low_precision, mixed_precision, choice, steps, steps_in_low_precision,
+)  # fmt: skip
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
-LAWS = ("forward", "streams", "gradients", "lifetimes", "low_precision", "mixed_precision", "choice")
+LAWS = (
+    "forward", "streams", "gradients", "lifetimes", "low_precision", "mixed_precision", "choice", "steps",
+    "steps_in_low_precision",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -145,7 +145,8 @@ class KernelAttention(nn.Module):
         else:
             valid = None if layout is None else layout.valid
             before = None if cache is None else cache.state
-            out, state = attend(query, key, value, kernel, before, valid, self.probe is not None, cache is not None)
+            probed, in_place = self.probe is not None, cache is not None and cache.in_place
+            out, state = attend(query, key, value, kernel, before, valid, probed, cache is not None, in_place)
             if cache is not None:
                 cache.advance(state, query.shape[2], self.replay(query, key, value, kernel, cache, valid))
         if self.probe is not None:

@@ -50,19 +50,48 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Takes over the state after `tokens` more tokens; with `replay` this can be taken back by `crop`."""
         if replay is not None:
             self.recorded.append(Advance(self.state, self.length, tokens, replay))
-        if self.state is None or not self.static or self.record_past or torch.is_grad_enabled():
-            self.state = state
+        if self.in_place:
+            self.put_back(state, self.length)
         else:
-            for old, new in zip(self.state, state, strict=True):
-                old.copy_(new)
+            self.state = state
+            if self.static:
+                self.hold()
         if not self.is_initialized:
             self.device: Any = state.keys.device
             self.batch_size = state.keys.shape[0]
             self.dtype: Any = state.keys.dtype
             self.length = torch.zeros((), dtype=torch.int64, device=self.device)
             self.is_initialized = True
-        self.length = self.length + tokens
+        if self.in_place and isinstance(self.length, Tensor):
+            self.length.add_(tokens)
+        else:
+            self.length = self.length + tokens
         self.has_previous_state[0] = True
+
+    def hold(self) -> None:
+        """From now on the state stays where it is: in tensors of its own, since those of a call may be shared."""
+        self.static = True
+        if self.state is not None and not torch.is_grad_enabled():
+            self.state = self.state.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the next step may overwrite the state: nobody else holds it, and nobody differentiates it."""
+        return self.state is not None and self.static and not self.record_past and not torch.is_grad_enabled()
+
+    def put_back(self, state: State | None, length: Tensor | int) -> None:
+        """Copies `state` and `length` into the tensors that this layer holds."""
+        assert self.state is not None
+        assert state is not None
+        for old, new in zip(self.state, state, strict=True):
+            if old is not new:
+                old.copy_(new)
+        if isinstance(self.length, Tensor) and self.length is not length:
+            self.length.copy_(torch.as_tensor(length))
+
+    def overwrite(self, other: KernelState) -> None:
+        """As `put_back`, from a layer of another cache."""
+        self.put_back(other.state, other.length)
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +157,13 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def snapshot(self) -> tuple[State | None, Tensor | int]:
         """A copy to which `restore` can return; the roll-back that a recurrent state otherwise lacks."""
-        return None if self.state is None else self.state.map(torch.clone), self.length
+        length = self.length.clone() if isinstance(self.length, Tensor) else self.length
+        return None if self.state is None else self.state.map(torch.clone), length
 
     def restore(self, snapshot: tuple[State | None, Tensor | int]) -> None:
         state, length = snapshot
         self.recorded.clear()
+        length = length.clone() if isinstance(length, Tensor) else length
         self._put(None if state is None else state.map(torch.clone), length)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -45,28 +45,35 @@ def attend(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None = None, in_place: bool = False
 ) -> tuple[AttentionOutput, State]:
-    """One token: q [B, H, 1, D], k and v [B, Hk, 1, D], valid [B] -> (AttentionOutput of one token, next state)."""
-    valid = torch.ones_like(state.seen, dtype=torch.bool) if valid is None else valid
+    """One token: q [B, H, 1, D], k and v [B, Hk, 1, D], valid [B] -> (AttentionOutput of one token, next state).
+
+    With `in_place` the tensors of `state` may be overwritten, which saves copies.
+    """
     state = evict(kernel, state, valid)
-    state = write(k, v, kernel, state, valid)
-    out, mass = read(q, kernel, state)
-    return out, state._replace(mass=torch.where(valid[:, None, None], mass, state.mass), seen=state.seen + valid)
+    state = write(k, v, kernel, state, valid, in_place)
+    out, mass = read(q, kernel, state, valid, in_place)
+    return out, state._replace(mass=mass, seen=state.seen + (1 if valid is None else valid))
 
 
 # --- a block leaves the window ------------------------------------------------------------------------------
 
 
-def evict(kernel: Kernel, state: State, valid: Tensor) -> State:
+def evict(kernel: Kernel, state: State, valid: Tensor | None) -> State:
     """When a block begins, the one it displaces in the ring leaves: it applies for the slots, the losers are folded."""
     spec = kernel.spec
-    begins = valid & (state.seen % spec.block == 0) & (state.seen >= spec.ring)  # [B]
-    eager = begins.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager and not bool(begins.any()):  # a host look costs nothing on the CPU; elsewhere it would be a sync
+    # a host look costs nothing on the CPU; elsewhere it would be a sync
+    eager = state.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+    leaves = [seen % spec.block == 0 and seen >= spec.ring for seen in state.seen.tolist()] if eager else []
+    if eager and not any(leaves):
         return state
-    leaving = spec.sinks + (state.seen[:, None] + torch.arange(spec.block, device=valid.device)) % spec.ring  # [B, C]
+    begins = (state.seen % spec.block == 0) & (state.seen >= spec.ring)  # [B]
+    begins = begins if valid is None else begins & valid
+    leaving = spec.sinks + (state.seen[:, None] + torch.arange(spec.block, device=begins.device)) % spec.ring  # [B, C]
     after = settle(kernel, state, leaving)
+    if eager and valid is None and all(leaves):
+        return after
     return State(
         *(torch.where(begins.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(after, state, strict=True))
     )
@@ -86,12 +93,11 @@ def settle(kernel: Kernel, state: State, leaving: Tensor) -> State:
     after = block.sum(-1, keepdim=True) - block.cumsum(-1)
     held = torch.where(fresh, after, decay + block.sum(-1, keepdim=True))
 
-    score = scores(kernel, state, index, key, value, pos, decay, fresh)
+    phi = None if kernel.map_k is None else features(kernel, kernel.map_k, key, pos)
+    score = scores(kernel, state, index, phi, key, value, pos, decay, fresh)
     place = choose_slots(spec, score, pos, fresh)  # [B, Hk, X] the slot an entry gets, or EMPTY
     memory = state.memory * block.sum(-1).exp()[..., None, None]
-    if spec.has_memory:
-        assert kernel.map_k is not None
-        phi = features(kernel, kernel.map_k, key, pos)
+    if phi is not None:
         gone = (place == EMPTY) & (pos != EMPTY)
         lost = gone * held.exp()  # [B, Hk, X]
         memory = memory + (phi * lost[..., None]).transpose(-1, -2) @ with_ones(value.to(phi.dtype))
@@ -137,6 +143,7 @@ def scores(
     kernel: Kernel,
     state: State,
     index: Tensor,
+    phi: Tensor | None,
     key: Tensor,
     value: Tensor,
     pos: Tensor,
@@ -151,7 +158,8 @@ def scores(
     if spec.measures("attention"):
         found["attention"] = state.mass.gather(2, index)
     if spec.measures("recall"):
-        found["recall"] = recall_error(kernel, state, key, value, pos, decay, fresh)
+        assert phi is not None
+        found["recall"] = recall_error(spec, state, phi, value, pos, decay)
     if spec.measures("value"):
         found["value"] = value.to(wide(value.dtype)).norm(dim=-1)
     if spec.measures("keydiff"):
@@ -160,15 +168,13 @@ def scores(
     return torch.where(fresh[:, None], scores_from(kernel, found, key, value, pos), held)
 
 
-def recall_error(
-    kernel: Kernel, state: State, key: Tensor, value: Tensor, pos: Tensor, decay: Tensor, fresh: Tensor
-) -> Tensor:
-    """‖v − what the memory of all earlier blocks answers to k‖ for each entry, [B, Hk, X]."""
-    assert kernel.map_k is not None
-    phi = features(kernel, kernel.map_k, key, pos)
-    holders = (~fresh & (pos != EMPTY)) * decay.exp()
-    everything = state.memory + (phi * holders[..., None]).transpose(-1, -2) @ with_ones(value.to(phi.dtype))
-    return self_recall(phi @ everything, value)
+def recall_error(spec: KernelSpec, state: State, phi: Tensor, value: Tensor, pos: Tensor, decay: Tensor) -> Tensor:
+    """‖v − what the memory of all earlier blocks answers to k‖, [B, Hk, X]; 0 for those who hold a slot already."""
+    held = slice(0, spec.slots)
+    there = (pos[:, :, held] != EMPTY) * decay[:, :, held].exp()
+    holders = (phi[:, :, held] * there[..., None]).transpose(-1, -2) @ with_ones(value[:, :, held].to(phi.dtype))
+    error = self_recall(phi[:, :, spec.slots :] @ (state.memory + holders), value[:, :, spec.slots :])
+    return torch.nn.functional.pad(error, (spec.slots, 0))
 
 
 def self_recall(total: Tensor, value: Tensor) -> Tensor:
@@ -249,29 +255,36 @@ def take(x: Tensor, index: Tensor) -> Tensor:  # [B, Hk, P, D], [B, Hk, X] -> [B
 # --- a token comes ------------------------------------------------------------------------------------------
 
 
-def write(k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor) -> State:
+def write(k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, in_place: bool = False) -> State:
     """Puts the token into the ring, or among the sinks; rows that are not `valid` [B] stay as they are."""
-    spec, p = kernel.spec, state.seen
-    entry = torch.where(p < spec.sinks, p, spec.sinks + p % spec.ring)  # [B]
-    here = (torch.arange(spec.positions, device=p.device) == entry[:, None]) & valid[:, None]  # [B, P]
-    one = here[:, None, :, None]
-    log_decay, own = torch.zeros_like(state.decay[:, :, :1]), log_decays(kernel, k, v)
-    if own is not None:
-        log_decay = log_decay + own
+    spec, p, (B, Hk) = kernel.spec, state.seen, k.shape[:2]
+    entry = torch.where(p < spec.sinks, p, spec.sinks + p % spec.ring)[:, None, None].expand(B, Hk, 1)
+
+    def put(old: Tensor, new: Tensor) -> Tensor:
+        at = spread(entry, old)
+        if valid is not None:
+            new = torch.where(valid.view(-1, *[1] * (old.ndim - 1)), new, old.gather(2, at))
+        return old.scatter_(2, at, new) if in_place else old.scatter(2, at, new)
+
+    own = log_decays(kernel, k, v)
+    none = state.decay.new_zeros(B, Hk, 1)
     key_sum = state.key_sum
     if spec.measures("keydiff"):
-        key_sum = key_sum + k[:, :, 0] * (valid & (p >= spec.sinks))[:, None, None]
+        counts = p >= spec.sinks if valid is None else valid & (p >= spec.sinks)
+        key_sum = key_sum + k[:, :, 0] * counts[:, None, None]
     return state._replace(
-        keys=torch.where(one, k, state.keys),
-        values=torch.where(one, v, state.values),
-        pos=torch.where(here[:, None], p[:, None, None], state.pos),
-        decay=torch.where(here[:, None], log_decay, state.decay),
-        mass=torch.where(here[:, None], 0.0, state.mass),
+        keys=put(state.keys, k.to(state.keys.dtype)),
+        values=put(state.values, v.to(state.values.dtype)),
+        pos=put(state.pos, p[:, None, None].expand(B, Hk, 1)),
+        decay=state.decay if own is None else put(state.decay, none + own),
+        mass=put(state.mass, none),
         key_sum=key_sum,
     )
 
 
-def read(q: Tensor, kernel: Kernel, state: State) -> tuple[AttentionOutput, Tensor]:
+def read(
+    q: Tensor, kernel: Kernel, state: State, valid: Tensor | None, in_place: bool = False
+) -> tuple[AttentionOutput, Tensor]:
     """q [B, H, 1, D] against the state -> (AttentionOutput, the mass of every position after this query)."""
     spec, (B, H, _, D) = kernel.spec, q.shape
     Hk, acc = state.pos.shape[1], wide(q.dtype)
@@ -280,9 +293,8 @@ def read(q: Tensor, kernel: Kernel, state: State) -> tuple[AttentionOutput, Tens
         (state.pos == EMPTY)[:, :, None], -torch.inf
     )  # [B, Hk, G, P]
     joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None]
-    lse = joined.logsumexp(-1)
-    exact = (joined - lse[..., None]).exp() @ state.values.to(acc)
-    exact, lse = add_sink_logits(exact.view(B, H, 1, -1), lse.view(B, H, 1), kernel)
+    exact = joined.softmax(-1) @ state.values.to(acc)
+    exact, lse = add_sink_logits(exact.view(B, H, 1, -1), joined.logsumexp(-1).view(B, H, 1), kernel)
     total = None
     if spec.has_memory:
         assert kernel.map_q is not None
@@ -290,8 +302,9 @@ def read(q: Tensor, kernel: Kernel, state: State) -> tuple[AttentionOutput, Tens
         total = (phi.view(B, Hk, H // Hk, -1) @ state.memory).view(B, H, 1, -1)
         total = weigh_answers(total, phi) if spec.is_delta else total
     out = merge(exact, lse, total, kernel.log_gate)
-    counts = spec.measures("attention")
-    mass = state.mass + received(s.detach(), spec, state) if counts else state.mass
+    mass = state.mass
+    if spec.measures("attention"):
+        mass = receive(s.detach(), spec, state, valid, in_place)
     return AttentionOutput(out.y.to(q.dtype), *out[1:]), mass
 
 
@@ -307,11 +320,16 @@ def slot_bias(spec: KernelSpec, state: State) -> Tensor:
     return torch.nn.functional.pad(torch.nn.functional.logsigmoid(score), (before, after))
 
 
-def received(s: Tensor, spec: KernelSpec, state: State) -> Tensor:
-    """Probability [B, Hk, P] that the query gives to the window's earlier blocks, under sinks and window alone."""
-    local = s[..., : spec.sinks + spec.ring]
-    p = (local - local.logsumexp(-1, keepdim=True)).exp().sum(2)
-    pos = state.pos[:, :, : spec.sinks + spec.ring]
-    earlier = pos // spec.block < (state.seen // spec.block)[:, None, None]
-    counts = earlier & (torch.arange(spec.sinks + spec.ring, device=s.device) >= spec.sinks)
-    return torch.nn.functional.pad(p * counts, (0, spec.slots))
+def receive(s: Tensor, spec: KernelSpec, state: State, valid: Tensor | None, in_place: bool) -> Tensor:
+    """The mass [B, Hk, P], with the probability that the query gives to the window's earlier blocks.
+
+    Of scores s [B, Hk, G, P], under sinks and window alone, summed over the queries of a group.
+    """
+    ring = slice(spec.sinks, spec.sinks + spec.ring)
+    p = s[..., : ring.stop].softmax(-1)[..., ring].sum(2)
+    counts = state.pos[:, :, ring] < (state.seen - state.seen % spec.block)[:, None, None]
+    p = torch.where(counts if valid is None else counts & valid[:, None, None], p, 0.0)
+    if in_place:
+        state.mass[:, :, ring] += p
+        return state.mass
+    return torch.cat([state.mass[:, :, : ring.start], state.mass[:, :, ring] + p, state.mass[:, :, ring.stop :]], 2)

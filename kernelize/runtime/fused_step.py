@@ -1,0 +1,510 @@
+"""One decoding step of a layer in two Triton launches: the same as `reference.step`, for any position.
+
+`leave_kernel` lets a block leave the window where one begins (else it ends at once): scores, competition for the slots,
+folding into the memory. `read_kernel` writes the token, reads window, sinks, slots and memory, and counts. A program
+takes a key head with the query heads of its group. Positions are on the device, and the state is overwritten where it
+lies, so that a step can be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .feature_maps import Hedgehog
+from .fused import DTYPES, unsupported
+from .fused_map import LARGEST, projected, softmax_rows
+from .fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
+from .spec import KernelSpec
+from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, State
+
+TILE = 64  # keys that are read together
+MOST_GROUP = 64  # query heads of a key head
+COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
+KINDS = ("attention", "recall", "value")
+
+
+def lacks(spec: KernelSpec) -> str | None:
+    """What the kernels lack for a spec, whatever the tensors."""
+    if spec.has_memory and spec.feature_map != "hedgehog":
+        return f"feature_map={spec.feature_map!r} is not 'hedgehog'"
+    return unsupported(spec)
+
+
+def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, state: State) -> str | None:
+    """Why the step cannot run on these tensors, or None if it can; shapes as in `reference.step`."""
+    if triton is None:
+        return "Triton is not installed"
+    if not q.is_cuda and not interpreted():
+        return f"the tensors are on {q.device.type}, not on a GPU"
+    if torch.is_grad_enabled():
+        return "the step has no backward"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype == state.keys.dtype == state.values.dtype:
+        return (
+            f"dtypes {q.dtype}, {k.dtype}, {v.dtype} on a state of {state.keys.dtype}: one of 16 or 32 bits is needed"
+        )
+    D, group = q.shape[-1], q.shape[1] // k.shape[1]
+    if v.shape[-1] != D or group > MOST_GROUP:
+        return f"heads of {D} with values of {v.shape[-1]} channels, {group} a key head"
+    if kernel.map_k is not None and type(kernel.map_k) is not Hedgehog:
+        return f"the feature map is {type(kernel.map_k).__name__}, not Hedgehog"
+    if kernel.map_k is not None and power_of_two(D) * power_of_two(kernel.map_k.columns) > LARGEST:
+        return f"heads of {D} with {kernel.map_k.feature_dim} features do not fit into registers"
+    if not all(x.is_contiguous() for x in state):
+        return "the state is not contiguous"
+    return lacks(kernel.spec)
+
+
+# --- a block leaves the window ------------------------------------------------------------------------------
+
+
+@jit
+def better(score, pos, other_score, other_pos):
+    return (score > other_score) | ((score == other_score) & (pos < other_pos))
+
+
+@jit
+def hedgehog(x, W, h, d, c, scale, D: constexpr, C: constexpr, PRECISION: constexpr):
+    """Both halves [rows, C] of the features of x [rows, D]."""
+    z = projected(x, W, h, d, c, D, C, PRECISION) * scale
+    inside = (c < C)[None, :]
+    return softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
+
+
+@jit
+def rows_at(X, index, here, d, D: constexpr):
+    """X [.., D] at the rows `index`, zero where not `here`."""
+    return tl.load(X + index[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def put_rows(X, index, x, here, d, D: constexpr):
+    tl.store(X + index[:, None] * D + d[None, :], x, mask=here[:, None] & (d < D)[None, :])
+
+
+@jit
+def half_memory(Memory, f, inside, d, D: constexpr):
+    """(numerators [F, D], normalisers [F]) of the features f of one head's memory."""
+    at = Memory + f[:, None] * (D + 1) + d[None, :]
+    return (
+        tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0),
+        tl.load(Memory + f * (D + 1) + D, mask=inside, other=0.0),
+    )
+
+
+@jit
+def fold(Memory, phi, lost, value, factor, f, inside, d, D: constexpr):
+    """Memory · factor + Σ phi · lost · [value, 1] for one half of the features."""
+    m, n = half_memory(Memory, f, inside, d, D)
+    weighted = phi * lost[:, None]
+    m = m * factor + tl.dot(tl.trans(weighted), value, input_precision="ieee")
+    tl.store(Memory + f[:, None] * (D + 1) + d[None, :], m, mask=inside[:, None] & (d < D)[None, :])
+    tl.store(Memory + f * (D + 1) + D, n * factor + tl.sum(weighted, 0), mask=inside)
+
+
+@jit
+def recall_error(
+    Keys, Values, Pos, Decay, Memory, Wk, slots, h, up, down, value, scale, d, c,
+    D: constexpr, C: constexpr, SLOTS: constexpr, TILE: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """‖v − what the memory and the slot holders answer‖ of the tokens whose features are up and down [rows, C]."""
+    m, n = half_memory(Memory, c, c < C, d, D)
+    total = tl.dot(up, m, input_precision="ieee")
+    norm = tl.sum(up * n[None, :], 1)
+    m, n = half_memory(Memory, C + c, c < C, d, D)
+    total += tl.dot(down, m, input_precision="ieee")
+    norm += tl.sum(down * n[None, :], 1)
+    for first in range(0, SLOTS, TILE):
+        i = first + tl.arange(0, TILE)
+        held = tl.load(Pos + slots + i, mask=i < SLOTS, other=-1) >= 0
+        age = tl.load(Decay + slots + i, mask=held, other=float("-inf"))
+        key = rows_at(Keys, slots + i, held, d, D)
+        held_up, held_down = hedgehog(key, Wk, h, d, c, scale, D, C, PRECISION)
+        weight = tl.dot(up, tl.trans(held_up), input_precision="ieee")
+        weight += tl.dot(down, tl.trans(held_down), input_precision="ieee")
+        weight = weight * tl.exp(age)[None, :]
+        total += tl.dot(weight, rows_at(Values, slots + i, held, d, D).to(tl.float32), input_precision="ieee")
+        norm += tl.sum(weight, 1)
+    filled = norm > 1.1754943508222875e-38
+    recalled = tl.where(filled[:, None], total / tl.where(filled, norm, 1.0)[:, None], 0.0)
+    miss = value - recalled
+    return tl.sqrt(tl.sum(miss * miss, 1))
+
+
+@jit
+def score_of(mass, error, value, pos, aging, KIND: constexpr, AGING: constexpr, TINY: constexpr):
+    if KIND == 0:
+        score = mass
+        if AGING:
+            score = tl.log(mass + TINY) + tl.where(pos > 0, pos, 0).to(tl.float32) / aging
+    elif KIND == 1:
+        score = error
+    else:
+        score = tl.sqrt(tl.sum(value * value, 1))
+    return score
+
+
+@jit
+def compete(
+    Score, Pos, scores, slots, score, pos, applies,
+    SHARE: constexpr, SHARES: constexpr, CAPACITY: constexpr, SP: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """(slot of the share that a newcomer wins, slot whose holder it displaces there), −1 for none.
+
+    The slots of the share begin at `slots` in Pos and at `scores` in Score.
+    """
+    i = tl.arange(0, SP)
+    held_pos = tl.load(Pos + slots + i, mask=i < CAPACITY, other=-1)
+    held = held_pos >= 0
+    held_score = tl.load(Score + (scores + i) * SHARES + SHARE, mask=held, other=0.0)
+    beats = better(score[:, None], pos[:, None], held_score[None, :], held_pos[None, :]) & applies[:, None]
+    rank = tl.sum((beats & held[None, :]).to(tl.int32), 0)  # of a holder
+    mine = tl.sum((held[None, :] & (beats == 0)).to(tl.int32), 1)  # of a newcomer
+    among = better(score[None, :], pos[None, :], score[:, None], pos[:, None]) & applies[None, :]
+    mine += tl.sum(among.to(tl.int32), 1)
+    for first in range(0, CAPACITY, TILE):
+        j = first + tl.arange(0, TILE)
+        other_pos = tl.load(Pos + slots + j, mask=j < CAPACITY, other=-1)
+        other = tl.load(Score + (scores + j) * SHARES + SHARE, mask=other_pos >= 0, other=0.0)
+        above = better(other[:, None], other_pos[:, None], held_score[None, :], held_pos[None, :])
+        rank += tl.sum((above & (other_pos >= 0)[:, None]).to(tl.int32), 0)
+    wins = applies & (mine < CAPACITY)
+    out = held & (rank >= CAPACITY)
+    free = (i < CAPACITY) & ((held == 0) | out)
+    turn = (tl.cumsum(wins.to(tl.int32), 0) - 1)[:, None]
+    takes = wins[:, None] & free[None, :] & (turn == (tl.cumsum(free.to(tl.int32), 0) - 1)[None, :])
+    drops = wins[:, None] & out[None, :] & (turn == (tl.cumsum(out.to(tl.int32), 0) - 1)[None, :])
+    place = tl.sum(tl.where(takes, i[None, :] + 1, 0), 1) - 1
+    return place, tl.sum(tl.where(drops, i[None, :] + 1, 0), 1) - 1
+
+
+@jit
+def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos, decay, s0, s1, k, v, d,
+                SHARES: constexpr, D: constexpr):  # fmt: skip
+    """Newcomers that have `won` move into their slots."""
+    tl.store(Pos + slot, pos, mask=won)
+    tl.store(Decay + slot, decay, mask=won)
+    tl.store(Mass + slot, tl.zeros_like(decay), mask=won)
+    tl.store(Score + score_at * SHARES, s0, mask=won)
+    if SHARES == 2:
+        tl.store(Score + score_at * SHARES + 1, s1, mask=won)
+    put_rows(Keys, slot, k, won, d, D)
+    put_rows(Values, slot, v, won, d, D)
+
+
+@jit
+def leave_kernel(
+    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, scale, aging, kv_heads,
+    HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
+    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, FIRST: constexpr, SHARES: constexpr, SP0: constexpr,
+    SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr, RECALL: constexpr,
+    AGING: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    seen = tl.load(Seen + b)
+    begins = (seen >= RING) & (seen % BLOCK == 0)
+    if HAS_VALID:
+        begins = begins & (tl.load(Valid + b) != 0)
+    if begins:
+        base = row * (SINKS + RING + SLOTS)
+        slots, scores = base + SINKS + RING, row * SLOTS
+        memory = Memory + row * (2 * C * (D + 1))
+        d, c, j = tl.arange(0, DP), tl.arange(0, CP), tl.arange(0, BP)
+        entry = base + SINKS + seen % RING + j
+        pos = tl.load(Pos + entry, mask=j < BLOCK, other=-1)
+        fresh = pos >= 0
+        own = tl.load(Decay + entry, mask=fresh, other=0.0)
+        total = tl.sum(own, 0)
+        decay = total - tl.cumsum(own, 0)  # what the later tokens of the block put on each
+        key, raw = rows_at(Keys, entry, fresh, d, D), rows_at(Values, entry, fresh, d, D)
+        value = raw.to(tl.float32)
+        mass = tl.load(Mass + entry, mask=fresh, other=0.0)
+        error = mass
+        if RECALL:
+            up, down = hedgehog(key, Wk, h, d, c, scale, D, C, PRECISION)
+            error = recall_error(
+                Keys, Values, Pos, Decay, memory, Wk, slots, h, up, down, value, scale, d, c,
+                D, C, SLOTS, TILE, PRECISION,
+            )  # fmt: skip
+        s0 = score_of(mass, error, value, pos, aging, KIND0, AGING, TINY)
+        s1 = s0
+        # who gets a slot; `source`, `at`, `age`: entry, position and decay of who still applies
+        gone, source, at, age = fresh, entry, pos, decay
+        place0 = tl.full([BP], -1, tl.int32)
+        place1 = tl.full([BP], -1, tl.int32)
+        moved_key, moved_raw, moved_at, moved_age, moved_s0, moved_s1 = key, raw, pos, decay, s0, s0
+        if SLOTS:
+            place0, dropped = compete(Score, Pos, scores, slots, s0, pos, fresh, 0, SHARES, FIRST, SP0, TILE)
+            out = dropped >= 0
+            gone = (fresh & (place0 < 0)) | out
+            source = tl.where(out, slots + dropped, entry)
+            at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), pos)
+            age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
+        if SHARES == 2:
+            s1 = score_of(mass, error, value, pos, aging, KIND1, AGING, TINY)
+            held = (scores + dropped) * SHARES
+            moved_s0 = tl.where(out, tl.load(Score + held, mask=out, other=0.0), s0)
+            moved_s1 = tl.where(out, tl.load(Score + held + 1, mask=out, other=0.0), s1)
+            moved_at, moved_age = at, age
+            moved_key, moved_raw = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D)
+            place1, dropped = compete(
+                Score, Pos, scores + FIRST, slots + FIRST, moved_s1, at, gone, 1, SHARES, SLOTS - FIRST, SP1, TILE
+            )
+            out = dropped >= 0
+            gone = (gone & (place1 < 0)) | out
+            source = tl.where(out, slots + FIRST + dropped, source)
+            at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), at)
+            age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, age)
+        gone_key, gone_value = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D).to(tl.float32)
+        tl.debug_barrier()  # all is read; now it is overwritten
+        if MEMORY:
+            up, down = hedgehog(gone_key, Wk, h, d, c, scale, D, C, PRECISION)
+            lost, factor = tl.where(gone, tl.exp(age), 0.0), tl.exp(total)
+            fold(memory, up, lost, gone_value, factor, c, c < C, d, D)
+            fold(memory, down, lost, gone_value, factor, C + c, c < C, d, D)
+        for first in range(0, SLOTS, TILE):
+            slot = slots + first + tl.arange(0, TILE)
+            holds = tl.load(Pos + slot, mask=first + tl.arange(0, TILE) < SLOTS, other=-1) >= 0
+            tl.store(Decay + slot, tl.load(Decay + slot, mask=holds, other=0.0) + total, mask=holds)
+        tl.debug_barrier()
+        if SHARES == 2:
+            put_entries(
+                Pos, Decay, Mass, Score, Keys, Values, slots + FIRST + place1, scores + FIRST + place1, place1 >= 0,
+                moved_at, moved_age, moved_s0, moved_s1, moved_key, moved_raw, d, SHARES, D,
+            )  # fmt: skip
+        if SLOTS:
+            put_entries(
+                Pos, Decay, Mass, Score, Keys, Values, slots + place0, scores + place0, place0 >= 0,
+                pos, decay, s0, s1, key, raw, d, SHARES, D,
+            )  # fmt: skip
+        left = j < BLOCK
+        tl.store(Pos + entry, tl.full([BP], -1, tl.int64), mask=left)
+        tl.store(Decay + entry, tl.zeros_like(decay), mask=left)
+        tl.store(Mass + entry, tl.zeros_like(decay), mask=left)
+        put_rows(Keys, entry, tl.zeros_like(key), left, d, D)
+        put_rows(Values, entry, tl.zeros_like(raw), left, d, D)
+
+
+# --- a token comes ------------------------------------------------------------------------------------------
+
+
+@jit
+def product(p, v):
+    """p [rows, keys] float32 by v: exact to float32, of 16-bit values in two products on the tensor cores."""
+    if v.dtype == tl.float32:
+        return tl.dot(p, v, input_precision="ieee")
+    high = p.to(v.dtype)
+    return tl.dot(high, v) + tl.dot((p - high.to(tl.float32)).to(v.dtype), v)
+
+
+@jit
+def tile_scores(q, Keys, Pos, base, t, limit, entry, seen, new_key, d, scaling, softcap,
+                D: constexpr, SOFTCAP: constexpr):  # fmt: skip
+    """(scores [heads, keys], −inf where there is no token, positions [keys]); the token itself stands at `entry`."""
+    here = t < limit
+    key = tl.where((t == entry)[:, None], new_key[None, :], rows_at(Keys, base + t, here, d, D))
+    pos = tl.where(t == entry, seen, tl.load(Pos + base + t, mask=here, other=-1))
+    s = tl.dot(q, tl.trans(key), input_precision="ieee") * scaling
+    if SOFTCAP:
+        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+    return tl.where((here & (pos >= 0))[None, :], s, float("-inf")), pos
+
+
+@jit
+def absorb(s, value, m, l, acc):
+    """One step of an online softmax; m begins at a finite number, so that no row is NaN."""
+    new = tl.maximum(m, tl.max(s, 1))
+    p, shrink = tl.exp(s - new[:, None]), tl.exp(m - new)
+    return new, l * shrink + tl.sum(p, 1), acc * shrink[:, None] + product(p, value)
+
+
+@jit
+def query_features(Q, q_row, q_head, Wq, head, g, c, scale, G: constexpr, GP: constexpr, CP: constexpr,
+                   D: constexpr, DP: constexpr, C: constexpr):  # fmt: skip
+    """Both halves [GP, C] of the features of the group's queries, a matrix a head."""
+    z = tl.zeros([GP, CP], tl.float32)
+    d = tl.arange(0, DP)
+    for i in range(G):
+        x = tl.load(Q + q_row + (head + i) * q_head + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(
+            Wq + (head + i) * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0
+        )
+        z = tl.where((g == i)[:, None], tl.sum(x[:, None] * w, 0)[None, :], z)
+    z, inside = z * scale, (c < C)[None, :]
+    return softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
+
+
+@jit
+def softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@jit
+def read_kernel(
+    Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogDecay, DecayWeight, SinkLogit,
+    q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, kv_heads,
+    HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
+    G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
+    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, BLOCK: constexpr, TILE: constexpr, COUNT: constexpr,
+    UNIT: constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    seen = tl.load(Seen + b) % COUNT
+    valid = 1
+    if HAS_VALID:
+        valid = (tl.load(Valid + b) != 0).to(tl.int32)
+    base = row * (SINKS + RING + SLOTS)
+    d, g, c = tl.arange(0, DP), tl.arange(0, GP), tl.arange(0, CP)
+    entry = tl.where(seen < SINKS, seen, SINKS + seen % RING)
+    entry = tl.where(valid != 0, entry, -1)
+
+    # the token is written
+    key = tl.load(K + b * k_row + h * k_head + d, mask=d < D, other=0.0)
+    value = tl.load(V + b * v_row + h * v_head + d, mask=d < D, other=0.0)
+    rate = 0.0
+    if RATE > 0:
+        rate = tl.load(LogDecay + h).to(tl.float32)
+    if RATE == 2:
+        w = DecayWeight + h * 2 * D + d
+        x = tl.sum(tl.load(w, mask=d < D, other=0.0).to(tl.float32) * key.to(tl.float32), 0)
+        x += tl.sum(tl.load(w + D, mask=d < D, other=0.0).to(tl.float32) * value.to(tl.float32), 0)
+        rate = rate * softplus(x + UNIT)
+    if valid != 0:
+        tl.store(Keys + (base + entry) * D + d, key, mask=d < D)
+        tl.store(Values + (base + entry) * D + d, value, mask=d < D)
+        tl.store(Pos + base + entry, seen)
+        tl.store(Decay + base + entry, rate)
+
+    # window and sinks, then slots: one softmax
+    head = h * G
+    at = Q + b * q_row + (head + g)[:, None] * q_head + d[None, :]
+    q = tl.load(at, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    m = tl.full([GP], -1e30, tl.float32)
+    l = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, DP], tl.float32)
+    LOCAL: constexpr = SINKS + RING
+    for first in range(0, LOCAL, TILE):
+        t = first + tl.arange(0, TILE)
+        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+        old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
+        m, l, acc = absorb(s, old, m, l, acc)
+    local_m, local_l = m, l
+    for first in range(LOCAL, LOCAL + SLOTS, TILE):
+        t = first + tl.arange(0, TILE)
+        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL + SLOTS, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+        m, l, acc = absorb(s, rows_at(Values, base + t, t < LOCAL + SLOTS, d, D), m, l, acc)
+    filled = l > 0.0
+    lse = tl.where(filled, m + tl.log(tl.where(filled, l, 1.0)), -1e30)
+    y = acc / tl.where(filled, l, 1.0)[:, None]
+    if SINK:
+        sink = tl.load(SinkLogit + head + g, mask=g < G, other=0.0).to(tl.float32)
+        y = y * tl.sigmoid(lse - sink)[:, None]
+        top = tl.maximum(lse, sink)
+        lse = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+
+    # the memory, merged under one normaliser
+    if MEMORY:
+        up, down = query_features(Q, b * q_row, q_head, Wq, head, g, c, scale, G, GP, CP, D, DP, C)
+        memory = Memory + row * (2 * C * (D + 1))
+        mem, n = half_memory(memory, c, c < C, d, D)
+        total = tl.dot(up, mem, input_precision="ieee")
+        norm = tl.sum(up * n[None, :], 1)
+        mem, n = half_memory(memory, C + c, c < C, d, D)
+        total += tl.dot(down, mem, input_precision="ieee")
+        norm += tl.sum(down * n[None, :], 1)
+        any_there = norm > 1.1754943508222875e-38
+        safe = tl.where(any_there, norm, 1.0)
+        gate = tl.load(LogGate + head + g, mask=g < G, other=0.0).to(tl.float32)
+        weight = tl.where(any_there, tl.sigmoid(lse - tl.log(safe) - gate), 1.0)[:, None]
+        y = weight * y + (1.0 - weight) * total / safe[:, None]
+    out = Y + (b * kv_heads * G + head + g)[:, None] * D + d[None, :]
+    tl.store(out, y.to(Y.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
+
+    # attention received by the window's earlier blocks
+    if MASS:
+        for first in range(0, LOCAL, TILE):
+            t = first + tl.arange(0, TILE)
+            s, pos = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+            p = tl.exp(s - local_m[:, None]) / tl.where(local_l > 0.0, local_l, 1.0)[:, None]
+            got = tl.sum(tl.where((g < G)[:, None], p, 0.0), 0)
+            ring = (t >= SINKS) & (t < LOCAL) & (valid != 0)
+            earlier = (pos >= 0) & (pos // BLOCK < seen // BLOCK)
+            mass = tl.where(t == entry, 0.0, tl.load(Mass + base + t, mask=ring, other=0.0))
+            tl.store(Mass + base + t, mass + tl.where(earlier, got, 0.0), mask=ring)
+
+    # the last program of a sequence counts the token, when all have read the number
+    tl.debug_barrier()
+    before = tl.atomic_add(Seen + b, COUNT)
+    if before // COUNT == kv_heads - 1:
+        tl.store(Seen + b, seen + valid)
+
+
+# --- the call -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def step(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None = None, in_place: bool = False
+) -> tuple[AttentionOutput, State]:
+    """As `reference.step`, without the branches; with `in_place` the state given is overwritten."""
+    with torch.cuda.device_of(q):
+        state = state if in_place else state.map(torch.clone)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format)  # [B, H, 1, D]
+        common = sizes(kernel, q, k, state)
+        grid, valid = (state.pos.shape[0] * state.pos.shape[1],), None if valid is None else valid.contiguous()
+        leave(grid, kernel, state, valid, common)
+        read(grid, q, k, v, y, kernel, state, valid, common)
+    nothing = y.new_empty(0)
+    return AttentionOutput(y, nothing, nothing, nothing, nothing), state
+
+
+def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    spec, D = kernel.spec, q.shape[-1]
+    C = state.memory.shape[2] // 2
+    return {
+        "HAS_VALID": False, "MEMORY": spec.has_memory, "D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C),
+        "SINKS": spec.sinks, "RING": spec.ring, "SLOTS": spec.slots, "BLOCK": spec.block, "TILE": TILE,
+    }  # fmt: skip
+
+
+def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, common: dict[str, Any]) -> None:
+    spec = kernel.spec
+    shares = spec.shares if spec.slots else ((KINDS[0], 0),)
+    kinds = [KINDS.index(name) for name, _ in shares] + [-1]
+    rest = shares[1][1] if len(shares) == 2 else 0
+    weight = kernel.map_k.weight.contiguous() if isinstance(kernel.map_k, Hedgehog) else state.memory
+    leave_kernel[grid](
+        state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
+        state.seen if valid is None else valid, weight, kernel.scaling**0.5, float(spec.aging), state.pos.shape[1],
+        **common | {"HAS_VALID": valid is not None},
+        FIRST=shares[0][1], SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
+        BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
+        RECALL=spec.measures("recall"), AGING=spec.aging > 0, TINY=TINY,
+        PRECISION="ieee", num_warps=8,
+    )  # fmt: skip
+
+
+def read(
+    grid: tuple[int], q: Tensor, k: Tensor, v: Tensor, y: Tensor, kernel: Kernel, state: State, valid: Tensor | None,
+    common: dict[str, Any],
+) -> None:  # fmt: skip
+    spec, nothing = kernel.spec, state.memory
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    weight = kernel.map_q.weight.contiguous() if isinstance(kernel.map_q, Hedgehog) else nothing
+    rate = 0 if kernel.log_decay is None else 1 if kernel.decay_weight is None else 2
+    group = q.shape[1] // k.shape[1]
+    optional = (kernel.log_gate, kernel.log_decay, kernel.decay_weight, kernel.sink_logits)
+    read_kernel[grid](
+        q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
+        state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
+        kernel.softcap or 1.0, state.pos.shape[1],
+        **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),
+        SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
+        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, num_warps=8,
+    )  # fmt: skip
