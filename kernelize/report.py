@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .evaluate import METRICS, Row, data_size, load_rows, save_rows
+from .evaluate import Row, data_size, load_rows, metric_of, save_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ def _order(rows: Sequence[Row]) -> Callable[[Row], tuple]:
 
 
 def _cell(row: Row, teacher: Row | None, paired: Row | None) -> Cell:
-    metric = METRICS[row.metric]
+    metric = metric_of(row.metric)
     interval = "" if row.low is None or row.high is None else f"[{metric.show(row.low)}, {metric.show(row.high)}]"
     if teacher is None or teacher.model == row.model or not metric.better:
         return Cell(metric.show(row.value), interval, "", "")
@@ -100,20 +100,20 @@ def _cell(row: Row, teacher: Row | None, paired: Row | None) -> Cell:
 
 def _beside_one(ratio: Row) -> str:
     """The verdict of a ratio to the teacher's perplexity, measured piece by piece."""
-    if _inside(1.0, ratio) or METRICS[ratio.metric].show(ratio.value) == METRICS[ratio.metric].show(1.0):
+    if _inside(1.0, ratio) or metric_of(ratio.metric).show(ratio.value) == metric_of(ratio.metric).show(1.0):
         return "same"
     return "better" if ratio.value < 1 else "worse"
 
 
 def _change(row: Row, teacher: Row) -> str:
     """Relative where a ratio means something, absolute for shares."""
-    if METRICS[row.metric].better == "lower" and teacher.value > 0 and row.metric != "repetition":
+    if metric_of(row.metric).better == "lower" and teacher.value > 0 and row.metric != "repetition":
         return f"{round(row.value / teacher.value - 1, 3) + 0.0:+.1%}"  # + 0.0: no "-0.0%"
     return f"{row.value - teacher.value:+.2f}"
 
 
 def _verdict(row: Row, teacher: Row, better: str) -> str:
-    show = METRICS[row.metric].show
+    show = metric_of(row.metric).show
     if show(row.value) == show(teacher.value) or (_inside(row.value, teacher) and _inside(teacher.value, row)):
         return "same"
     return "better" if (row.value < teacher.value) == (better == "lower") else "worse"
@@ -553,7 +553,7 @@ def _html_table(models: Sequence[str], cells: Mapping[Key, Mapping[str, Cell]]) 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("suite", "metric", "length", "depth", *models))
     body = []
     for names, values in _table_rows(models, cells):
-        title = html.escape(METRICS[names[1]].title)
+        title = html.escape(metric_of(names[1]).title)
         labels = "".join(f"<td title='{title}'>{html.escape(name)}</td>" for name in names)
         body.append(f"<tr>{labels}{''.join(map(_html_cell, values))}</tr>")
     return (f"<section><h2>All numbers</h2><p>{LEGEND}</p><div class='scroll'><table><thead><tr>{head}</tr></thead>"

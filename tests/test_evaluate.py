@@ -144,7 +144,7 @@ def test_the_needle_stands_at_its_depth(writer, depth):
 
 
 def test_a_model_that_copies_the_key_scores_one_and_a_random_one_zero(novel):
-    suite = Passkey(lengths=(200,), text=novel, depths=(0.5,), trials=2)
+    suite = Passkey(lengths=(200,), haystack=novel, depths=(0.5,), trials=2)
     assert value(evaluate({"a": pair()}, [suite]), "a", "passkey", 200, 0.5) == 0.0
     (unit,) = suite.units(TOKENIZER)
     keys = [TOKENIZER(f" {prompt.answers[0]}").input_ids for prompt in unit.settings["asked"]]
@@ -183,7 +183,7 @@ def test_greedy_equals_generate(novel):
 
 
 def test_generation_agrees_with_itself_and_counts_repetition(novel):
-    suite = Generation(lengths=(40,), text=novel, prompts=2, new_tokens=12)
+    suite = Generation(lengths=(40,), text=novel, prompts=2, new_tokens=12, completions=())
     rows = evaluate({"teacher": pair(), "same": pair(), "other": pair(5)}, [suite])
     assert value(rows, "same", "agreement", 40) == 12.0
     assert value(rows, "other", "agreement", 40) < 12.0
@@ -197,8 +197,8 @@ def test_generation_agrees_with_itself_and_counts_repetition(novel):
 def everything(novel):
     return [
         Perplexity(lengths=(64, 128), text=novel, pieces=3),
-        Recall(lengths=(256,), text=novel, depths=(0.2, 0.8), trials=1, tasks=("passkey", "associative_recall")),
-        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8),
+        Recall(lengths=(256,), haystack=novel, depths=(0.2, 0.8), trials=1, tasks=("passkey", "associative_recall")),
+        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8, completions=()),
     ]
 
 
@@ -293,7 +293,8 @@ def test_rotary_positions_go_on_but_it_is_said(novel, caplog):
     ],
 )
 def test_bad_input_is_named(novel, call, message):
-    call = {"settings": {"text": novel}, **call}
+    where = {"text": novel} if call["suites"] == ["ppl"] else {"haystack": novel}
+    call = {"settings": where, **call}
     with pytest.raises(InputError, match=message):
         evaluate({"a": pair()}, **call)
 
@@ -352,7 +353,9 @@ def test_a_kernelized_model_is_measured_with_a_state_of_constant_size(novel):
     spec = KernelSpec(feature_map="hedgehog", feature_dim=16, window=8, sinks=2, slots=8, block=4)
     student = convert(tiny_llama(), ConversionPlan.uniform(spec, 2))
     suite = Perplexity(lengths=(128, 256), text=novel, pieces=2, chunk=64)
-    rows = evaluate({"student": (student, TOKENIZER), "teacher": pair()}, [suite, Passkey((256,), novel, trials=1)])
+    rows = evaluate(
+        {"student": (student, TOKENIZER), "teacher": pair()}, [suite, Passkey((256,), haystack=novel, trials=1)]
+    )
     assert value(rows, "student", "cache_bytes", 256) == value(rows, "student", "cache_bytes", 128)
     assert value(rows, "student", "kl", 256) > 0
     ids = suite.units(TOKENIZER)[0].ids[0]
