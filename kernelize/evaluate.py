@@ -452,7 +452,7 @@ class Recall(Suite):
     trials: int = 8  # prompts a depth
 
     kind = "recall"
-    quick = {"lengths": (512,), "depths": (0.1, 0.5, 0.9), "trials": 1}
+    quick = {"lengths": (512,), "depths": (0.5,), "trials": 2}
 
     def __post_init__(self) -> None:
         super().__post_init__()
