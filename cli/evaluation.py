@@ -120,10 +120,11 @@ def report(
     HTML in one file, Markdown, and PNG.
     """
     from kernelize.pipeline import as_rows, check_output
-    from kernelize.report import load_all, rows_table, write_report
+    from kernelize.report import load_all, rows_table, tables, write_report
 
     rows = load_all(files)
     page = write_report(rows, check_output(output, overwrite), teacher=teacher)
-    show(rows_table(rows, teacher))
+    for part in tables(rows):
+        show(rows_table(part, teacher if teacher in {row.model for row in part} else None))
     say(f"wrote {page}")
     write_json(json, {"rows": as_rows(rows)})

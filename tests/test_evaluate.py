@@ -447,9 +447,9 @@ def test_quick_takes_less_than_two_minutes_for_two_models_of_135m_on_two_cores(n
 MEMORY = """
 import resource, sys
 import test_evaluate as t
-spec = t.KernelSpec(feature_map="hedgehog", feature_dim=16, window=32, sinks=2, slots=16, block=16)
+spec = t.KernelSpec(feature_map="hedgehog", feature_dim=16, window=64, sinks=2, slots=16, block=64)
 model = t.convert(t.tiny_llama(head_dim=64), t.ConversionPlan.uniform(spec, 2))
-suite = t.Perplexity(lengths=(int(sys.argv[2]),), text=sys.argv[1], pieces=1, chunk=2048)
+suite = t.Perplexity(lengths=(int(sys.argv[2]),), text=sys.argv[1], pieces=1, chunk=1024)
 t.evaluate({"long": (model, t.TOKENIZER)}, [suite])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
