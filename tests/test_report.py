@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import html.parser
 import io
-import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.errors import InputError
 from kernelize.evaluate import Row, load_rows, save_rows
@@ -30,8 +26,6 @@ from kernelize.report import (
     tables,
     write_report,
 )
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "evaluate_any_model.py"
 
 
 def row(model, metric, length=None, value=1.0, depth=None, spread=0.0, suite="ppl") -> Row:
@@ -235,12 +229,3 @@ def test_a_browser_shows_the_page_without_an_error(page, tmp_path):
     assert done.returncode == 0
     assert (tmp_path / "page.png").stat().st_size > 10_000
     assert "CONSOLE" not in done.stderr
-
-
-def test_the_example_evaluates_a_model_that_kernelize_did_not_make(tmp_path, monkeypatch, capsys):
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "model"), str(tmp_path / "out")])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert "passkey" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
