@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
 SUITES = "ppl, passkey, recall, generation, tasks, lm-eval; may be repeated."
 Suites = Annotated[list[str], typer.Option("--suite", help=SUITES)]
+LENGTHS = "Lengths in tokens, e.g. 1k,4k; or of one suite, e.g. ppl=128k; repeatable."
+Lengths = Annotated[list[str] | None, typer.Option("--lengths", help=LENGTHS)]
 Names = Annotated[list[str] | None, typer.Option("--task", help="A question set, or a task of lm-eval; repeatable.")]
 
 
@@ -26,7 +28,7 @@ def evaluate(
     sources: Sources,
     teacher: Annotated[str | None, typer.Option(help="The original model, to be measured beside the others.")] = None,
     suite: Suites = ["ppl", "passkey"],  # noqa: B006  Typer reads the default, nothing changes it
-    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens, e.g. 1k,4k.")] = None,
+    lengths: Lengths = None,
     text: Annotated[str | None, typer.Option(help="Text for perplexity: .txt, .txt.xz, .jsonl, or a sample.")] = None,
     haystack: Annotated[str | None, typer.Option(help="Text in which the recall tasks hide things.")] = None,
     pieces: Annotated[int | None, typer.Option(help="Pieces of the text that perplexity takes.")] = None,
@@ -43,7 +45,7 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measure models side by side, by position and length."""
-    from kernelize.evaluate import parse_lengths
+    from kernelize.evaluate import lengths_by_suite
     from kernelize.pipeline import as_rows, evaluate_sources
     from kernelize.report import rows_table
 
@@ -55,7 +57,7 @@ def evaluate(
             sources,
             suite,
             teacher=teacher,
-            lengths=parse_lengths(lengths) if lengths else None,
+            lengths=lengths_by_suite(lengths) if lengths else None,
             settings={name: value for name, value in settings.items() if value is not None},
             quick=quick,
             cache=cache,

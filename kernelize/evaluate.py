@@ -839,7 +839,7 @@ def evaluate(
     models: Mapping[str, Any] | Sequence[str | Path],
     suites: Sequence[str | Suite] = ("ppl", "passkey"),
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     teacher: str | None = None,
     quick: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -852,8 +852,8 @@ def evaluate(
 
     models: name → (model, tokenizer), or name → source, or sources (Hub id, folder, .gguf) that name themselves;
     `device` and `dtype` are for those that are loaded here. Any causal LM of Transformers will do.
-    suites: names from `SUITES` or `Suite` objects. `lengths` (tokens), `quick` and `settings` (fields of the suites,
-    such as text, pieces, trials, seed) apply to the named ones.
+    suites: names from `SUITES` or `Suite` objects. `lengths` (tokens; or suite → lengths), `quick` and `settings`
+    (fields of the suites, such as text, pieces, trials, seed) apply to the named ones.
     teacher: the name of the model that the others are compared with; by default "teacher" if there is one.
     cache: a JSON-lines file of what was measured already; a killed evaluation continues from it.
 
@@ -878,8 +878,23 @@ def evaluate(
     return rows
 
 
-def _named(name: str, lengths: Sequence[int] | None, quick: bool, settings: Mapping[str, Any]) -> Suite:
+def lengths_by_suite(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """["512,1k", "ppl=2k"] → (2048,) for ppl, (512, 1024) for every other suite."""
+    plain = [text for text in texts if "=" not in text]
+    found = dict.fromkeys(SUITES, parse_lengths(",".join(plain))) if plain else {}
+    for text in texts:
+        suite, named, lengths = text.partition("=")
+        if named:
+            _choose("suite", suite, SUITES)
+            found[suite] = parse_lengths(lengths)
+    return found
+
+
+def _named(
+    name: str, lengths: Sequence[int] | Mapping[str, Sequence[int]] | None, quick: bool, settings: Mapping[str, Any]
+) -> Suite:
     _choose("suite", name, SUITES)
+    lengths = lengths.get(name) if isinstance(lengths, Mapping) else lengths
     known = {field.name for field in dataclasses.fields(SUITES[name])}
     mine = {key: value for key, value in settings.items() if key in known}
     if lengths:

@@ -188,8 +188,14 @@ def evaluate_sources(
     loaded = {name: load_for_use(source, device=device, dtype=dtype) for name, source in named.items()}
     rows = evaluate(loaded, suites, **options)
     if card:
-        document(sources[0], rows=as_rows(rows))
+        document(sources[0], rows=_with_other_suites(sources[0], as_rows(rows)))
     return rows
+
+
+def _with_other_suites(folder: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows after those that the card has of suites that were not measured anew."""
+    suites = {row["suite"] for row in rows}
+    return [*(row for row in read_facts(folder).rows if row["suite"] not in suites), *rows]
 
 
 def short_names(sources: Sequence[str]) -> list[str]:

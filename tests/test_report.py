@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageStat
 from rich.console import Console
 
 from kernelize.errors import InputError
@@ -218,14 +219,36 @@ def test_later_files_win(tmp_path):
     assert [r.value for r in load_all([tmp_path / "a", tmp_path / "b"])] == [2.0]
 
 
-def test_a_browser_shows_the_page_without_an_error(page, tmp_path):
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """Opens a page in a headless browser with flags; gives the screenshot and what it wrote to its log."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no headless browser installed")
+    folder = tmp_path_factory.mktemp("browser")
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update"]  # fmt: skip
-    place = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png", "--enable-logging=stderr"]
-    done = subprocess.run([browser, *quiet, *place, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-    assert "CONSOLE" not in done.stderr
+             "--disable-background-networking", "--disable-component-update", "--window-size=1100,4000"]  # fmt: skip
+
+    def open_page(page: Path, name: str, *flags: str) -> tuple[Image.Image, str]:
+        place = [f"--user-data-dir={folder}/profile", f"--screenshot={folder}/{name}.png", "--enable-logging=stderr"]
+        done = subprocess.run([browser, *quiet, *place, *flags, page.as_uri()], capture_output=True, text=True,
+                              timeout=200)  # fmt: skip
+        assert done.returncode == 0
+        return Image.open(folder / f"{name}.png").convert("L"), done.stderr
+
+    return open_page
+
+
+def test_a_browser_shows_the_page_without_an_error_light_and_dark(page, browse):
+    light, said = browse(page, "light", "--blink-settings=preferredColorScheme=1")
+    dark, also_said = browse(page, "dark", "--blink-settings=preferredColorScheme=0")
+    assert "CONSOLE" not in said + also_said
+    brightness = [ImageStat.Stat(picture).mean[0] for picture in (light, dark)]
+    assert brightness[0] > 200 > 60 > brightness[1]
+    assert min(ImageStat.Stat(picture).stddev[0] for picture in (light, dark)) > 10  # something is drawn
+
+
+def test_an_error_on_the_page_would_be_seen(browse, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text("<!doctype html><script>nothing.here()</script>")
+    assert "CONSOLE" in browse(broken, "broken")[1]
