@@ -29,7 +29,9 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="The original model, to be measured beside the others.")] = None,
     suite: Suites = ["ppl", "passkey"],  # noqa: B006  Typer reads the default, nothing changes it
     lengths: Lengths = None,
-    text: Annotated[str | None, typer.Option(help="Text for perplexity: .txt, .txt.xz, .jsonl, or a sample.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text for perplexity and generation: .txt, .txt.xz, .jsonl, or a sample.")
+    ] = None,
     haystack: Annotated[str | None, typer.Option(help="Text in which the recall tasks hide things.")] = None,
     pieces: Annotated[int | None, typer.Option(help="Pieces of the text that perplexity takes.")] = None,
     trials: Annotated[int | None, typer.Option(help="Prompts a recall task, length and depth.")] = None,
