@@ -95,10 +95,14 @@ METRICS: dict[str, Metric] = {
     "distinct_1": Metric("different tokens / tokens", "higher", "{:.3f}".format),
     "distinct_2": Metric("different 2-grams / 2-grams", "higher", "{:.3f}".format),
     "prefill_ms": Metric("milliseconds to read `length` tokens", "lower", "{:,.1f}".format),
-    "decode_ms": Metric("milliseconds to write a token after `length` tokens", "lower", "{:,.2f}".format),
-    "peak_bytes": Metric("most memory in use at once", "lower", data_size),
-    "state_bytes": Metric("size of the decoding state", "lower", data_size),
-    "train_tokens_per_s": Metric("tokens a second in training", "higher", "{:,.0f}".format),
+    "decode_ms": Metric("milliseconds a token (of all rows) after `length` tokens", "lower", "{:,.2f}".format),
+    "peak_bytes": Metric("memory of the device at most while reading, weights included", "lower", data_size),
+    "state_bytes": Metric("size of the decoding state of a sequence after `length` tokens", "lower", data_size),
+    "train_tokens_per_s": Metric("tokens a second, forward and backward", "higher", "{:,.0f}".format),
+    "fits": Metric("fits into the memory", "higher", lambda value: "yes" if value else "out of memory"),
+    "fits_training": Metric(
+        "training fits into the memory", "higher", lambda value: "yes" if value else "out of memory"
+    ),
     "parameters": Metric("parameters", "", "{:,.0f}".format),
     "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
     **{name: Metric(f"completed without a mistake: {name}", "higher", "{:.2f}".format) for name in COMPLETIONS},
@@ -745,12 +749,13 @@ class LmEval(Tasks):
         if self.folder is None and not self.names:
             raise InputError("suite='lm-eval' needs names of its tasks (--task), or folder, where question sets are")
         local = {found.name: found for found in sets_in(self.folder, self.names)} if self.folder else {}
-        return [self._unit(name, local.get(name)) for name in self.names or local]
+        return [self._unit(tokenizer, name, local.get(name)) for name in self.names or local]
 
-    def _unit(self, name: str, found: QuestionSet | None) -> Unit:
+    def _unit(self, tokenizer, name: str, found: QuestionSet | None) -> Unit:
         settings = {"task": name, "limit": self.limit, "seed": self.seed, "lm_eval": harness.version()}
         settings |= {"digest": found.digest} if found else {}
-        return Unit([[]], settings, 1)
+        cost = sum(unit.cost for unit in self._units(tokenizer, found)) if found else 1  # what a Hub has is not known
+        return Unit([[]], settings, cost)
 
     def _judged(self, subject: Subject, unit: Unit, tick: Tick) -> Record:
         task: str | QuestionSet = unit.settings["task"]
@@ -866,7 +871,7 @@ def evaluate(
     units = [_units(suite, subjects) for suite in chosen]
     for subject in subjects:
         longest = max((len(ids) for plan in units for unit in plan[subject.name] for ids in unit.ids), default=0)
-        _check_positions(subject, max(longest, *(suite.reach for suite in chosen)))
+        check_positions(subject, max(longest, *(suite.reach for suite in chosen)))
     store = Store(cache)
     jobs = [j for s, u in zip(chosen, units, strict=True) for j in _jobs(s, subjects, u, reference, store)]
     _run(jobs, store, on_progress)
@@ -930,7 +935,7 @@ def _teacher(subjects: Sequence[Subject], name: str | None) -> Subject | None:
     return names.get(name or "teacher")
 
 
-def _check_positions(subject: Subject, reach: int) -> None:
+def check_positions(subject: Subject, reach: int) -> None:
     """Learned positions end; rotary ones only leave what was trained, which is said and allowed."""
     limit = _trained_length(subject)
     if limit is None or reach <= limit:

@@ -106,15 +106,15 @@ def _scores(name: str, found: Mapping[str, Any]) -> Iterator[Score]:
     results = {key.partition(",")[0]: value for key, value in found["results"][name].items() if "," in key}
     for metric, value in results.items():
         if isinstance(value, (int, float)) and metric.removesuffix("_stderr") == metric:
-            error, chance = _error(samples, metric), _chance(samples, metric)
+            error, chance = _error(samples, metric, value), _chance(samples, metric)
             yield Score(name, metric, float(value), error, len(samples), chance)
 
 
-def _error(samples: Sequence[Mapping[str, Any]], metric: str) -> float | None:
-    """Of a mean over documents; other aggregates have none here."""
+def _error(samples: Sequence[Mapping[str, Any]], metric: str, value: float) -> float | None:
+    """Of a `value` that is the mean over documents; other aggregates have none here."""
     values = [sample.get(metric) for sample in samples]
     numbers = [float(value) for value in values if isinstance(value, (int, float))]
-    if len(numbers) < max(2, len(values)):
+    if len(numbers) < max(2, len(values)) or not math.isclose(statistics.fmean(numbers), value, abs_tol=1e-9):
         return None
     return statistics.stdev(numbers) / math.sqrt(len(numbers))
 

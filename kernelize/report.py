@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+BENCH = "bench"  # the suite of timings of one sequence; batches have suites of their own
 AUDIT = "audit"  # the suite whose models are parts of one
 SOURCES = ("window", "sinks", "slots", "memory")  # of an audit's rows mass_SOURCE and, by distance, mass_SOURCE_at
 INK, GRID, PAPER = "#101112", "#c0c1c2", "#fdfeff"  # each occurs once in the theme, so that it can be replaced
@@ -457,6 +458,7 @@ def latency_by_length(rows: Sequence[Row]) -> Figure | None:
     """Time to read a text and time to write the next token after it, by the length of the text; and the length from
     which a model is faster than the teacher."""
     panels = {"prefill_ms": "reading the whole text", "decode_ms": "writing a token after it"}
+    rows = [row for row in rows if row.suite == BENCH or row.metric not in panels]
     found = {metric: _series(rows, metric) for metric in panels}
     found = {metric: series for metric, series in found.items() if any(len(points) > 1 for points in series.values())}
     if not found:

@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from kernelize.report import (
     break_even,
     compare,
     crossing,
+    latency_by_length,
     load_all,
     rows_table,
     tables,
@@ -53,6 +55,15 @@ def bench_rows(model: str, a_token: float, constant: float) -> list[Row]:
         for metric, scale in (("prefill_ms", 8.0), ("decode_ms", 1.0))
         for n in (1024, 4096, 16384)
     ]
+
+
+def test_batches_are_not_mixed_into_the_picture_of_one_sequence():
+    one, many = bench_rows("a", 0.01, 10), [replace(r, suite="bench ×16") for r in bench_rows("a", 0.05, 90)]
+    alone, both = (latency_by_length(rows) for rows in (one, one + many))
+    assert [list(line.get_ydata()) for line in both.axes[0].lines] == [
+        list(line.get_ydata()) for line in alone.axes[0].lines
+    ]
+    assert latency_by_length(many) is None
 
 
 def audit_rows(model: str) -> list[Row]:
