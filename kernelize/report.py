@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BENCH = "bench"  # the suite of timings of one sequence; batches have suites of their own
 AUDIT = "audit"  # the suite whose models are parts of one
 SOURCES = ("window", "sinks", "slots", "memory")  # of an audit's rows mass_SOURCE and, by distance, mass_SOURCE_at
+MASS = {f"mass_{source}{at}" for source in SOURCES for at in ("", "_at")}
 INK, GRID, PAPER = "#101112", "#c0c1c2", "#fdfeff"  # each occurs once in the theme, so that it can be replaced
 # Okabe & Ito's palette, safe for colour-blind readers, darkened for white paper and lightened for black.
 SERIES = {"#0a5f9e": "#6db8ee", "#b8470b": "#f0965c", "#0b7a57": "#4fc9a0", "#8e3f75": "#dd9fc6",
@@ -313,7 +314,7 @@ def _plain_log_ticks(axes: Axes, *, vertical: bool = True) -> None:
     axis, (low, high) = (axes.yaxis, axes.get_ylim()) if vertical else (axes.xaxis, axes.get_xlim())
     wide = high > 100 * low
     axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 1.5, 2, 3, 5, 7), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -501,7 +502,7 @@ def _mark_crossings(axes: Axes, series: Mapping[str, list[Row]]) -> None:
 def audit_bars(rows: Sequence[Row]) -> Figure | None:
     """What is left of a model without one of its parts, or with one alone: perplexity, distance from the teacher, and
     passkeys found. A part that can be taken away at no cost is not used."""
-    audited = [row for row in rows if row.suite == AUDIT and not row.metric.startswith("mass_")]
+    audited = [row for row in rows if row.suite == AUDIT and row.metric not in MASS]
     panels = {"ppl": "perplexity (log scale)", "kl": "KL from the teacher, nats", "passkey": "passkeys found"}
     present = [metric for metric in panels if any(row.metric == metric for row in audited)]
     if not present:
@@ -536,7 +537,7 @@ def _bars(axes: Axes, rows: Sequence[Row], names: Sequence[str], labelled: bool)
 def attention_mass(rows: Sequence[Row]) -> Figure | None:
     """Where the attention of converted layers goes: the share of the normaliser of every source, by distance where
     the source has one, mean over layers. The memory is a sum, so nothing in it has a distance of its own."""
-    at = [row for row in rows if row.suite == AUDIT and row.metric.startswith("mass_")]
+    at = [row for row in rows if row.suite == AUDIT and row.metric in MASS]
     models = list(dict.fromkeys(row.model for row in at))
     if not models:
         return None
