@@ -18,15 +18,28 @@ if TYPE_CHECKING:
     from kernelize.check import CheckRow
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
-Suites = Annotated[list[str], typer.Option("--suite", help="ppl, passkey, recall, generation; may be repeated.")]
+SUITES = "ppl, passkey, recall, generation, tasks, lm-eval; may be repeated."
+Suites = Annotated[list[str], typer.Option("--suite", help=SUITES)]
+LENGTHS = "Lengths in tokens, e.g. 1k,4k; or of one suite, e.g. ppl=128k; repeatable."
+Lengths = Annotated[list[str] | None, typer.Option("--lengths", help=LENGTHS)]
+Names = Annotated[list[str] | None, typer.Option("--task", help="A question set, or a task of lm-eval; repeatable.")]
 
 
 def evaluate(
     sources: Sources,
     teacher: Annotated[str | None, typer.Option(help="The original model, to be measured beside the others.")] = None,
     suite: Suites = ["ppl", "passkey"],  # noqa: B006  Typer reads the default, nothing changes it
-    lengths: Annotated[str | None, typer.Option(help="Lengths in tokens, e.g. 1k,4k.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text for perplexity: .txt, .txt.xz, .jsonl, or a sample.")] = None,
+    lengths: Lengths = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text for perplexity and generation: .txt, .txt.xz, .jsonl, or a sample.")
+    ] = None,
+    haystack: Annotated[str | None, typer.Option(help="Text in which the recall tasks hide things.")] = None,
+    pieces: Annotated[int | None, typer.Option(help="Pieces of the text that perplexity takes.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Prompts a recall task, length and depth.")] = None,
+    tasks_data: Annotated[Path | None, typer.Option(help="Folder of question sets: NAME.jsonl.")] = None,
+    task: Names = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of a question set that are asked: the first ones.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and intervals.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small settings, for two CPU cores.")] = False,
     cache: Annotated[Path | None, typer.Option(help="File of measurements; a killed run goes on from it.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the numbers into the first SOURCE's model card.")] = False,
@@ -35,18 +48,20 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measure models side by side, by position and length."""
-    from kernelize.evaluate import parse_lengths
+    from kernelize.evaluate import lengths_by_suite
     from kernelize.pipeline import as_rows, evaluate_sources
     from kernelize.report import rows_table
 
-    chosen = parse_lengths(lengths) if lengths else None
+    folder, names = str(tasks_data) if tasks_data else None, tuple(task) if task else None
+    settings = {"text": text, "haystack": haystack, "pieces": pieces, "trials": trials, "folder": folder,
+                "names": names, "limit": limit, "seed": seed}  # fmt: skip
     with Progress() as progress:
         rows = evaluate_sources(
             sources,
             suite,
             teacher=teacher,
-            lengths=chosen,
-            text=text,
+            lengths=lengths_by_suite(lengths) if lengths else None,
+            settings={name: value for name, value in settings.items() if value is not None},
             quick=quick,
             cache=cache,
             card=card,
@@ -179,10 +194,11 @@ def report(
     HTML in one file, Markdown, and PNG.
     """
     from kernelize.pipeline import as_rows, check_output
-    from kernelize.report import load_all, rows_table, write_report
+    from kernelize.report import load_all, rows_table, tables, write_report
 
     rows = load_all(files)
     page = write_report(rows, check_output(output, overwrite), teacher=teacher)
-    show(rows_table(rows, teacher))
+    for part in tables(rows):
+        show(rows_table(part, teacher if teacher in {row.model for row in part} else None))
     say(f"wrote {page}")
     write_json(json, {"rows": as_rows(rows)})

@@ -261,7 +261,7 @@ def audit(
     for title, subject in ((name, model), ("the teacher", teacher)):
         check_positions(Subject(title, subject, tokenizer, ""), length + ANSWER)
     texts = [unit.ids[0] for unit in Perplexity(lengths=(length,), pieces=pieces, text=text).units(tokenizer)]
-    units = Passkey(lengths=(length,), trials=trials, text=text).units(tokenizer)
+    units = Passkey(lengths=(length,), trials=trials, haystack=text).units(tokenizer)
     prompts = [_asked(tokenizer, ids, asked.answers[0]) for unit in units
                for ids, asked in zip(unit.ids, unit.settings["asked"], strict=True)]  # fmt: skip
     return _Audit(model, teacher, name, texts, prompts, on_progress).run()

@@ -28,15 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from . import __version__
+from . import __version__, harness
+from .completion import COMPLETIONS, exact
 from .errors import InputError, KernelizeError
 from .recall import DEPTHLESS, TASKS, Prompt, Writer, encode, start_ids
 from .runtime.cache import CACHE, state_bytes
 from .runtime.spec import SpecError, choose
+from .tasks import QuestionSet, Request, judge, loglikelihoods, requests, sets_in
 
 log = logging.getLogger("kernelize")
 
-VERSION = 1  # of the records: raise it when a suite changes what it measures
+VERSION = 2  # of the records: raise it when a suite changes what it measures
 SAMPLES = ("novel", "train")
 OnProgress = Callable[[int, int, str], None]  # (tokens done, tokens in all, what is running)
 Record = dict[str, Any]
@@ -111,8 +113,33 @@ METRICS: dict[str, Metric] = {
     ),
     "parameters": Metric("parameters", "", "{:,.0f}".format),
     "trained_length": Metric("positions that the configuration allows", "", "{:,.0f}".format),
+    **{name: Metric(f"completed without a mistake: {name}", "higher", "{:.2f}".format) for name in COMPLETIONS},
     **{name: Metric(f"recall: {name.replace('_', ' ')}", "higher", "{:.2f}".format) for name in TASKS},
 }
+
+
+# The measures of question sets; a row's metric is TASK/MEASURE.
+MEASURES: dict[str, Metric] = {
+    **{
+        name: Metric(f"share of right answers{how}", "higher", "{:.1%}".format)
+        for name, how in (
+            ("acc", ""),
+            ("acc_bytes", ", log p a byte of the choice"),
+            ("acc_norm", ", log p a character of the choice"),
+            ("exact_match", ", written out"),
+        )
+    },
+    "perplexity": Metric("perplexity of the right answer, a whole answer at a time", "lower", "{:.2f}".format),
+    "corrected": Metric("share of right answers above guessing: (acc − chance) / (1 − chance)", "higher",
+                        "{:.1%}".format),
+}  # fmt: skip
+
+
+def metric_of(name: str) -> Metric:
+    """How the metric of a row is read. One that is not in METRICS or, as TASK/MEASURE, in MEASURES is a plain fact."""
+    task, _, measure = name.rpartition("/")
+    found = MEASURES.get(measure) if task else METRICS.get(name)
+    return found or Metric(name, "", "{:.4g}".format)
 
 
 def save_rows(rows: Sequence[Row], path: str | Path) -> None:
@@ -274,7 +301,6 @@ class Suite:
     """A measurement. A new one subclasses this, sets `quick`, implements the three methods, and is added to SUITES."""
 
     lengths: tuple[int, ...] = (8192,)
-    text: str = "novel"
     chunk: int = 512
     seed: int = 0
 
@@ -294,6 +320,10 @@ class Suite:
     def reach(self) -> int:
         """Positions that the longest unit needs."""
         return max(self.lengths)
+
+    def label(self, unit: Unit) -> str:
+        """What progress calls a unit."""
+        return f"{self.kind} {len(unit.ids[0])}"
 
     def units(self, tokenizer) -> list[Unit]:
         raise NotImplementedError
@@ -327,6 +357,7 @@ class Perplexity(Suite):
     Positions are counted from the start of a piece, in buckets that double: … 1024–2048, 2048–4096 …
     """
 
+    text: str = "novel"
     pieces: int | None = 6  # evenly spread over the text; None: all
 
     kind = "ppl"
@@ -432,12 +463,13 @@ class Recall(Suite):
     """What a model finds again in a long prompt, by depth and length; the tasks are in `kernelize.recall`."""
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    haystack: str = "novel"  # the text in which things are hidden
     tasks: tuple[str, ...] = tuple(TASKS)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     trials: int = 8  # prompts a depth
 
     kind = "recall"
-    quick = {"lengths": (512,), "depths": (0.1, 0.5, 0.9), "trials": 1}
+    quick = {"lengths": (512,), "depths": (0.5,), "trials": 2}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -451,7 +483,7 @@ class Recall(Suite):
         return max(self.lengths) + 64  # the answer's tokens
 
     def units(self, tokenizer) -> list[Unit]:
-        writer = Writer(tokenizer, read_text(self.text))
+        writer = Writer(tokenizer, read_text(self.haystack))
         return [unit for task in self.tasks for length in self.lengths for unit in self._cells(writer, task, length)]
 
     def _cells(self, writer: Writer, task: str, length: int) -> Iterator[Unit]:
@@ -485,12 +517,13 @@ class Recall(Suite):
         for record in records:
             for depth in (None,) if record["task"] in DEPTHLESS else (None, record["depth"]):
                 cells[record["task"], record["length"], depth] += record["scores"]
-        return [_recall_row(name, cell, scores) for cell, scores in cells.items()]
+        return [_share_row(name, self.kind, cell, scores) for cell, scores in cells.items()]
 
 
-def _recall_row(name: str, cell: tuple[str, int, float | None], scores: list[float]) -> Row:
+def _share_row(name: str, kind: str, cell: tuple[str, int | None, float | None], scores: list[float]) -> Row:
+    """The row of a share, such as of prompts answered; `cell`: metric, length, depth."""
     mean, n = sum(scores) / len(scores), len(scores)
-    return Row(name, Recall.kind, *cell, mean, *wilson(mean, n), n)
+    return Row(name, kind, *cell, mean, *wilson(mean, n), n)
 
 
 @dataclass(frozen=True)
@@ -504,22 +537,43 @@ class Passkey(Recall):
 
 @dataclass(frozen=True)
 class Generation(Suite):
-    """Greedy text after prompts from the novel: how long it agrees with the teacher's, and how it repeats itself."""
+    """Greedy text after prompts of a novel: how long it agrees with the teacher's, how it repeats itself, and how many
+    of the continuations of `kernelize.completion` it writes out without a mistake."""
 
     lengths: tuple[int, ...] = (256,)
+    text: str = "novel"
     prompts: int = 8
     new_tokens: int = 128
+    completions: tuple[str, ...] = tuple(COMPLETIONS)
+    trials: int = 8  # prompts a completion task
 
     kind = "generation"
-    quick = {"prompts": 2, "new_tokens": 32}
+    quick = {"prompts": 2, "new_tokens": 32, "trials": 4}
     compares = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.completions:
+            _choose("completion", task, COMPLETIONS)
 
     @property
     def reach(self) -> int:
         return max(self.lengths) + self.new_tokens
 
     def units(self, tokenizer) -> list[Unit]:
-        return [self._unit(_pieces(tokenizer, self.text, length), length) for length in self.lengths]
+        writer = Writer(tokenizer, read_text(self.text))
+        return [self._unit(_pieces(tokenizer, self.text, length), length) for length in self.lengths] + [
+            self._completions(writer, task, length) for task in self.completions for length in self.lengths
+        ]
+
+    def _completions(self, writer: Writer, task: str, length: int) -> Unit:
+        rng = random.Random(f"{self.seed} {task} {length}")
+        prompts = [COMPLETIONS[task](writer, length, rng) for _ in range(self.trials)]
+        asked = [prompt._replace(ids=[]) for prompt in prompts]
+        new_tokens = max(prompt.new_tokens for prompt in prompts)
+        settings = {"completion": task, "length": length, "new_tokens": new_tokens, "asked": asked}
+        ids = [prompt.ids for prompt in prompts]
+        return Unit(ids, settings | {"chunk": self.chunk}, len(ids) * (length + new_tokens))
 
     def _unit(self, pieces: list[list[int]], length: int) -> Unit:
         count = min(self.prompts, len(pieces))
@@ -528,10 +582,13 @@ class Generation(Suite):
         return Unit(ids, settings, count * (length + self.new_tokens))
 
     def measure(self, work: Work, reference: tuple[Subject, Unit] | None, tick: Tick) -> list[Record]:
+        if "completion" in work[0][1].settings:
+            return [self._completed(subject, unit, tick) for subject, unit in work]
         theirs = self._write(*reference) if reference else None
         records = []
         for subject, unit in work:
-            written = self._write(subject, unit)
+            same = reference is not None and reference[0].name == subject.name
+            written = theirs if theirs and same else self._write(subject, unit)
             record: Record = {"length": unit.settings["length"], "texts": [_diversity(row) for row in written]}
             if theirs and _comparable(subject, unit, reference):
                 record["agreement"] = [_agreement(*rows) for rows in zip(written, theirs, strict=True)]
@@ -540,11 +597,21 @@ class Generation(Suite):
         return records
 
     def _write(self, subject: Subject, unit: Unit) -> list[list[int]]:
-        return greedy(subject.model, _tensor(subject, unit), self.new_tokens, self.chunk).tolist()
+        return greedy(subject.model, _tensor(subject, unit), unit.settings["new_tokens"], self.chunk).tolist()
+
+    def _completed(self, subject: Subject, unit: Unit, tick: Tick) -> Record:
+        texts = subject.tokenizer.batch_decode(self._write(subject, unit))
+        tick(unit.cost)
+        scores = [float(exact(text, p.answers[0])) for text, p in zip(texts, unit.settings["asked"], strict=True)]
+        return {key: unit.settings[key] for key in ("completion", "length")} | {"scores": scores}
 
     def rows(self, name: str, records: list[Record]) -> list[Row]:
         rows = []
         for record in records:
+            if "completion" in record:
+                rows.append(_share_row(name, self.kind, (record["completion"], record["length"], None),
+                                       record["scores"]))  # fmt: skip
+                continue
             values = {key: [text[key] for text in record["texts"]] for key in record["texts"][0]}
             values |= {"agreement": record["agreement"]} if "agreement" in record else {}
             for metric, xs in values.items():
@@ -577,11 +644,154 @@ def _diversity(ids: list[int]) -> dict[str, float]:
     return {"repetition": 1 - distinct(4), "distinct_1": distinct(1), "distinct_2": distinct(2)}
 
 
+@dataclass(frozen=True)
+class Tasks(Suite):
+    """Question sets in a folder of JSON lines (see `kernelize.tasks`), scored here; `lengths` mean nothing to it."""
+
+    folder: str | None = None
+    names: tuple[str, ...] = ()  # all sets in the folder, if none is named
+    limit: int | None = None  # the first rows of a set only
+    batch: int = 16  # texts at a time
+
+    kind = "tasks"
+    quick = {"limit": 16}
+
+    STEP: ClassVar[int] = 32  # questions a record
+
+    @property
+    def reach(self) -> int:
+        return 1
+
+    def label(self, unit: Unit) -> str:
+        return f"{self.kind} {unit.settings['task']}"
+
+    def units(self, tokenizer) -> list[Unit]:
+        if self.folder is None:
+            raise InputError(f"suite={self.kind!r} needs folder, where the question sets are (--tasks-data)")
+        return [unit for found in sets_in(self.folder, self.names) for unit in self._units(tokenizer, found)]
+
+    def _units(self, tokenizer, found: QuestionSet) -> Iterator[Unit]:
+        questions = found.questions[: self.limit]
+        for first in range(0, len(questions), self.STEP):
+            part = questions[first : first + self.STEP]
+            asked = [(question, requests(tokenizer, question)) for question in part]
+            flat = [request for _, those in asked for request in those]
+            settings = {"task": found.name, "first": first, "starts": [request.start for request in flat]}
+            settings["asked"] = [(len(question.pairs), question.gold, question.sizes) for question in part]
+            yield Unit([request.ids for request in flat], settings, sum(len(request.ids) for request in flat))
+
+    def measure(self, work: Work, reference: tuple[Subject, Unit] | None, tick: Tick) -> list[Record]:
+        return [self._judged(subject, unit, tick) for subject, unit in work]
+
+    def _judged(self, subject: Subject, unit: Unit, tick: Tick) -> Record:
+        asked = [Request(*pair) for pair in zip(unit.ids, unit.settings["starts"], strict=True)]
+        scores = iter(loglikelihoods(subject.model, asked, self.batch))
+        tick(unit.cost)
+        right = [judge(gold, sizes, [next(scores) for _ in range(n)]) for n, gold, sizes in unit.settings["asked"]]
+        chance = [1 / n if n > 1 else 0.0 for n, _, _ in unit.settings["asked"]]
+        values = {measure: [one[measure] for one in right] for measure in right[0]}
+        return {"task": unit.settings["task"], "values": values, "chance": chance}
+
+    def rows(self, name: str, records: list[Record]) -> list[Row]:
+        rows, parts = [], []
+        for task in dict.fromkeys(record["task"] for record in records):
+            mine = [record for record in records if record["task"] == task]
+            values = {m: [x for record in mine for x in record["values"][m]] for m in mine[0]["values"]}
+            rows += [self._row(name, task, measure, xs) for measure, xs in values.items()]
+            best, chance = values.get("acc_bytes", values["acc"]), [x for record in mine for x in record["chance"]]
+            parts.append(_Part(task, sum(best) / len(best), _error(best), sum(chance) / len(chance), len(best)))
+        return rows + _corrected(name, self.kind, parts)
+
+    def _row(self, name: str, task: str, measure: str, values: list[float]) -> Row:
+        if measure != "nll":
+            return _share_row(name, self.kind, (f"{task}/{measure}", None, None), values)
+        low, high = bootstrap(values, [1.0] * len(values), self.seed, math.exp)
+        mean = math.exp(sum(values) / len(values))
+        return Row(name, self.kind, f"{task}/perplexity", None, None, mean, low, high, len(values))
+
+
+class _Part(NamedTuple):
+    """The accuracy of one task, its standard error, and what guessing reaches."""
+
+    task: str
+    accuracy: float
+    error: float | None
+    chance: float
+    n: int
+
+
+def _error(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _corrected(name: str, kind: str, parts: Sequence[_Part]) -> list[Row]:
+    """Accuracies above guessing: 0 is chance, 1 is perfect, whatever the number of choices; and their mean."""
+    scaled = [_above_chance(part) for part in parts]
+    if len(scaled) > 1:
+        errors = [part.error for part in scaled if part.error is not None]
+        joint = math.hypot(*errors) / len(scaled) if len(errors) == len(scaled) else None
+        mean = sum(part.accuracy for part in scaled) / len(scaled)
+        scaled.append(_Part("mean", mean, joint, 0.0, sum(part.n for part in scaled)))
+    return [_with_error(name, kind, f"{part.task}/corrected", part.accuracy, part.error, part.n) for part in scaled]
+
+
+def _above_chance(part: _Part) -> _Part:
+    rest = 1 - part.chance
+    error = None if part.error is None else part.error / rest
+    return part._replace(accuracy=(part.accuracy - part.chance) / rest, error=error, chance=0.0)
+
+
+def _with_error(name: str, kind: str, metric: str, value: float, error: float | None, n: int) -> Row:
+    """A row with the interval of a normal distribution."""
+    low, high = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
+    return Row(name, kind, metric, None, None, value, low, high, n)
+
+
+@dataclass(frozen=True)
+class LmEval(Tasks):
+    """The same sets, or any of lm-eval's own tasks by name, measured by lm-eval; one record a task."""
+
+    kind = "lm-eval"
+
+    def units(self, tokenizer) -> list[Unit]:
+        if self.folder is None and not self.names:
+            raise InputError("suite='lm-eval' needs names of its tasks (--task), or folder, where question sets are")
+        local = {found.name: found for found in sets_in(self.folder, self.names)} if self.folder else {}
+        return [self._unit(tokenizer, name, local.get(name)) for name in self.names or local]
+
+    def _unit(self, tokenizer, name: str, found: QuestionSet | None) -> Unit:
+        settings = {"task": name, "limit": self.limit, "seed": self.seed, "lm_eval": harness.version()}
+        settings |= {"digest": found.digest} if found else {}
+        cost = sum(unit.cost for unit in self._units(tokenizer, found)) if found else 1  # what a Hub has is not known
+        return Unit([[]], settings, cost)
+
+    def _judged(self, subject: Subject, unit: Unit, tick: Tick) -> Record:
+        task: str | QuestionSet = unit.settings["task"]
+        if self.folder and isinstance(task, str):
+            (task,) = sets_in(self.folder, [task])
+        scores = harness.measure(
+            subject.model, subject.tokenizer, task, limit=self.limit, batch=self.batch, seed=self.seed
+        )
+        tick(unit.cost)
+        return {"scores": [score._asdict() for score in scores]}
+
+    def rows(self, name: str, records: list[Record]) -> list[Row]:
+        scores = [harness.Score(**score) for record in records for score in record["scores"]]
+        rows = [_with_error(name, self.kind, f"{s.task}/{s.metric}", s.value, s.error, s.n) for s in scores]
+        best: dict[str, harness.Score] = {}
+        for metric in ("acc", "acc_bytes", "acc_norm"):  # the last one that a task has is its headline
+            best |= {score.task: score for score in scores if score.metric == metric}
+        parts = [_Part(s.task, s.value, s.error, s.chance or 0.0, s.n) for s in best.values()]
+        return rows + _corrected(name, self.kind, parts)
+
+
 SUITES: dict[str, type[Suite]] = {
     "ppl": Perplexity,
     "passkey": Passkey,
     "recall": Recall,
     "generation": Generation,
+    "tasks": Tasks,
+    "lm-eval": LmEval,
 }
 
 
@@ -642,7 +852,7 @@ def evaluate(
     models: Mapping[str, Any] | Sequence[str | Path],
     suites: Sequence[str | Suite] = ("ppl", "passkey"),
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     teacher: str | None = None,
     quick: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -655,8 +865,8 @@ def evaluate(
 
     models: name → (model, tokenizer), or name → source, or sources (Hub id, folder, .gguf) that name themselves;
     `device` and `dtype` are for those that are loaded here. Any causal LM of Transformers will do.
-    suites: names from `SUITES` or `Suite` objects. `lengths` (tokens), `quick` and `settings` (fields of the suites,
-    such as text, pieces, trials, seed) apply to the named ones.
+    suites: names from `SUITES` or `Suite` objects. `lengths` (tokens; or suite → lengths), `quick` and `settings`
+    (fields of the suites, such as text, pieces, trials, seed) apply to the named ones.
     teacher: the name of the model that the others are compared with; by default "teacher" if there is one.
     cache: a JSON-lines file of what was measured already; a killed evaluation continues from it.
 
@@ -666,10 +876,11 @@ def evaluate(
     _check_settings(chosen, settings or {})
     subjects = _subjects(models, device, dtype)
     reference = _teacher(subjects, teacher)
-    for subject in subjects:
-        check_positions(subject, max(suite.reach for suite in chosen))
-    store = Store(cache)
     units = [_units(suite, subjects) for suite in chosen]
+    for subject in subjects:
+        longest = max((len(ids) for plan in units for unit in plan[subject.name] for ids in unit.ids), default=0)
+        check_positions(subject, max(longest, *(suite.reach for suite in chosen)))
+    store = Store(cache)
     jobs = [j for s, u in zip(chosen, units, strict=True) for j in _jobs(s, subjects, u, reference, store)]
     _run(jobs, store, on_progress)
     rows = [row for subject in subjects for row in _facts(subject)]
@@ -680,8 +891,23 @@ def evaluate(
     return rows
 
 
-def _named(name: str, lengths: Sequence[int] | None, quick: bool, settings: Mapping[str, Any]) -> Suite:
+def lengths_by_suite(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """["512,1k", "ppl=2k"] → (2048,) for ppl, (512, 1024) for every other suite."""
+    plain = [text for text in texts if "=" not in text]
+    found = dict.fromkeys(SUITES, parse_lengths(",".join(plain))) if plain else {}
+    for text in texts:
+        suite, named, lengths = text.partition("=")
+        if named:
+            _choose("suite", suite, SUITES)
+            found[suite] = parse_lengths(lengths)
+    return found
+
+
+def _named(
+    name: str, lengths: Sequence[int] | Mapping[str, Sequence[int]] | None, quick: bool, settings: Mapping[str, Any]
+) -> Suite:
     _choose("suite", name, SUITES)
+    lengths = lengths.get(name) if isinstance(lengths, Mapping) else lengths
     known = {field.name for field in dataclasses.fields(SUITES[name])}
     mine = {key: value for key, value in settings.items() if key in known}
     if lengths:
@@ -770,7 +996,7 @@ def _jobs(suite: Suite, subjects, units: dict[str, list[Unit]], teacher: Subject
 def _run(jobs: Sequence[Job], store: Store, on_progress: OnProgress | None) -> None:
     total, done = sum(unit.cost for job in jobs for _, unit, _ in job.work), 0
     for job in jobs:
-        label = f"{job.suite.kind} {len(job.work[0][1].ids[0])}"
+        label = job.suite.label(job.work[0][1])
 
         def tick(tokens: int, label: str = label) -> None:
             nonlocal done

@@ -200,7 +200,6 @@ def evaluate_sources(
     suites: Sequence[str],
     *,
     teacher: str | None = None,
-    text: str | None = None,
     card: bool = False,
     device: str | None = None,
     dtype: str | None = None,
@@ -208,20 +207,17 @@ def evaluate_sources(
 ) -> list[Row]:
     """Evaluates sources beside a teacher; with `card`, the first one's model card takes up the numbers.
 
-    `options` go to `evaluate`: lengths, quick, cache, on_progress.
+    `options` go to `evaluate`: lengths, quick, settings, cache, on_progress.
     """
     from .evaluate import evaluate
 
     if card:
         read_facts(sources[0])
-    named = {"teacher": teacher} if teacher else {}
-    loaded = {
-        name: load_for_use(source, device=device, dtype=dtype)
-        for name, source in {**named, **{Path(source).stem: source for source in sources}}.items()
-    }
-    rows = evaluate(loaded, suites, settings={"text": text} if text else None, **options)
+    named = {**({"teacher": teacher} if teacher else {}), **dict(zip(short_names(sources), sources, strict=True))}
+    loaded = {name: load_for_use(source, device=device, dtype=dtype) for name, source in named.items()}
+    rows = evaluate(loaded, suites, **options)
     if card:
-        document(sources[0], rows=as_rows(rows))
+        document(sources[0], rows=_with_other_suites(sources[0], as_rows(rows)))
     return rows
 
 
@@ -244,10 +240,38 @@ def audit_source(
         read_facts(source)
     model, tokenizer = load_for_use(source, device=device, dtype=dtype)
     original, _ = load_for_use(teacher, device=device, dtype=dtype)
-    found = audit(model, original, tokenizer, name=Path(source).stem, **options)
+    found = audit(model, original, tokenizer, name=short_names([source])[0], **options)
     if card:
         document(source, audit=found.to_dict())
     return found
+
+
+def _with_other_suites(folder: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows after those that the card has of suites that were not measured anew."""
+    suites = {row["suite"] for row in rows}
+    return [*(row for row in read_facts(folder).rows if row["suite"] not in suites), *rows]
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """A name for each source: the last part of its path, and as many parts before it as tell it from the others.
+
+    Raises InputError for a source given twice.
+    """
+    parts = [_parts(source) for source in sources]
+    for i, mine in enumerate(parts):
+        if mine in parts[:i]:
+            raise InputError(f"source {sources[i]!r} is given twice; each can be measured once")
+    depth, deepest = 1, max(map(len, parts))
+    while depth < deepest and len({mine[-depth:] for mine in parts} | {("teacher",)}) <= len(parts):
+        depth += 1
+    return ["/".join(mine[-depth:]) for mine in parts]
+
+
+def _parts(source: str) -> tuple[str, ...]:
+    """Of a Hub id as it is, of a file or folder from the root on, without .gguf."""
+    path = Path(source)
+    whole = path.resolve() if path.exists() else path
+    return whole.with_name(whole.name.removesuffix(".gguf")).parts
 
 
 def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:

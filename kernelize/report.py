@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .evaluate import METRICS, Row, data_size, load_rows, save_rows
+from .evaluate import Row, data_size, load_rows, metric_of, save_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
+BENCH = "bench"  # the suite of timings of one sequence; batches have suites of their own
+AUDIT = "audit"  # the suite whose models are parts of one
+SOURCES = ("window", "sinks", "slots", "memory")  # of an audit's rows mass_SOURCE and, by distance, mass_SOURCE_at
+MASS = {f"mass_{source}{at}" for source in SOURCES for at in ("", "_at")}
 INK, GRID, PAPER = "#101112", "#c0c1c2", "#fdfeff"  # each occurs once in the theme, so that it can be replaced
 # Okabe & Ito's palette, safe for colour-blind readers, darkened for white paper and lightened for black.
 SERIES = {"#0a5f9e": "#6db8ee", "#b8470b": "#f0965c", "#0b7a57": "#4fc9a0", "#8e3f75": "#dd9fc6",
@@ -90,7 +96,7 @@ def _order(rows: Sequence[Row]) -> Callable[[Row], tuple]:
 
 
 def _cell(row: Row, teacher: Row | None, paired: Row | None) -> Cell:
-    metric = METRICS[row.metric]
+    metric = metric_of(row.metric)
     interval = "" if row.low is None or row.high is None else f"[{metric.show(row.low)}, {metric.show(row.high)}]"
     if teacher is None or teacher.model == row.model or not metric.better:
         return Cell(metric.show(row.value), interval, "", "")
@@ -100,20 +106,20 @@ def _cell(row: Row, teacher: Row | None, paired: Row | None) -> Cell:
 
 def _beside_one(ratio: Row) -> str:
     """The verdict of a ratio to the teacher's perplexity, measured piece by piece."""
-    if _inside(1.0, ratio) or METRICS[ratio.metric].show(ratio.value) == METRICS[ratio.metric].show(1.0):
+    if _inside(1.0, ratio) or metric_of(ratio.metric).show(ratio.value) == metric_of(ratio.metric).show(1.0):
         return "same"
     return "better" if ratio.value < 1 else "worse"
 
 
 def _change(row: Row, teacher: Row) -> str:
     """Relative where a ratio means something, absolute for shares."""
-    if METRICS[row.metric].better == "lower" and teacher.value > 0 and row.metric != "repetition":
+    if metric_of(row.metric).better == "lower" and teacher.value > 0 and row.metric != "repetition":
         return f"{round(row.value / teacher.value - 1, 3) + 0.0:+.1%}"  # + 0.0: no "-0.0%"
     return f"{row.value - teacher.value:+.2f}"
 
 
 def _verdict(row: Row, teacher: Row, better: str) -> str:
-    show = METRICS[row.metric].show
+    show = metric_of(row.metric).show
     if show(row.value) == show(teacher.value) or (_inside(row.value, teacher) and _inside(teacher.value, row)):
         return "same"
     return "better" if (row.value < teacher.value) == (better == "lower") else "worse"
@@ -122,6 +128,12 @@ def _verdict(row: Row, teacher: Row, better: str) -> str:
 def _inside(value: float, row: Row) -> bool:
     low, high = (row.value, row.value) if row.low is None or row.high is None else (row.low, row.high)
     return low <= value <= high
+
+
+def tables(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows as they stand in one table each: those of models, and those of the parts of an audited one."""
+    parts = [[row for row in rows if (row.suite == AUDIT) == audited] for audited in (False, True)]
+    return [part for part in parts if part]
 
 
 def rows_table(rows: Sequence[Row], teacher: str | None = None, *, full: bool = False) -> Table:
@@ -141,14 +153,40 @@ def rows_table(rows: Sequence[Row], teacher: str | None = None, *, full: bool = 
     table = Table("suite", "metric", title_style="", header_style="bold")
     for name in ("length", "depth", *models):
         table.add_column(name, justify="right")
-    before = ""
+    before, curves = "", _curves(rows, "ppl_at")
     for (suite, metric, length, depth), found in cells.items():
         if before and suite != before:
             table.add_section()
+        if metric == "ppl_at" and curves:
+            first, last, shapes = curves
+            span = f"{_length(first)}–{_length(last)}"
+            table.add_row(suite if suite != before else "", metric, span, "", *(shapes.get(m, "–") for m in models))
+            before, curves = suite, None
         values = [Text(found[m].show(full), styles[found[m].verdict]) if m in found else Text("–") for m in models]
         table.add_row(suite if suite != before else "", metric, _length(length), _depth(depth), *values)
         before = suite
     return table
+
+
+def _curves(rows: Sequence[Row], metric: str) -> tuple[int, int, dict[str, str]] | None:
+    """(first length, last length, model → sparkline) of a metric by length, one scale for all; None for one point."""
+    series = {model: points for model, points in _series(rows, metric).items() if len(points) > 1}
+    if not series:
+        return None
+    values, lengths = ([f(row) for points in series.values() for row in points]
+                       for f in (lambda row: row.value, lambda row: row.length or 0))  # fmt: skip
+    low, high = min(values), max(values)
+    shapes = {m: "".join(_spark(row.value, low, high) for row in points) for m, points in series.items()}
+    return min(lengths), max(lengths), shapes
+
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def _spark(value: float, low: float, high: float) -> str:
+    """A bar as high as `value` stands between `low` and `high` on a log scale; all of them positive."""
+    place = math.log(value / low) / math.log(high / low) if high > low else 0.0
+    return SPARKS[round(place * (len(SPARKS) - 1))]
 
 
 def _length(length: float | None) -> str:
@@ -185,7 +223,11 @@ def _theme() -> Any:
 
 
 def _series(rows: Sequence[Row], metric: str) -> dict[str, list[Row]]:
-    """model → its rows of the metric by length, in the order of the models in all rows (so a style stays a model's)."""
+    """model → its rows of the metric by length, in the order of the models in all rows (so a style stays a model's).
+
+    The parts of an audited model are no models.
+    """
+    rows = [row for row in rows if row.suite != AUDIT]
     models = dict.fromkeys(row.model for row in rows)
     found = {m: [row for row in rows if row.model == m and row.metric == metric and row.length] for m in models}
     return {model: sorted(points, key=lambda row: row.length or 0) for model, points in found.items()}
@@ -265,12 +307,15 @@ def _by_position(rows: Sequence[Row], metric: str, label: str, *, log_y: bool) -
     return figure
 
 
-def _plain_log_ticks(axes: Axes) -> None:
+def _plain_log_ticks(axes: Axes, *, vertical: bool = True) -> None:
+    """Plain numbers on a log scale; few of them where it spans decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if vertical else (axes.xaxis, axes.get_xlim())
+    wide = high > 100 * low
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 1.5, 2, 3, 5, 7), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _mark_trained(axes: Axes, rows: Sequence[Row], top: float) -> None:
@@ -377,7 +422,8 @@ def _mark_break_even(axes: Axes, series: Mapping[str, list[Row]]) -> None:
 
 
 def quality_by_state(rows: Sequence[Row]) -> Figure | None:
-    """Perplexity of whole pieces against the bytes of state that it takes: left and low is good."""
+    """Perplexity of whole pieces against the bytes of state that it takes: left and low is good. The grey line joins
+    the models that no other one beats in both."""
     from matplotlib.ticker import FuncFormatter
 
     ppl, state = (_series(rows, metric) for metric in ("ppl", "cache_bytes"))
@@ -387,6 +433,8 @@ def quality_by_state(rows: Sequence[Row]) -> Figure | None:
     figure, (axes,) = _figure()
     for index, (x, y) in enumerate(both.values()):
         axes.plot([x], [y], **_style(index) | {"linestyle": "none", "markersize": 8})
+    front = _pareto(both.values())
+    axes.step(*zip(*front, strict=True), where="post", color=GRID, linewidth=1.2, zorder=0)
     axes.set_xscale("log", base=2)
     axes.margins(x=0.25, y=0.15)
     axes.grid(True, linewidth=0.6)
@@ -396,6 +444,130 @@ def quality_by_state(rows: Sequence[Row]) -> Figure | None:
              xlabel="bytes of decoding state, one sequence (log scale)")  # fmt: skip
     _name_lines(axes, {m: (*place, _style(i)["color"]) for i, (m, place) in enumerate(both.items())})
     return figure
+
+
+def _pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, loss) pairs those that no other one beats or equals in both, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def latency_by_length(rows: Sequence[Row]) -> Figure | None:
+    """Time to read a text and time to write the next token after it, by the length of the text; and the length from
+    which a model is faster than the teacher."""
+    panels = {"prefill_ms": "reading the whole text", "decode_ms": "writing a token after it"}
+    rows = [row for row in rows if row.suite == BENCH or row.metric not in panels]
+    found = {metric: _series(rows, metric) for metric in panels}
+    found = {metric: series for metric, series in found.items() if any(len(points) > 1 for points in series.values())}
+    if not found:
+        return None
+    figure, many = _figure(5.4 * len(found), 4.2, 1, len(found))
+    for axes, (metric, series) in zip(many, found.items(), strict=True):
+        ends = _lines(axes, series, log_y=True)
+        _plain_log_ticks(axes)
+        _length_axis(axes, sorted({row.length or 0 for points in series.values() for row in points}), "tokens read")
+        axes.set(title=panels[metric], ylabel="milliseconds (log scale)")
+        _mark_crossings(axes, series)
+        _name_lines(axes, ends)
+    return figure
+
+
+def crossing(slow: Sequence[Row], fast: Sequence[Row]) -> tuple[float, float] | None:
+    """(length, value) where the curve `slow` first rises above `fast`, between two lengths that both have; straight
+    lines in log scales. None where it is above from the start, or never."""
+    theirs = {row.length: row.value for row in fast}
+    points = [(row.length, row.value, theirs[row.length]) for row in slow if row.length and row.length in theirs]
+    for (x0, a0, b0), (x1, a1, b1) in itertools.pairwise(points):
+        if a0 <= b0 and a1 > b1:
+            before, after = math.log(b0 / a0), math.log(a1 / b1)
+            part = before / (before + after)
+            return x0 * (x1 / x0) ** part, a0 * (a1 / a0) ** part
+    return None
+
+
+def _mark_crossings(axes: Axes, series: Mapping[str, list[Row]]) -> None:
+    """Where the teacher (or else the first model) becomes slower than another one."""
+    slow = series.get("teacher") or next(points for points in series.values() if points)
+    for points in series.values():
+        place = crossing(slow, points)
+        if place:
+            axes.plot(*place, marker="X", markersize=9, color=INK, linestyle="none", zorder=5)
+            axes.annotate(f"break-even:\n{place[0]:,.0f} tokens", place, (-8, 4), textcoords="offset points",
+                          ha="right", fontsize=9)  # fmt: skip
+
+
+def audit_bars(rows: Sequence[Row]) -> Figure | None:
+    """What is left of a model without one of its parts, or with one alone: perplexity, distance from the teacher, and
+    passkeys found. A part that can be taken away at no cost is not used."""
+    audited = [row for row in rows if row.suite == AUDIT and row.metric not in MASS]
+    panels = {"ppl": "perplexity (log scale)", "kl": "KL from the teacher, nats", "passkey": "passkeys found"}
+    present = [metric for metric in panels if any(row.metric == metric for row in audited)]
+    if not present:
+        return None
+    names = list(dict.fromkeys(row.model for row in audited))
+    figure, many = _figure(3.4 * len(present) + 1.6, 1.2 + 0.34 * len(names), 1, len(present))
+    for axes, metric in zip(many, present, strict=True):
+        _bars(axes, [row for row in audited if row.metric == metric], names, axes is many[0])
+        axes.set_xlabel(panels[metric])
+    return figure
+
+
+def _bars(axes: Axes, rows: Sequence[Row], names: Sequence[str], labelled: bool) -> None:
+    """A bar a model with its value written at its end."""
+    log = rows[0].metric == "ppl"
+    start = 0.9 * min(row.value for row in rows) if log else 0.0
+    for row in rows:
+        y, text = names.index(row.model), metric_of(row.metric).show(row.value)
+        axes.barh(y, row.value - start, left=start, height=0.62, color=next(iter(SERIES)), alpha=0.75)
+        axes.annotate(text, (row.value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xscale("log" if log else "linear")
+    axes.set_yticks(range(len(names)), names if labelled else [""] * len(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    top = max(row.value for row in rows) or 1.0
+    axes.set_xlim(start, top * (top / start) ** 0.35 if log else top * 1.3)
+    axes.tick_params(left=False)
+    axes.minorticks_off()
+    if log:
+        _plain_log_ticks(axes, vertical=False)
+
+
+def attention_mass(rows: Sequence[Row]) -> Figure | None:
+    """Where the attention of converted layers goes: the share of the normaliser of every source, by distance where
+    the source has one, mean over layers. The memory is a sum, so nothing in it has a distance of its own."""
+    at = [row for row in rows if row.suite == AUDIT and row.metric in MASS]
+    models = list(dict.fromkeys(row.model for row in at))
+    if not models:
+        return None
+    edges = sorted({row.length for row in at if row.length})
+    figure, many = _figure(7.6, 3.4 * len(models), len(models), 1)
+    for axes, model in zip(many, models, strict=True):
+        _stacks(axes, {(row.metric, row.length): row.value for row in at if row.model == model}, edges)
+        axes.set_title(model)
+    return figure
+
+
+HATCHES = ("", "//", "..", "xx")
+
+
+def _stacks(axes: Axes, mass: Mapping[tuple[str, int | None], float], edges: Sequence[int]) -> None:
+    """A bar a distance, cut into sources; the memory, which has no distance, beside them."""
+    tops = [0.0] * (len(edges) + 1)
+    for i, source in enumerate(SOURCES):
+        by_distance = [mass.get((f"mass_{source}_at", edge), 0.0) for edge in edges]
+        heights = [*by_distance, mass.get(("mass_memory", None), 0.0) if source == "memory" else 0.0]
+        axes.bar(range(len(heights)), heights, 0.7, tops, color=list(SERIES)[i], alpha=0.75, hatch=HATCHES[i],
+                 edgecolor=PAPER, label=f"{source} {mass.get((f'mass_{source}', None), 0.0):.1%}")  # fmt: skip
+        tops = [a + b for a, b in zip(tops, heights, strict=True)]
+    for x, top in enumerate(tops):
+        axes.annotate(f"{top:.1%}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    spans = [f"<{_length(edge)}" if edge < 2**31 else f"≥{_length(edges[-2])}" for edge in edges]
+    axes.set_xticks(range(len(tops)), [*spans, "memory"])
+    axes.set(ylabel="share of the normaliser", xlabel="distance, tokens (a bar begins where the last one ends)")
+    axes.set_ylim(0, max(tops) * 1.15)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def recall_by_task(rows: Sequence[Row]) -> Figure | None:
@@ -426,7 +598,10 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure | None]]] = {
     "memory": ("Memory of the decoding state, one sequence", memory_by_length),
     "kl": ("Distance from the teacher, by position", kl_by_position),
     "quality": ("Quality against state", quality_by_state),
+    "latency": ("Time by length", latency_by_length),
     "recall": ("Recall, task by task", recall_by_task),
+    "audit": ("What each part is worth", audit_bars),
+    "mass": ("Where attention goes", attention_mass),
 }
 
 
@@ -488,16 +663,23 @@ def write_report(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output={str(output)!r} is a file, not a folder")
-    models, cells = compare(rows, teacher)
+    compared = [compare(part, _teacher_of(part, rows, teacher)) for part in tables(rows)]
     pictures = draw(rows)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
     save_rows(rows, folder / "rows.json")
-    (folder / "report.md").write_text(_markdown(models, cells, pictures, extra or {}), "utf-8")
+    (folder / "report.md").write_text(_markdown(compared, pictures, extra or {}), "utf-8")
     page = folder / "index.html"
-    page.write_text(_page(models, cells, pictures, extra or {}), "utf-8")
+    page.write_text(_page(compared, pictures, extra or {}), "utf-8")
     return page
+
+
+def _teacher_of(part: Sequence[Row], rows: Sequence[Row], teacher: str | None) -> str | None:
+    """`teacher` where this part of the rows has it; InputError where none has."""
+    if teacher in {row.model for row in rows} - {row.model for row in part}:
+        return None
+    return teacher
 
 
 LEGEND = "▲ better and ▼ worse than the teacher beyond the intervals, ≈ inside them; brackets: 95 % intervals."
@@ -509,30 +691,38 @@ def _table_rows(models: Sequence[str], cells: Mapping[Key, Mapping[str, Cell]]):
         yield head, [found.get(model) for model in models]
 
 
-def _markdown(models, cells, pictures: Sequence[Picture], extra: Mapping) -> str:
-    parts = ["# Evaluation", " · ".join(f"**{model}**" for model in models)]
+Compared = Sequence[tuple[list[str], dict[Key, dict[str, Cell]]]]
+
+
+def _markdown(compared: Compared, pictures: Sequence[Picture], extra: Mapping) -> str:
+    parts = ["# Evaluation", " · ".join(f"**{model}**" for model in compared[0][0])]
     parts += [
         f"## {picture.title}\n{picture.caption}\n\n![{picture.title}]({picture.name}.png)" for picture in pictures
     ]
     for heading, content in extra.items():
         body = content if isinstance(content, str) else "\n".join(f"- {k}: {v}" for k, v in content.items())
         parts.append(f"## {heading}\n{body}")
+    return "\n\n".join([*parts, f"## All numbers\n{LEGEND}", *(_markdown_table(*one) for one in compared)]) + "\n"
+
+
+def _markdown_table(models: Sequence[str], cells: Mapping[Key, Mapping[str, Cell]]) -> str:
     head = ["suite", "metric", "length", "depth", *models]
     lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
     lines += [
         [*names, *(cell.show() if cell else "–" for cell in values)] for names, values in _table_rows(models, cells)
     ]
-    table = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([*parts, f"## All numbers\n{LEGEND}\n\n{table}"]) + "\n"
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _page(models, cells, pictures: Sequence[Picture], extra: Mapping) -> str:
+def _page(compared: Compared, pictures: Sequence[Picture], extra: Mapping) -> str:
+    models = compared[0][0]
     sections = [f"<figure><h2>{html.escape(p.title)}</h2><div class='scroll'>{p.svg}</div>"
                 f"<figcaption>{html.escape(p.caption)}</figcaption></figure>" for p in pictures]  # fmt: skip
     sections += [
         f"<section><h2>{html.escape(str(h))}</h2>{_content(content)}</section>" for h, content in extra.items()
     ]
-    sections.append(_html_table(models, cells))
+    shown = "".join(_html_table(*one) for one in compared)
+    sections.append(f"<section><h2>All numbers</h2><p>{LEGEND}</p>{shown}</section>")
     names = " · ".join(f"<b>{html.escape(model)}</b>" for model in models)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -553,11 +743,11 @@ def _html_table(models: Sequence[str], cells: Mapping[Key, Mapping[str, Cell]]) 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("suite", "metric", "length", "depth", *models))
     body = []
     for names, values in _table_rows(models, cells):
-        title = html.escape(METRICS[names[1]].title)
+        title = html.escape(metric_of(names[1]).title)
         labels = "".join(f"<td title='{title}'>{html.escape(name)}</td>" for name in names)
         body.append(f"<tr>{labels}{''.join(map(_html_cell, values))}</tr>")
-    return (f"<section><h2>All numbers</h2><p>{LEGEND}</p><div class='scroll'><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table></div></section>")  # fmt: skip
+    return (f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div>")  # fmt: skip
 
 
 def _html_cell(cell: Cell | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import kernelize
 from kernelize.cli import main
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
-from kernelize.errors import KernelizeError
+from kernelize.errors import InputError, KernelizeError
+from kernelize.pipeline import short_names
 from kernelize.runtime.spec import KernelSpec
 
 KERNEL = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "8", "--feature-dim", "16"]
@@ -304,6 +306,47 @@ def test_finetune_evaluate_report_and_push_keep_the_record(folder, tmp_path, cap
     assert run("push", tuned, "someone/tuned", "--dry-run", "--json", tmp_path / "push.json") == 0
     sent = json.loads((tmp_path / "push.json").read_text())
     assert {"model.safetensors", "recipe.yaml", "README.md"} <= {file["path"] for file in sent["files"]}
+
+
+def test_two_models_of_one_name_stay_two_beside_a_teacher(folder, tmp_path):
+    twins = [tmp_path / name / "model" for name in ("a", "b")]
+    for twin in twins:
+        shutil.copytree(folder / "source", twin)
+    questions, rows = tmp_path / "sets", tmp_path / "rows.json"
+    questions.mkdir()
+    (questions / "gaps.jsonl").write_text('{"context": "two and two is", "target": " four"}\n' * 3)
+    options = ["--teacher", folder / "made", "--suite", "ppl", "--suite", "passkey", "--suite", "tasks", "--seed", "3"]
+    options += ["--lengths", "ppl=64", "--lengths", "150", "--pieces", "2", "--trials", "1", "--task", "gaps"]
+    assert run("evaluate", *twins, *options, "--tasks-data", questions, "--json", rows) == 0
+    found = [row for row in json.loads(rows.read_text())["rows"] if row["depth"] is None]
+    assert {row["model"] for row in found} == {"teacher", "a/model", "b/model"}
+    assert {(r["metric"], r["length"], r["n"]) for r in found if r["suite"] != "model"} >= {
+        ("ppl", 64, 2), ("passkey", 150, 5), ("gaps/acc", None, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["org/model-1.5B", "x/y.gguf"], ["model-1.5B", "y"]),
+        (["a/m", "b/m", "b/n"], ["a/m", "b/m", "b/n"]),
+        (["some/teacher"], ["some/teacher"]),
+        (["x/a/m", "x/b/m"], ["a/m", "b/m"]),
+    ],
+)
+def test_names_are_short_and_distinct(sources, names):
+    assert short_names(sources) == names
+    with pytest.raises(InputError, match="given twice"):
+        short_names([*sources, sources[0]])
+
+
+def test_the_card_keeps_the_suites_that_are_not_measured_anew(folder, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(folder / "made", made)
+    for suite, length in (("ppl", "64"), ("passkey", "150"), ("ppl", "128")):
+        assert run("evaluate", made, "--suite", suite, "--lengths", length, "--card") == 0
+    known = json.loads((made / "kernelize.json").read_text())["rows"]
+    assert {(row["metric"], row["length"]) for row in known} >= {("ppl", 128), ("passkey", 150)}
+    assert ("ppl", 64) not in {(row["metric"], row["length"]) for row in known}
 
 
 def test_demo_compares_four_models_and_writes_a_checkpoint(folder, tmp_path, capsys, monkeypatch):

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from kernelize.completion import COMPLETIONS, exact
 from kernelize.convert import convert
 from kernelize.errors import InputError, KernelizeError
 from kernelize.evaluate import (
     METRICS,
+    SUITES,
     Generation,
     Passkey,
     Perplexity,
     Recall,
+    _named,
     bootstrap,
     evaluate,
     greedy,
+    lengths_by_suite,
     load_rows,
     make_suite,
     parse_length,
@@ -145,7 +155,7 @@ def test_the_needle_stands_at_its_depth(writer, depth):
 
 
 def test_a_model_that_copies_the_key_scores_one_and_a_random_one_zero(novel):
-    suite = Passkey(lengths=(200,), text=novel, depths=(0.5,), trials=2)
+    suite = Passkey(lengths=(200,), haystack=novel, depths=(0.5,), trials=2)
     assert value(evaluate({"a": pair()}, [suite]), "a", "passkey", 200, 0.5) == 0.0
     (unit,) = suite.units(TOKENIZER)
     keys = [TOKENIZER(f" {prompt.answers[0]}").input_ids for prompt in unit.settings["asked"]]
@@ -184,7 +194,7 @@ def test_greedy_equals_generate(novel):
 
 
 def test_generation_agrees_with_itself_and_counts_repetition(novel):
-    suite = Generation(lengths=(40,), text=novel, prompts=2, new_tokens=12)
+    suite = Generation(lengths=(40,), text=novel, prompts=2, new_tokens=12, completions=())
     rows = evaluate({"teacher": pair(), "same": pair(), "other": pair(5)}, [suite])
     assert value(rows, "same", "agreement", 40) == 12.0
     assert value(rows, "other", "agreement", 40) < 12.0
@@ -192,14 +202,77 @@ def test_generation_agrees_with_itself_and_counts_repetition(novel):
     assert 0.0 <= value(rows, "same", "repetition", 40) <= 1.0
 
 
+@pytest.mark.parametrize("task", COMPLETIONS)
+def test_exercises_have_their_length_and_their_answer_follows(writer, task):
+    first, again, other = (COMPLETIONS[task](writer, 400, random.Random(seed)) for seed in (1, 1, 2))
+    assert len(first.ids) == 400
+    assert first == again != other
+    text, (answer,) = TOKENIZER.decode(first.ids), first.answers
+    assert first.new_tokens >= len(TOKENIZER(f" {answer}").input_ids)
+    assert RULES[task](text.rsplit("\n\n", 2), answer)
+
+
+def _steps(text: str) -> set[int]:
+    return {b - a for a, b in itertools.pairwise(map(int, text.split(", ")))}
+
+
+RULES = {
+    "copying": lambda parts, answer: parts[1].startswith(f"{parts[2]} {answer} "),
+    "counting": lambda parts, answer: len(_steps(f"{parts[-1]} {answer}")) == 1,
+    "addition": lambda parts, answer: sum(map(int, re.findall(r"(\d+) \+ (\d+) =$", parts[-1])[0])) == int(answer),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [(" 85", True), ("85\n1 + 1", True), (" 853", False), ("8", False), ("is 85", False)]
+)
+def test_a_completion_is_right_only_if_it_is_the_whole_answer(text, right):
+    assert exact(text, "85") is right
+
+
+def test_a_model_that_writes_the_answer_completes_and_a_random_one_does_not(novel):
+    suite = Generation(lengths=(200,), text=novel, prompts=3, new_tokens=4, completions=("addition",), trials=3)
+    _, unit = suite.units(TOKENIZER)
+    keys = [TOKENIZER(f" {p.answers[0]} ".ljust(unit.settings["new_tokens"])).input_ids for p in unit.settings["asked"]]
+    rows = evaluate({"knows": (_Oracle([k[:4] for k in keys], 200), TOKENIZER), "not": pair()}, [suite])
+    assert value(rows, "knows", "addition", 200) == 1.0
+    assert value(rows, "not", "addition", 200) == 0.0
+
+
 # --- resuming
+
+
+class _Counting(torch.nn.Module):
+    """A model that counts the tokens it reads."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.inner, self.tokens = tiny_llama(seed), 0
+        self.config, self.device = self.inner.config, self.inner.device
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, ids, **options):
+        self.tokens += ids.numel()
+        return self.inner(ids, **options)
+
+
+def test_every_model_reads_everything_once_the_teacher_too(novel):
+    models = {"teacher": (_Counting(), TOKENIZER), "student": (_Counting(1), TOKENIZER)}
+    suites = [
+        Perplexity(lengths=(64,), text=novel, pieces=2),
+        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8, completions=()),
+    ]
+    evaluate(models, suites)
+    assert [model.tokens for model, _ in models.values()] == [2 * 64 + 2 * (16 + 8 - 1)] * 2
 
 
 def everything(novel):
     return [
         Perplexity(lengths=(64, 128), text=novel, pieces=3),
-        Recall(lengths=(256,), text=novel, depths=(0.2, 0.8), trials=1, tasks=("passkey", "associative_recall")),
-        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8),
+        Recall(lengths=(256,), haystack=novel, depths=(0.2, 0.8), trials=1, tasks=("passkey", "associative_recall")),
+        Generation(lengths=(16,), text=novel, prompts=2, new_tokens=8, completions=()),
     ]
 
 
@@ -217,6 +290,28 @@ def test_a_killed_evaluation_resumes_with_the_same_table(novel, tmp_path):
 
 def _refuse(*_):
     raise AssertionError("measured again what was cached")
+
+
+KILLED = """
+import os, signal, sys
+import test_evaluate as t
+done = []
+def stop(tokens, total, label):
+    done.append(label)
+    if len(done) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.evaluate({"teacher": t.pair(), "student": t.pair(1)}, t.everything(sys.argv[1]), cache=sys.argv[2], on_progress=stop)
+"""
+
+
+def test_a_process_that_was_killed_leaves_records_from_which_the_table_is_the_same(novel, tmp_path):
+    cache, models = tmp_path / "cache.jsonl", {"teacher": pair(), "student": pair(1)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, novel, str(cache)], cwd=Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL
+    kept = len(cache.read_text().splitlines())
+    assert kept > 0
+    assert evaluate(models, everything(novel), cache=cache) == evaluate(models, everything(novel))
+    assert len(cache.read_text().splitlines()) > kept
 
 
 def test_a_changed_weight_is_another_model(novel, tmp_path):
@@ -267,6 +362,26 @@ def test_lengths_are_sorted_and_distinct():
     assert parse_lengths("4k,512,4096") == (512, 4096)
 
 
+def test_a_suite_can_have_lengths_of_its_own(novel):
+    lengths = lengths_by_suite(["ppl=64", "100,1k"])
+    assert lengths["passkey"] == lengths["generation"] == (100, 1024)
+    assert lengths["ppl"] == (64,)
+    rows = evaluate({"a": pair()}, ["ppl"], lengths=lengths, settings={"text": novel, "pieces": 1})
+    assert {row.length for row in rows if row.suite == "ppl"} == {64}
+    with pytest.raises(InputError, match="suite='pppl'"):
+        lengths_by_suite(["pppl=64"])
+
+
+def test_the_haystack_and_the_text_are_two_texts(novel, tmp_path):
+    (tmp_path / "code.txt").write_text("def f(x):\n    return x\n" * 60)
+    settings = {"haystack": novel, "text": str(tmp_path / "code.txt"), "pieces": 1, "trials": 1, "depths": (0.5,)}
+    suites = [_named(name, [200], False, settings) for name in ("ppl", "passkey")]
+    code, hidden = (TOKENIZER.decode(suite.units(TOKENIZER)[0].ids[0]) for suite in suites)
+    assert "def f(x)" in code
+    assert "def f(x)" not in hidden
+    assert "pass key" in hidden
+
+
 def test_learned_positions_end(novel):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
@@ -294,7 +409,8 @@ def test_rotary_positions_go_on_but_it_is_said(novel, caplog):
     ],
 )
 def test_bad_input_is_named(novel, call, message):
-    call = {"settings": {"text": novel}, **call}
+    where = {"text": novel} if call["suites"] == ["ppl"] else {"haystack": novel}
+    call = {"settings": where, **call}
     with pytest.raises(InputError, match=message):
         evaluate({"a": pair()}, **call)
 
@@ -335,10 +451,43 @@ def test_the_samples_are_shipped_disjoint_and_long():
 
 
 def test_quick_is_smaller_than_usual():
-    for name in ("ppl", "passkey", "recall", "generation"):
+    for name in SUITES:
         quick, usual = make_suite(name, quick=True), make_suite(name)
         assert dataclasses.asdict(quick) != dataclasses.asdict(usual)
         assert quick.reach <= usual.reach
+
+
+@pytest.mark.parametrize("names", [("ppl", "passkey"), ("recall",), ("generation",)])
+def test_quick_takes_less_than_two_minutes_for_two_models_of_135m_on_two_cores(names):
+    """By 700 tokens a second of reading and 10 of writing, a batch at a time, with 20 seconds for loading."""
+    units = [unit for name in names for unit in make_suite(name, quick=True).units(TOKENIZER)]
+    read = sum(len(ids) for unit in units for ids in unit.ids)
+    asked = [[prompt.new_tokens for prompt in unit.settings.get("asked", ())] for unit in units]
+    steps = sum(unit.settings.get("new_tokens") or max(n, default=0) for unit, n in zip(units, asked, strict=True))
+    assert 20 + 2 * (read / 700 + steps / 10) < 120
+
+
+MEMORY = """
+import resource, sys
+import test_evaluate as t
+spec = t.KernelSpec(feature_map="hedgehog", feature_dim=16, window=64, sinks=2, slots=16, block=64)
+model = t.convert(t.tiny_llama(num_hidden_layers=1, head_dim=128), t.ConversionPlan.uniform(spec, 1))
+for length in (8192, 131072):
+    suite = t.Perplexity(lengths=(length,), text=sys.argv[1], pieces=1, chunk=1024)
+    t.evaluate({"long": (model, t.TOKENIZER)}, [suite])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_depend_on_the_length(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=27_000)))  # 135,000 tokens
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], cwd=Path(__file__).parent, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    short, long = map(int, done.stdout.split())  # kilobytes, the peak so far
+    keys_and_values = 1 * 2 * 2 * 128 * 4 * 131072 // 1024  # one layer, two heads: what softmax would keep
+    assert keys_and_values > 0.3 * short
+    assert long <= 1.1 * short
 
 
 def test_the_ratio_to_the_teacher_is_paired_and_one_for_itself(novel):
@@ -353,7 +502,9 @@ def test_a_kernelized_model_is_measured_with_a_state_of_constant_size(novel):
     spec = KernelSpec(feature_map="hedgehog", feature_dim=16, window=8, sinks=2, slots=8, block=4)
     student = convert(tiny_llama(), ConversionPlan.uniform(spec, 2))
     suite = Perplexity(lengths=(128, 256), text=novel, pieces=2, chunk=64)
-    rows = evaluate({"student": (student, TOKENIZER), "teacher": pair()}, [suite, Passkey((256,), novel, trials=1)])
+    rows = evaluate(
+        {"student": (student, TOKENIZER), "teacher": pair()}, [suite, Passkey((256,), haystack=novel, trials=1)]
+    )
     assert value(rows, "student", "cache_bytes", 256) == value(rows, "student", "cache_bytes", 128)
     assert value(rows, "student", "kl", 256) > 0
     ids = suite.units(TOKENIZER)[0].ids[0]

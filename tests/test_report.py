@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import html.parser
 import io
-import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageStat
 from rich.console import Console
-from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.errors import InputError
 from kernelize.evaluate import Row, load_rows, save_rows
-from kernelize.report import PICTURES, break_even, compare, load_all, rows_table, write_report
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "evaluate_any_model.py"
+from kernelize.report import (
+    PICTURES,
+    SOURCES,
+    _pareto,
+    break_even,
+    compare,
+    crossing,
+    latency_by_length,
+    load_all,
+    rows_table,
+    tables,
+    write_report,
+)
 
 
 def row(model, metric, length=None, value=1.0, depth=None, spread=0.0, suite="ppl") -> Row:
@@ -41,12 +49,45 @@ def model_rows(model: str, factor: float, a_token: int, constant: int) -> list[R
     return rows
 
 
+def bench_rows(model: str, a_token: float, constant: float) -> list[Row]:
+    return [
+        row(model, metric, n, scale * (constant + a_token * n), suite="bench")
+        for metric, scale in (("prefill_ms", 8.0), ("decode_ms", 1.0))
+        for n in (1024, 4096, 16384)
+    ]
+
+
+def test_batches_are_not_mixed_into_the_picture_of_one_sequence():
+    one, many = bench_rows("a", 0.01, 10), [replace(r, suite="bench ×16") for r in bench_rows("a", 0.05, 90)]
+    alone, both = (latency_by_length(rows) for rows in (one, one + many))
+    assert [list(line.get_ydata()) for line in both.axes[0].lines] == [
+        list(line.get_ydata()) for line in alone.axes[0].lines
+    ]
+    assert latency_by_length(many) is None
+
+
+def audit_rows(model: str) -> list[Row]:
+    parts = {"teacher": 20.0, f"{model}, whole": 21.0, f"{model}, no memory": 24.0, f"{model}, no attention": 4000.0}
+    rows = [row(name, "ppl", 2048, ppl, spread=1, suite="audit") for name, ppl in parts.items()]
+    rows += [row(name, "kl", 2048, ppl / 20 - 1, suite="audit") for name, ppl in parts.items()]
+    rows += [row(name, "passkey", 2048, 10 / ppl, suite="audit") for name, ppl in parts.items()]
+    for source in SOURCES:
+        rows += [row(f"{model}, whole", f"mass_{source}", None, 0.25, suite="audit")]
+    return rows + [
+        row(f"{model}, whole", f"mass_{source}_at", edge, 0.125, suite="audit")
+        for source in SOURCES[:3]
+        for edge in (64, 2**31)
+    ]
+
+
 ROWS = model_rows("kernelized", 1.05, 0, 4096) + model_rows("teacher", 1.0, 16, 0) + model_rows("a<b|c", 1.5, 0, 1024)
+ROWS += bench_rows("teacher", 0.01, 10) + bench_rows("kernelized", 0.0, 41) + audit_rows("kernelized")
+MODELS = ["teacher", "kernelized", "a<b|c"]
 
 
 def test_the_teacher_comes_first_and_differences_are_marked():
-    models, cells = compare(ROWS)
-    assert models == ["teacher", "kernelized", "a<b|c"]
+    models, cells = compare(tables(ROWS)[0])
+    assert models == MODELS
     found = cells["ppl", "ppl_at", 512, None]
     assert (found["kernelized"].change, found["kernelized"].verdict) == ("+5.0%", "same")
     assert (found["a<b|c"].change, found["a<b|c"].verdict) == ("+50.0%", "worse")
@@ -77,10 +118,11 @@ def test_without_a_teacher_nothing_is_compared():
 
 def test_the_terminal_table_marks_differences():
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(rows_table(ROWS))
+    console.print(rows_table(tables(ROWS)[0]))
     text = console.export_text()
     assert "21.00 +5.0% ≈" in text
     assert "30.00 +50.0% ▼" in text
+    assert re.search(r"ppl_at +│ 512–2k +│ +│ +▁▁▁ +│ +▂▂▂ +│ +███", text)
     assert "10%" not in text
     console.print(rows_table(ROWS, full=True))
     assert "10%" in console.export_text()
@@ -90,6 +132,26 @@ def test_break_even_is_where_the_growing_cache_reaches_the_constant_one():
     growing = [row("t", "cache_bytes", n, 16.0 * n) for n in (512, 2048)]
     assert break_even(growing, [row("k", "cache_bytes", n, 4096.0) for n in (512, 2048)]) == 256
     assert break_even([], growing) is None
+
+
+def test_break_even_in_time_is_where_the_curves_cross():
+    slow, fast = ([row(m, "decode_ms", n, v) for n, v in zip((1000, 4000), vs, strict=True)]
+                  for m, vs in (("t", (10.0, 40.0)), ("k", (20.0, 20.0))))  # fmt: skip
+    assert crossing(slow, fast) == pytest.approx((2000, 20.0))
+    assert crossing(fast, slow) is None
+    assert crossing(slow, fast[:1]) is None
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1, 9.0), (2, 9.0), (2, 5.0), (3, 6.0), (4, 1.0)]
+    assert _pareto(points) == [(1, 9.0), (2, 5.0), (4, 1.0)]
+
+
+def test_parts_of_a_model_stand_in_a_table_of_their_own():
+    models, parts = (compare(part)[0] for part in tables(ROWS))
+    assert models == MODELS
+    assert parts[0] == "teacher"
+    assert "kernelized, no memory" in parts
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +214,7 @@ def test_pictures_without_rows_are_left_out(tmp_path):
     page = write_report(rows, tmp_path)
     assert page.read_text().count("<svg ") == 2
     assert not (tmp_path / "memory.png").exists()
+    assert "a</b>" in page.read_text()
 
 
 @pytest.mark.parametrize("rows", [[], "missing.json"])
@@ -167,23 +230,36 @@ def test_later_files_win(tmp_path):
     assert [r.value for r in load_all([tmp_path / "a", tmp_path / "b"])] == [2.0]
 
 
-def test_a_browser_shows_the_page_without_an_error(page, tmp_path):
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """Opens a page in a headless browser with flags; gives the screenshot and what it wrote to its log."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no headless browser installed")
+    folder = tmp_path_factory.mktemp("browser")
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update"]  # fmt: skip
-    place = [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png", "--enable-logging=stderr"]
-    done = subprocess.run([browser, *quiet, *place, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-    assert "CONSOLE" not in done.stderr
+             "--disable-background-networking", "--disable-component-update", "--window-size=1100,4000"]  # fmt: skip
+
+    def open_page(page: Path, name: str, *flags: str) -> tuple[Image.Image, str]:
+        place = [f"--user-data-dir={folder}/profile", f"--screenshot={folder}/{name}.png", "--enable-logging=stderr"]
+        done = subprocess.run([browser, *quiet, *place, *flags, page.as_uri()], capture_output=True, text=True,
+                              timeout=200)  # fmt: skip
+        assert done.returncode == 0
+        return Image.open(folder / f"{name}.png").convert("L"), done.stderr
+
+    return open_page
 
 
-def test_the_example_evaluates_a_model_that_kernelize_did_not_make(tmp_path, monkeypatch, capsys):
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "model"), str(tmp_path / "out")])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert "passkey" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+def test_a_browser_shows_the_page_without_an_error_light_and_dark(page, browse):
+    light, said = browse(page, "light", "--blink-settings=preferredColorScheme=1")
+    dark, also_said = browse(page, "dark", "--blink-settings=preferredColorScheme=0")
+    assert "CONSOLE" not in said + also_said
+    brightness = [ImageStat.Stat(picture).mean[0] for picture in (light, dark)]
+    assert brightness[0] > 200 > 60 > brightness[1]
+    assert min(ImageStat.Stat(picture).stddev[0] for picture in (light, dark)) > 10  # something is drawn
+
+
+def test_an_error_on_the_page_would_be_seen(browse, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text("<!doctype html><script>nothing.here()</script>")
+    assert "CONSOLE" in browse(broken, "broken")[1]
