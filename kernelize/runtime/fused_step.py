@@ -21,6 +21,7 @@ from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, State
 
 TILE = 64  # keys that are read together
+LEAVE_TILE = 32  # holders that are looked at together
 MOST_GROUP = 64  # query heads of a key head
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
 KINDS = ("attention", "recall", "value")
@@ -322,19 +323,33 @@ def absorb(s, value, m, l, acc):
 
 
 @jit
-def query_features(Q, q_row, q_head, Wq, head, g, c, scale, G: constexpr, GP: constexpr, CP: constexpr,
-                   D: constexpr, DP: constexpr, C: constexpr):  # fmt: skip
-    """Both halves [GP, C] of the features of the group's queries, a matrix a head."""
-    z = tl.zeros([GP, CP], tl.float32)
-    d = tl.arange(0, DP)
+def softmax_of(z):
+    e = tl.exp(z - tl.max(z, 0))
+    return e / tl.sum(e, 0)
+
+
+@jit
+def ask_memory(Q, q_row, q_head, Wq, Memory, head, g, scale, G: constexpr, GP: constexpr, CP: constexpr,
+               D: constexpr, DP: constexpr, C: constexpr):  # fmt: skip
+    """(numerators [GP, D], normalisers [GP]) that the memory answers to the group's queries, one after the other.
+
+    Sums instead of products of matrices: a group is smaller than the smallest of these, and the memory is read once.
+    """
+    d, c = tl.arange(0, DP), tl.arange(0, CP)
+    m_up, n_up = half_memory(Memory, c, c < C, d, D)
+    m_down, n_down = half_memory(Memory, C + c, c < C, d, D)
+    total, norm = tl.zeros([GP, DP], tl.float32), tl.zeros([GP], tl.float32)
     for i in range(G):
         x = tl.load(Q + q_row + (head + i) * q_head + d, mask=d < D, other=0.0).to(tl.float32)
         w = tl.load(
             Wq + (head + i) * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0
         )
-        z = tl.where((g == i)[:, None], tl.sum(x[:, None] * w, 0)[None, :], z)
-    z, inside = z * scale, (c < C)[None, :]
-    return softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
+        z = tl.sum(x[:, None] * w, 0) * scale
+        up, down = softmax_of(tl.where(c < C, z, float("-inf"))), softmax_of(tl.where(c < C, -z, float("-inf")))
+        answer = tl.sum(up[:, None] * m_up + down[:, None] * m_down, 0)
+        total = tl.where((g == i)[:, None], answer[None, :], total)
+        norm = tl.where(g == i, tl.sum(up * n_up + down * n_down, 0), norm)
+    return total, norm
 
 
 @jit
@@ -358,7 +373,7 @@ def read_kernel(
     if HAS_VALID:
         valid = (tl.load(Valid + b) != 0).to(tl.int32)
     base = row * (SINKS + RING + SLOTS)
-    d, g, c = tl.arange(0, DP), tl.arange(0, GP), tl.arange(0, CP)
+    d, g = tl.arange(0, DP), tl.arange(0, GP)
     entry = tl.where(seen < SINKS, seen, SINKS + seen % RING)
     entry = tl.where(valid != 0, entry, -1)
 
@@ -408,14 +423,8 @@ def read_kernel(
 
     # the memory, merged under one normaliser
     if MEMORY:
-        up, down = query_features(Q, b * q_row, q_head, Wq, head, g, c, scale, G, GP, CP, D, DP, C)
         memory = Memory + row * (2 * C * (D + 1))
-        mem, n = half_memory(memory, c, c < C, d, D)
-        total = tl.dot(up, mem, input_precision="ieee")
-        norm = tl.sum(up * n[None, :], 1)
-        mem, n = half_memory(memory, C + c, c < C, d, D)
-        total += tl.dot(down, mem, input_precision="ieee")
-        norm += tl.sum(down * n[None, :], 1)
+        total, norm = ask_memory(Q, b * q_row, q_head, Wq, memory, head, g, scale, G, GP, CP, D, DP, C)
         any_there = norm > 1.1754943508222875e-38
         safe = tl.where(any_there, norm, 1.0)
         gate = tl.load(LogGate + head + g, mask=g < G, other=0.0).to(tl.float32)
@@ -481,7 +490,7 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
         state.seen if valid is None else valid, weight, kernel.scaling**0.5, float(spec.aging), state.pos.shape[1],
-        **common | {"HAS_VALID": valid is not None},
+        **common | {"HAS_VALID": valid is not None, "TILE": LEAVE_TILE},
         FIRST=shares[0][1], SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
         RECALL=spec.measures("recall"), AGING=spec.aging > 0, TINY=TINY,
