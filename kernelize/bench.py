@@ -252,7 +252,8 @@ def describe(model: Any) -> str:
     how = "as a CUDA graph" if graph is None else f"without a graph ({graph})"
     if not isinstance(model, KernelizedModelMixin):
         name = model.config._attn_implementation
-        return f"prefill {name}, cuDNN first; decoding {name}, the faster of cuDNN and flash, {how}"
+        prompts, tokens = (", cuDNN first", ", the faster of cuDNN and flash,") if graph is None else ("", "")
+        return f"prefill {name}{prompts}; decoding {name}{tokens} {how}"
     specs = list(dict.fromkeys(spec for spec in plan_of(model.config) if spec is not None))
     prefills, steps = ({f(spec) for spec in specs} for f in (ops.describe, ops.describe_step))
     return f"prefill {' and '.join(sorted(prefills))}; decoding {' and '.join(sorted(steps))} {how}"
