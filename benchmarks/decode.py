@@ -159,18 +159,20 @@ def time_shape(shape: str, batches: list[int], tokens: int, keep) -> None:
     for rows in batches:
         ids = torch.randint(5, 250, (rows, 512), device="cuda")
         row = {"what": shape, "rows": rows}
-        for graph in (False, True):
-            decoder = Decoder(model, graph=graph)
+        for graph in ("eager", "graph", "compiled"):
+            decoder = Decoder(model, graph=False)
             step = decoder.start(*prefill(model, ids))
+            if graph != "eager":
+                step.capture(graph == "compiled")
             for _ in range(3):
                 step.run()
             torch.cuda.synchronize()
-            n, start = tokens if graph else 16, time.perf_counter()
+            n, start = 16 if graph == "eager" else tokens, time.perf_counter()
             for _ in range(n):
                 step.run()
             torch.cuda.synchronize()
-            row["graph ms" if graph else "eager ms"] = round((time.perf_counter() - start) / n * 1e3, 3)
-            row["graph"] = decoder.eager or "captured"
+            row[f"{graph} ms"] = round((time.perf_counter() - start) / n * 1e3, 3)
+            print(row, flush=True)
         row["state MB a row"] = round(sum(x.state.nbytes for x in step.cache.layers) / rows / 1e6, 1)
         keep(row)
         del decoder, step

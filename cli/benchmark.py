@@ -26,6 +26,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for a timing.")] = 32,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at once.")] = 8192,
     train: Annotated[bool, typer.Option("--train", help="Also time forward and backward.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile fuse the steps of both.")] = False,
     shared_prompt: Annotated[
         bool, typer.Option("--shared-prompt", help="The sequences of a batch go on from one prompt, read once.")
     ] = False,
@@ -47,7 +48,7 @@ def bench(
 
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
     chosen = contenders_for(source, against, shape, kernel.recipe, alone=alone, **options)
-    settings = Settings(parse_lengths(lengths), parse_counts(batch), tokens, chunk, train, shared_prompt)
+    settings = Settings(parse_lengths(lengths), parse_counts(batch), tokens, chunk, train, compiled, shared_prompt)
     with Progress("cases") as progress:
         found = run(chosen, settings, progress)
     show(rows_table(found.rows))

@@ -48,6 +48,7 @@ class Settings:
     tokens: int = 32  # decoded for one timing
     chunk: int = CHUNK
     train: bool = False
+    compiled: bool = False  # the steps of both by torch.compile, around the attention
     shared_prompt: bool = False
     train_length: int = 2048
     train_rows: int = 4
@@ -153,29 +154,31 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
         cache.batch_repeat_interleave(asked)
         logits, read = logits.repeat(asked, 1), read.repeat(asked)
     tried = ORDERS if cuda and not isinstance(model, KernelizedModelMixin) else ORDERS[:1]
-    seconds = [decoding(model, cache, logits, read, settings.tokens, order) for order in tried]
+    seconds = [decoding(model, cache, logits, read, settings, order) for order in tried]
     yield "decode_ms", 1e3 * min(seconds), settings.tokens
 
 
-def decoding(model: Any, cache: Cache, logits: Tensor, read: Tensor, tokens: int, order: list[SDPBackend]) -> float:
+def decoding(
+    model: Any, cache: Cache, logits: Tensor, read: Tensor, settings: Settings, order: list[SDPBackend]
+) -> float:
     """Seconds a token, with the first softmax kernel of `order` that serves."""
     with sdpa_kernel(order, set_priority=True):
-        step = stepper(model, cache, logits, read)
+        step = stepper(model, cache, logits, read, settings.compiled)
         for _ in range(2):
             step.run()
         start = now(model)
-        for _ in range(tokens):
+        for _ in range(settings.tokens):
             step.run()
-        return (now(model) - start) / tokens
+        return (now(model) - start) / settings.tokens
 
 
-def stepper(model: Any, cache: Cache, logits: Tensor, read: Tensor) -> Step:
+def stepper(model: Any, cache: Cache, logits: Tensor, read: Tensor, compiled: bool = False) -> Step:
     """The step of a model after a prompt, as a graph where it can be one."""
     freeze(cache)
     step = Step(model, cache, logits.shape[0], Sampling(), [], 0)
     step.begin(cache, logits, read)
     if uncapturable(model) is None:
-        step.capture()
+        step.capture(compiled)
     return step
 
 
@@ -249,7 +252,8 @@ def describe(model: Any) -> str:
     how = "as a CUDA graph" if graph is None else f"without a graph ({graph})"
     if not isinstance(model, KernelizedModelMixin):
         name = model.config._attn_implementation
-        return f"prefill {name}, cuDNN first; decoding {name}, the faster of cuDNN and flash, {how}"
+        prompts, tokens = (", cuDNN first", ", the faster of cuDNN and flash,") if graph is None else ("", "")
+        return f"prefill {name}{prompts}; decoding {name}{tokens} {how}"
     specs = list(dict.fromkeys(spec for spec in plan_of(model.config) if spec is not None))
     prefills, steps = ({f(spec) for spec in specs} for f in (ops.describe, ops.describe_step))
     return f"prefill {' and '.join(sorted(prefills))}; decoding {' and '.join(sorted(steps))} {how}"

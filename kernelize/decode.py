@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from .errors import InputError
 from .runtime.cache import kernel_layers
-from .runtime.modeling import KernelizedModelMixin
+from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 
 log = logging.getLogger("kernelize")
 
@@ -89,6 +90,26 @@ def uncapturable(model: Any) -> str | None:
     return f"rope_type={rope!r} asks the host for the length" if rope in HOST_ROPES else None
 
 
+@contextmanager
+def compiled_layers(model: Any, backend: str = "inductor") -> Iterator[None]:
+    """Within the context torch.compile fuses what stands around the attention of each decoder layer: norms, rotation,
+    activation. Kernelized attention itself keeps its own kernels."""
+    layers = list(model.get_submodule(family_of(model.config.model_type).layers))
+    kernelized: Any = model if isinstance(model, KernelizedModelMixin) else None
+    own = [x.kernelize for x in kernelized_layers(kernelized).values()] if kernelized else []
+    try:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
+        for attention in own:
+            attention.forward = torch.compiler.disable(attention.forward)
+        # attention classes know their layer's number, so each layer is a variant
+        with torch._dynamo.config.patch(recompile_limit=8 * len(layers), accumulated_recompile_limit=64 * len(layers)):
+            yield
+    finally:
+        for module in (*layers, *own):
+            vars(module).pop("forward", None)
+
+
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, chunk: int = CHUNK) -> tuple[Cache, Tensor, Tensor]:
     """(cache, logits [B, V] of the next token, tokens read [B]) of ids [B, T], `chunk` tokens at a time.
@@ -155,8 +176,15 @@ class Step:
         self.position += 1
         self.count.copy_((self.count + 1) % BLOCK)
 
-    def capture(self) -> None:
-        """Makes `run` a CUDA graph; RuntimeError of torch where the model asks the host for something."""
+    def capture(self, compiled: bool = False) -> None:
+        """Makes `run` a CUDA graph, with `compiled` of fused layers (which takes a minute).
+
+        RuntimeError of torch where the model asks the host for something.
+        """
+        with compiled_layers(self.model) if compiled else nullcontext():
+            self._capture()
+
+    def _capture(self) -> None:
         mine = (self.token, self.position, self.count, self.written, self.done)
         before, states = [x.clone() for x in mine], [layer.snapshot() for layer in kernel_layers(self.cache)]
 

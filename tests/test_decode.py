@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from families import tiny_student
+from families import tiny_student, tiny_teacher
 from tiny import byte_tokenizer
 
-from kernelize.decode import BLOCK, Decoder, Sampling, refused
+from kernelize.decode import BLOCK, Decoder, Sampling, compiled_layers, prefill, refused
 from kernelize.errors import InputError
 from kernelize.generate import Conversation
 
@@ -101,6 +103,22 @@ def test_a_conversation_writes_the_same_through_the_decoder(stop):
         done = talk.answer("Once upon")
         texts.append((done.text, done.new_tokens, "".join(pieces)))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("make", [tiny_student, tiny_teacher], ids=["kernelized", "softmax"])
+def test_compiled_layers_compute_the_same(make, ids):
+    """And leave nothing behind."""
+    torch._dynamo.reset()
+    model = make("llama").double()
+    with torch.no_grad():
+        results = []
+        for compiled in (False, True):
+            cache, _, read = prefill(model, ids)
+            with compiled_layers(model, "eager") if compiled else nullcontext():
+                out = model(input_ids=ids[:, :1], position_ids=read[:, None], past_key_values=cache, use_cache=True)
+            results.append(out.logits)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
 
 
 def test_what_the_decoder_cannot_do_is_refused(model):

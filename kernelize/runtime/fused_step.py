@@ -20,8 +20,8 @@ from .fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, State
 
-TILE = 64  # keys that are read together
-LEAVE_TILE = 32  # holders that are looked at together
+TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, or holders of a block that leaves
+NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
 MOST_GROUP = 64  # query heads of a key head
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
 KINDS = ("attention", "recall", "value")
@@ -477,7 +477,8 @@ def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
     C = state.memory.shape[2] // 2
     return {
         "HAS_VALID": False, "MEMORY": spec.has_memory, "D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C),
-        "SINKS": spec.sinks, "RING": spec.ring, "SLOTS": spec.slots, "BLOCK": spec.block, "TILE": TILE,
+        "SINKS": spec.sinks, "RING": spec.ring, "SLOTS": spec.slots, "BLOCK": spec.block,
+        "TILE": TILE if power_of_two(D) * q.element_size() <= NARROW else SMALL_TILE,
     }  # fmt: skip
 
 
@@ -490,7 +491,7 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
         state.seen if valid is None else valid, weight, kernel.scaling**0.5, float(spec.aging), state.pos.shape[1],
-        **common | {"HAS_VALID": valid is not None, "TILE": LEAVE_TILE},
+        **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         FIRST=shares[0][1], SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
         RECALL=spec.measures("recall"), AGING=spec.aging > 0, TINY=TINY,
