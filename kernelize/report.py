@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BENCH = "bench"  # the suite of timings of one sequence; batches have suites of their own
+LEAST_SHOWN = 1e-6  # nats a token: the top of a picture in which all is zero
 AUDIT = "audit"  # the suite whose models are parts of one
 SOURCES = ("window", "sinks", "slots", "memory")  # of an audit's rows mass_SOURCE and, by distance, mass_SOURCE_at
 MASS = {f"mass_{source}{at}" for source in SOURCES for at in ("", "_at")}
@@ -296,7 +297,7 @@ def _by_position(rows: Sequence[Row], metric: str, label: str, *, log_y: bool) -
     figure, (axes,) = _figure()
     ends = _lines(axes, series, log_y=log_y)
     values = [row.value for points in series.values() for row in points]
-    axes.set_ylim(min(values) * 0.93 if log_y else 0, max(values) * 1.07 or 1)
+    axes.set_ylim(min(values) * 0.93 if log_y else 0, max(*values, LEAST_SHOWN) * 1.07)  # rounding may be below 0
     if log_y:
         _plain_log_ticks(axes)
     edges = sorted({row.length for points in series.values() for row in points if row.length})
