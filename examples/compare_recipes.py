@@ -21,9 +21,8 @@ from kernelize.report import rows_table, write_report
 RECIPES = ("window-only", "lolcats", "default")
 
 
-def by_recipe(model, tokenizer, name: str):
+def by_recipe(model, tokenizer, recipe):
     """A copy of the model, converted as the recipe says."""
-    recipe = load_recipe(name)
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     return convert(copy.deepcopy(model), plan_for(recipe, model.config), calibration=texts, budget=priced)
 
@@ -31,9 +30,9 @@ def by_recipe(model, tokenizer, name: str):
 def main(source: str, output: str = "comparison", *recipes: str) -> None:
     teacher, tokenizer = load(source)
     models = {"teacher": (teacher, tokenizer)}
-    for name in recipes or RECIPES:
-        print(f"converting by {name} …", flush=True)
-        models[name] = by_recipe(teacher, tokenizer, name), tokenizer
+    for recipe in map(load_recipe, recipes or RECIPES):
+        print(f"converting by {recipe.name} …", flush=True)
+        models[recipe.name] = by_recipe(teacher, tokenizer, recipe), tokenizer
     suites = [Perplexity(lengths=(1024,), pieces=2), Passkey(lengths=(512,), depths=(0.5,), trials=4)]
     rows = evaluate(models, suites, cache=Path(output, "cache.jsonl"))
     Console().print(rows_table(rows))

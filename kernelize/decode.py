@@ -18,7 +18,7 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.cache_utils import Cache
 
 from .errors import InputError
-from .runtime.cache import kernel_layers
+from .runtime.cache import CACHE, kernel_layers
 from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 
 log = logging.getLogger("kernelize")
@@ -128,7 +128,7 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, chunk: int = CH
             input_ids=ids[:, start:end],
             attention_mask=None if mask is None else mask[:, :end],
             position_ids=positions[:, start:end].clamp(min=0),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits
@@ -164,7 +164,7 @@ class Step:
     def once(self) -> None:
         """The model on the last token, and the pick of the next."""
         out = self.model(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+            input_ids=self.token, position_ids=self.position, use_cache=True, **{CACHE: self.cache}
         )  # fmt: skip
         self.put(out.logits[:, -1])
 

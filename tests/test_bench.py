@@ -14,7 +14,7 @@ from kernelize.cli import main
 from kernelize.decode import prefill
 from kernelize.errors import InputError
 from kernelize.evaluate import Row, load_rows
-from kernelize.runtime.cache import kernel_layers, state_bytes
+from kernelize.runtime.cache import CACHE, kernel_layers, state_bytes
 from kernelize.runtime.modeling import kernelize_model
 from kernelize.shapes import SHAPES, random_model
 
@@ -59,7 +59,7 @@ def test_frozen_keys_are_what_attention_reads():
         freeze(cache)
         for _ in range(2):
             position = torch.full((2, 1), 29)
-            got = model(ids[:, -1:], position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
+            got = model(ids[:, -1:], position_ids=position, use_cache=True, **{CACHE: cache}).logits[:, -1]
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert cache.layers[0].keys.shape[2] == 30
 

@@ -12,6 +12,7 @@ from tiny import byte_tokenizer
 from kernelize.decode import BLOCK, Decoder, Sampling, compiled_layers, prefill, refused
 from kernelize.errors import InputError
 from kernelize.generate import Conversation
+from kernelize.runtime.cache import CACHE
 
 NEW = 2 * BLOCK + 3
 
@@ -115,7 +116,7 @@ def test_compiled_layers_compute_the_same(make, ids):
         for compiled in (False, True):
             cache, _, read = prefill(model, ids)
             with compiled_layers(model, "eager") if compiled else nullcontext():
-                out = model(input_ids=ids[:, :1], position_ids=read[:, None], past_key_values=cache, use_cache=True)
+                out = model(input_ids=ids[:, :1], position_ids=read[:, None], use_cache=True, **{CACHE: cache})
             results.append(out.logits)
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
     assert not [m for m in model.modules() if "forward" in vars(m)]
