@@ -78,6 +78,9 @@ def convert(
         Literal["auto"] | None, typer.Option(help="auto: inspect the model, and choose map and slots by layer.")
     ] = None,
     state_bytes: Annotated[int | None, typer.Option(min=1, help="With --spec auto: bytes a sequence may hold.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Stretch rotary positions to so many tokens, such as 64k (YaRN).")
+    ] = None,
     overwrite: Overwrite = False,
     dtype: DType = None,
     device: Device = None,
@@ -89,6 +92,7 @@ def convert(
 
     The new parameters start from the model's own statistics on a sample text.
     """
+    from kernelize.evaluate import parse_length
     from kernelize.pipeline import check_output, convert_source, plan_source
 
     check_output(output, overwrite)
@@ -99,6 +103,8 @@ def convert(
         make = partial(lambda found, layers: found, inspected)
     with Progress("layers") as progress:
         recipe, report = plan_source(source, make, dtype=dtype, device=device, on_progress=progress, **loading)
+    if context is not None:
+        recipe = recipe.model_copy(update={"context": parse_length(context)})
     show_kept(recipe)
     if not dry_run:
         with doing(f"converting {source}"):

@@ -127,12 +127,14 @@ def convert_source(
     The kernels are initialised from the sample text that ships with kernelize. `loading`: revision,
     trust_remote_code. What cannot be used is refused before a weight is loaded, and nothing is half written.
     """
-    from .convert import convert, save
+    from .convert import convert, save, stretch
 
     check_output(output, overwrite)
     recipe, report = plan_source(source, make_recipe, dtype=dtype, device=device, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
     plan = plan_for(recipe, model.config)
+    if recipe.context:
+        model = stretch(model, recipe.context)
     model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)

@@ -194,7 +194,8 @@ class Recipe(_Strict):
     """A whole run.
 
     `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
-    or an inclusive range ("3-7"); the layers in `keep` stay softmax. `keep_auto` is how many do, chosen at the
+    or an inclusive range ("3-7"); `context` stretches rotary positions to so many tokens; the layers in `keep` stay
+    softmax. `keep_auto` is how many do, chosen at the
     conversion by what their replacement costs in retrieval: `keep` and `keep_costs` (nats a token of the answers, by
     layer) then say what was found. With `budget: auto` the slots of all layers go
     where they save most, as many in all.
@@ -206,6 +207,7 @@ class Recipe(_Strict):
     kernel: dict[str, Any] = {}
     keep: Sequence[Annotated[int, Field(ge=0)]] = ()
     keep_auto: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=2)
     keep_costs: dict[str, float] = {}
     layers: dict[str, dict[str, Any]] = {}
     budget: Literal["uniform", "auto"] = "uniform"
