@@ -14,7 +14,8 @@ from .output import say, write_json
 from .progress import TrainingProgress
 
 Data = Annotated[
-    list[str] | None, typer.Option(help="Text for all stages: file, Hub dataset, sample, self, retrieval. May be repeated.")
+    list[str] | None,
+    typer.Option(help="Text for all stages: file, dataset, sample, self, retrieval. May be repeated."),
 ]
 
 
