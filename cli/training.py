@@ -15,7 +15,7 @@ from .progress import TrainingProgress
 
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="Text for all stages: file, Hub dataset, sample, self, retrieval. May be repeated."),
+    typer.Option(help="Text for all stages: file, dataset, sample, self, retrieval. May be repeated."),
 ]
 
 
