@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,8 @@ def check(
     only: Sequence[str] | None = None,
     on_progress: Progress = lambda done, total, label: None,
 ) -> list[CheckRow]:
-    """Every law on two seeded random sequences of `length` tokens; default: a few blocks beyond window and slots.
+    """Every law on two seeded random sequences of `length` tokens; default: a few blocks beyond the window
+    and the slots that half of the layers have.
 
     `against` is the teacher: where its weights are the model's own, a window over the whole length must give its
     logits. `only` names some of `LAWS`; without `tokenizer` there is no clean process, which loads one. Needs memory
@@ -146,8 +148,9 @@ class Subject:
         return self.model.config.get_text_config().max_position_embeddings
 
     def default_length(self) -> int:
+        """Where the slots of half of the layers have been full for a few blocks: a layer may have many more."""
         specs = [attention.kernelize.spec for attention in kernelized_layers(self.model).values()]
-        return min(self.limit, max(64, *(spec.positions + 8 * spec.block + 7 for spec in specs)))
+        return min(self.limit, max(64, statistics.median_high(s.positions + 8 * s.block + 7 for s in specs)))
 
     @cached_property
     def folder(self) -> Path:
