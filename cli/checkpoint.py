@@ -12,7 +12,7 @@ import typer
 from .inspection import auto_recipe, show_measured
 from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
 from .output import say, show_plan, table, write_json
-from .progress import Progress, doing
+from .progress import Progress
 
 if TYPE_CHECKING:
     from kernelize.recipe import Recipe
@@ -107,10 +107,12 @@ def convert(
         recipe = recipe.model_copy(update={"context": parse_length(context)})
     show_kept(recipe)
     if not dry_run:
-        with doing(f"converting {source}"):
+        typer.echo(f"converting {source} …", err=True)
+        with Progress("readings") as progress:
             report = convert_source(
-                source, lambda layers: recipe, output, overwrite=overwrite, dtype=dtype, device=device, **loading
-            )
+                source, lambda layers: recipe, output, overwrite=overwrite, dtype=dtype, device=device,
+                on_progress=progress, **loading,
+            )  # fmt: skip
     show_plan(report)
     say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})

@@ -35,8 +35,15 @@ def demo(
     from kernelize.demo import Listener, run, summary
     from kernelize.errors import KernelizeError
 
-    with TrainingProgress() as training, Progress() as measuring, Progress("checks") as checking:
-        listener = Listener(lambda step: say(f"▸ {step}"), show_plan, training.event, measuring, checking, stream)
+    with (
+        Progress("readings") as converting,
+        TrainingProgress() as training,
+        Progress() as measuring,
+        Progress("checks") as checking,
+    ):
+        listener = Listener(
+            lambda step: say(f"▸ {step}"), show_plan, converting, training.event, measuring, checking, stream
+        )
         result = run(output, source, quick=quick, overwrite=overwrite, listener=listener)
     say("")
     show_checks(result.checks)

@@ -10,7 +10,7 @@ hardly notices retrieval.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -103,7 +103,11 @@ def retrieval_text(tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], le
 
 
 def layer_costs(
-    model: PreTrainedModel, texts: Sequence[BudgetText], sizes: Sequence[int] = SIZES, seed: int = 0
+    model: PreTrainedModel,
+    texts: Sequence[BudgetText],
+    sizes: Sequence[int] = SIZES,
+    seed: int = 0,
+    on_text: Callable[[], None] = lambda: None,
 ) -> dict[int, Tensor]:
     """What each converted layer costs with each of `sizes` slots, in nats a token: layer -> [sizes] float64.
 
@@ -122,6 +126,7 @@ def layer_costs(
                 probe.retrieval = retrieval
             counts[retrieval] += text.answer or text.ids.shape[1]
             _backward(model, text, generator)
+            on_text()
     finally:
         for layer in layers.values():
             layer.probe = None
@@ -188,12 +193,14 @@ def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
     return plan.override({i: {"slots": slots} for i, slots in share_out(costs, total).items()})
 
 
-def allot(model: PreTrainedModel, texts: Sequence[BudgetText]) -> ConversionPlan:
+def allot(
+    model: PreTrainedModel, texts: Sequence[BudgetText], on_text: Callable[[], None] = lambda: None
+) -> ConversionPlan:
     """Gives every layer of a converted model its own number of slots, as many in all; returns the plan it has now."""
     plan = ConversionPlan(tuple(plan_of(model.config)))
     if not any(spec.slots for spec in plan.converted.values()):
         return plan
-    plan = budgeted(plan, layer_costs(model, texts))
+    plan = budgeted(plan, layer_costs(model, texts, on_text=on_text))
     for layer, module in kernelized_layers(model).items():
         spec = plan.layers[layer]
         assert spec is not None

@@ -8,7 +8,7 @@ the layer nearest to softmax. So an untrained memory never hurts on the calibrat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -106,21 +106,30 @@ def gate_error(output: AttentionOutput, shift: Tensor, teacher: Tensor) -> Tenso
     return (y - teacher).square().sum((0, 2, 3))
 
 
+def readings(model: PreTrainedModel) -> int:
+    """How often `calibrate` reads each text."""
+    layers = [m.kernelize for m in kernelized_layers(model).values() if m.kernelize.spec.has_memory]
+    return 1 + any(layer.map_q.calibrated for layer in layers)
+
+
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, sequences: Sequence[Tensor]) -> None:
+def calibrate(model: PreTrainedModel, sequences: Sequence[Tensor], on_text: Callable[[], None] = lambda: None) -> None:
     """Sets maps, gates and half-lives of every converted layer with a memory from token ids [B, T] of ordinary text."""
     layers = [m.kernelize for m in kernelized_layers(model).values() if m.kernelize.spec.has_memory]
     stride = -(-sum(ids.numel() for ids in sequences) // SAMPLES)
     samples = [(layer, SamplingProbe(stride)) for layer in layers if layer.map_q.calibrated]
     if samples:
-        run_probes(model, samples, sequences)
+        run_probes(model, samples, sequences, on_text)
     for layer, probe in samples:
         probe.fit(layer)
-    run_probes(model, [(layer, CalibrationProbe()) for layer in layers], sequences)
+    run_probes(model, [(layer, CalibrationProbe()) for layer in layers], sequences, on_text)
 
 
 def run_probes(
-    model: PreTrainedModel, probes: Sequence[tuple[KernelAttention, Probe]], texts: Sequence[Tensor]
+    model: PreTrainedModel,
+    probes: Sequence[tuple[KernelAttention, Probe]],
+    texts: Sequence[Tensor],
+    on_text: Callable[[], None] = lambda: None,
 ) -> None:
     """One forward a text with the layers' probes in place."""
     for layer, probe in probes:
@@ -128,6 +137,7 @@ def run_probes(
     try:
         for ids in texts:
             model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+            on_text()
     finally:
         for layer, _ in probes:
             layer.probe = None

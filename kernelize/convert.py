@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .budget import BudgetText, allot
-from .calibrate import calibrate
+from .calibrate import calibrate, readings
 from .errors import InputError, KernelizeError
 from .plan import ConversionPlan
 from .runtime.modeling import FAMILIES, PREFIX, Family, kernelize_model, register
@@ -182,22 +182,40 @@ def convert(
     *,
     calibration: Sequence[Tensor] | None = None,
     budget: Sequence[BudgetText] | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> PreTrainedModel:
     """Turns `model` itself into its kernelized class after `plan`; nothing is trained.
 
     `calibration` [B, T] token ids set maps, gates and decays. With `budget` texts the slots of all layers, as many in
     all as the plan says, go where they save most (`model.config.kernelize` then holds the plan that came out).
+    `on_progress` hears (readings of a text done, in all, what is running).
     Raises SpecError for a model type that is not supported or a plan that does not fit.
     """
     layers = list(plan.layers)
     if len(layers) != model.config.num_hidden_layers:
         raise InputError(f"the plan has {len(layers)} layers, the model {model.config.num_hidden_layers}")
     model = kernelize_model(model, layers).eval()
+    tick = _Readings(len(budget or ()) + readings(model) * len(calibration or ()), on_progress)
     if budget:
-        allot(model, budget)
+        allot(model, budget, tick("sharing out slots"))
     if calibration:
-        calibrate(model, calibration)
+        calibrate(model, calibration, tick("calibrating"))
     return model
+
+
+class _Readings:
+    """Counts texts that were read, over several parts of a work."""
+
+    def __init__(self, total: int, on_progress: Callable[[int, int, str], None]):
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def __call__(self, label: str) -> Callable[[], None]:
+        def count() -> None:
+            self.done += 1
+            self.on_progress(self.done, self.total, label)
+
+        self.on_progress(self.done, self.total, label)
+        return count
 
 
 # --- save ---------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class Listener:
 
     step: Callable[[str], None] = lambda headline: None
     planned: Callable[[PlanReport], None] = lambda report: None
+    converting: Callable[[int, int, str], None] = lambda done, total, label: None
     training: Callable[[dict], None] = lambda event: None
     measuring: Callable[[int, int, str], None] = lambda done, total, label: None
     checking: Callable[[int, int, str], None] = lambda done, total, label: None
@@ -106,7 +107,9 @@ def run(
     with clock("converting; slots and memory start from the teacher's statistics"):
         priced = budget(tokenizer, teacher, recipe, length=BUDGET_TOKENS, texts=BUDGET_TEXTS)
         texts = calibration(tokenizer, teacher)
-        before = convert(copy.deepcopy(teacher), plan, calibration=texts, budget=priced)
+        before = convert(
+            copy.deepcopy(teacher), plan, calibration=texts, budget=priced, on_progress=listener.converting
+        )
     recipe, cost = as_converted(recipe, before), describe_converted(before, "float32")
     with clock("fine-tuning"):
         after = copy.deepcopy(before)

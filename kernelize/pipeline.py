@@ -120,6 +120,7 @@ def convert_source(
     overwrite: bool = False,
     dtype: str | None = None,
     device: str | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
     **loading: Any,
 ) -> PlanReport:
     """Loads `source`, converts it by the recipe for its number of layers, and saves it with recipe and card.
@@ -135,7 +136,8 @@ def convert_source(
     plan = plan_for(recipe, model.config)
     if recipe.context:
         model = stretch(model, recipe.context)
-    model = convert(model, plan, calibration=calibration(tokenizer, model), budget=budget(tokenizer, model, recipe))
+    texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
+    model = convert(model, plan, calibration=texts, budget=priced, on_progress=on_progress)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)
     command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
