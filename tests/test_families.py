@@ -10,7 +10,7 @@ from families import REFUSED, SPEC, plan_for, tiny_config, tiny_student, tiny_te
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kernelize.check import LAWS, check
-from kernelize.lora import register_lora_targets
+from kernelize.lora import lora_coverage, register_lora_targets
 from kernelize.runtime.cache import RELEASE
 from kernelize.runtime.modeling import (
     FAMILIES,
@@ -134,6 +134,10 @@ def test_lora_finds_its_targets_and_merges_exactly(name):
     transposed = name in ("gpt2",)
     config = peft.LoraConfig(r=2, init_lora_weights=False, fan_in_fan_out=transposed)
     wrapped = peft.get_peft_model(student, config).double().eval()
+    reached = lora_coverage(wrapped)
+    assert len(reached.adapted) == sum(".lora_A." in key and key.endswith("weight") for key in wrapped.state_dict())
+    assert reached.missed
+    assert not any("lora_" in key or "lm_head" in key for key in reached.missed)
     with torch.no_grad():
         before = wrapped(input_ids=ids, use_cache=False).logits
         after = wrapped.merge_and_unload()(input_ids=ids, use_cache=False).logits
