@@ -328,9 +328,9 @@ def offloading(subject: Subject) -> tuple[float, str]:
 def softmax_identity(subject: Subject) -> tuple[float, str]:
     T = min(IDENTITY, subject.length)
     with whole_window(subject.exact, T):
-        ours = subject.run(subject.ids[:, :T])
+        ours = subject.run(subject.ids[:1, :T])
     with softmax_twin(subject.exact) as twin, KeepDouble():
-        difference = distance(logits(twin, subject.ids[:, :T]), ours)
+        difference = distance(logits(twin, subject.ids[:1, :T]), ours)
     return difference, f"logits, float64; {T} tokens, the model's own weights under softmax attention"
 
 
