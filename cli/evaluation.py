@@ -75,7 +75,10 @@ def evaluate(
 
 def check(
     source: Source,
-    teacher: Annotated[str | None, typer.Option(help="The original: with a long window, logits are its own.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", "--teacher", help="The original: with a long window, logits are its own."),
+    ] = None,
     device: Device = None,
     dtype: DType = None,
     revision: Revision = None,
@@ -93,9 +96,9 @@ def check(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
     with doing(f"loading {source}"):
         model, tokenizer = load_for_use(source, revision=revision, **options)
-        against = load_for_use(teacher, **options)[0] if teacher else None
+        original = load_for_use(against, **options)[0] if against else None
     with Progress("checks") as progress:
-        rows = run_checks(model, tokenizer, against=against, on_progress=progress)
+        rows = run_checks(model, tokenizer, against=original, on_progress=progress)
     show_checks(rows)
     write_json(json, {"checks": [dataclasses.asdict(row) for row in rows]})
     if failed := [row.name for row in rows if not row.passed]:

@@ -213,7 +213,7 @@ def test_every_field_of_a_spec_has_a_flag():
 
 def test_check_passes_after_convert(folder, tmp_path, capsys):
     path = tmp_path / "check.json"
-    assert run("check", folder / "made", "--teacher", folder / "source", "--json", path) == 0
+    assert run("check", folder / "made", "--against", folder / "source", "--json", path) == 0
     rows = json.loads(path.read_text())["checks"]
     assert {row["passed"] for row in rows} == {True}
     shown = capsys.readouterr().out
