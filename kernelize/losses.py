@@ -224,7 +224,7 @@ class ForecastProbe:
         output: AttentionOutput,
     ) -> Tensor:
         target = (received_later(seen, layer.spec) + LEAST_MASS).log()
-        arithmetic = layer.kernel(seen.scaling)
+        arithmetic = layer.kernel_for(seen)
         found = []
         with torch.autocast(target.device.type, enabled=False):
             for statistics, key, value, pos in self.leaving:
@@ -290,7 +290,7 @@ def distillation(
     tokens = [part[counted] for part in (student, teacher, labels, asked, beyond)]
     step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
     totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
-    with_ce = weights.ce > 0 or weights.answer > 0 or bool(beyond.any())
+    with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
     for start in range(0, len(tokens[0]), step):
         chunk = (part[start : start + step] for part in tokens)
         totals = totals + checkpoint(

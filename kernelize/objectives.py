@@ -50,7 +50,14 @@ class Objective(nn.Module):
         """Leaves the model as it was before."""
 
 
-class Transfer(Objective):
+class RowObjective(Objective):
+    """A loss that is a sum over rows."""
+
+    def counts(self, rows: Row) -> tuple[int, ...]:
+        return (len(rows.input_ids),)
+
+
+class Transfer(RowObjective):
     """Per-layer errors of the attention against softmax on the same q, k, v, averaged over layers; summed over rows."""
 
     terms = {"output": 0, "far": 0, "mass": 0}
@@ -61,9 +68,6 @@ class Transfer(Objective):
         self.probes = {index: TransferProbe() for index in kernelized_layers(model)}
         for index, layer in kernelized_layers(model).items():
             layer.kernelize.probe = self.probes[index]
-
-    def counts(self, rows: Row) -> tuple[int, ...]:
-        return (len(rows.input_ids),)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
@@ -78,7 +82,7 @@ class Transfer(Objective):
             layer.kernelize.probe = None
 
 
-class Forecast(Objective):
+class Forecast(RowObjective):
     """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows."""
 
     terms = dict.fromkeys(ForecastTerms._fields, 0)
@@ -89,9 +93,6 @@ class Forecast(Objective):
         for index, probe in self.probes.items():
             layer = kernelized_layers(model)[index].kernelize
             layer.probe, layer.watch = probe, probe.watch
-
-    def counts(self, rows: Row) -> tuple[int, ...]:
-        return (len(rows.input_ids),)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)

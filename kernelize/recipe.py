@@ -194,11 +194,10 @@ class Recipe(_Strict):
     """A whole run.
 
     `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
-    or an inclusive range ("3-7"); `context` stretches rotary positions to so many tokens; the layers in `keep` stay
-    softmax. `keep_auto` is how many do, chosen at the
-    conversion by what their replacement costs in retrieval: `keep` and `keep_costs` (nats a token of the answers, by
-    layer) then say what was found. With `budget: auto` the slots of all layers go
-    where they save most, as many in all.
+    or an inclusive range ("3-7"). `context` stretches rotary positions to so many tokens. The layers in `keep` stay
+    softmax; `keep_auto` is how many do, chosen at the conversion by what their replacement costs in retrieval: `keep`
+    and `keep_costs` (nats a token of the answers, by layer) then say what was found. With `budget: auto` the slots of
+    all layers go where they save most, as many in all.
     """
 
     name: str = Field(min_length=1)
