@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .decode import CHUNK, Sampling, Step, prefill, uncapturable
 from .errors import InputError
-from .evaluate import Row
+from .rows import Row
 from .runtime import ops
 from .runtime.cache import kernel_layers, state_bytes
 from .runtime.modeling import KernelizedModelMixin, plan_of

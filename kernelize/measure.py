@@ -18,7 +18,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .calibrate import SAMPLES, CalibrationProbe, SamplingProbe
 from .errors import InputError
-from .evaluate import read_text, sample_text
 from .losses import far_part, softmax_attention
 from .plan import AttentionShape, LayerCost
 from .runtime import ops
@@ -27,6 +26,7 @@ from .runtime.feature_maps import FEATURE_MAPS
 from .runtime.modeling import PREFIX, attentions, native_windows
 from .runtime.spec import NO_MEMORY, KernelSpec
 from .runtime.state import AttentionOutput, Seen
+from .texts import read_text, sample_text
 
 WATCHED = "kernelize_watched"  # a name in AttentionInterface, taken while a model is observed
 SIZES = (32, 128)

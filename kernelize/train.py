@@ -44,10 +44,10 @@ from .data import (
     write_text,
 )
 from .errors import InputError, KernelizeError
-from .evaluate import has_position_table
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.modeling import kernelized_layers
+from .subject import has_position_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,14 +16,9 @@ from rich.console import Console
 
 from kernelize.errors import InputError
 from kernelize.evaluate import Row, load_rows, save_rows
+from kernelize.pictures import PICTURES, SOURCES, _pareto, break_even, crossing, latency_by_length
 from kernelize.report import (
-    PICTURES,
-    SOURCES,
-    _pareto,
-    break_even,
     compare,
-    crossing,
-    latency_by_length,
     load_all,
     rows_table,
     tables,

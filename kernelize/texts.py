@@ -1,0 +1,70 @@
+"""What an evaluation reads: texts that ship and texts from files; lengths as people write them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import lzma
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from .errors import InputError
+from .recall import encode, start_ids
+from .runtime.spec import SpecError, choose
+
+SAMPLES = ("novel", "train")
+
+
+def sample_text(name: str) -> str:
+    """A text that ships with kernelize: "novel" (unseen, for evaluation) or "train"."""
+    choose_input("sample text", name, SAMPLES)
+    return (files("kernelize.sample") / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def read_text(source: str) -> str:
+    """A sample's name, or a .txt, .txt.xz or .jsonl file; the `text` fields of JSON lines are joined with ""."""
+    if source in SAMPLES:
+        return sample_text(source)
+    path = Path(source)
+    try:
+        raw = (lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()).decode("utf-8")
+        text = "".join(json.loads(line)["text"] for line in raw.splitlines()) if path.suffix == ".jsonl" else raw
+    except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+        raise InputError(f"text={source!r} cannot be read: {error}; a sample ({', '.join(SAMPLES)}), .txt, .txt.xz "
+                         "or .jsonl with `text` is allowed") from error  # fmt: skip
+    if not text.strip():
+        raise InputError(f"text={source!r} is empty")
+    return text
+
+
+def parse_length(text: str) -> int:
+    """ "512" → 512, "4k" → 4096, "1m" → 1048576."""
+    digits = text.strip().lower()
+    factor = {"k": 1024, "m": 1024**2}.get(digits[-1:], 1)
+    number = digits[:-1] if factor > 1 else digits
+    if not number.isascii() or not number.isdigit() or int(number) == 0:
+        raise InputError(f"length {text!r} is not a positive number of tokens such as 512, 4k or 1m")
+    return int(number) * factor
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """ "1k,4k,128k" → (1024, 4096, 131072), sorted, each once."""
+    return tuple(sorted({parse_length(part) for part in text.split(",")}))
+
+
+def choose_input(field: str, value: object, allowed: Iterable) -> None:
+    try:
+        choose(field, value, list(allowed))
+    except SpecError as error:
+        raise InputError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=8)
+def cut_pieces(tokenizer, source: str, length: int) -> list[list[int]]:
+    """The text cut into consecutive pieces of exactly `length` tokens, the rest dropped."""
+    start, ids = start_ids(tokenizer), encode(tokenizer, read_text(source))
+    body = length - len(start)
+    if len(ids) < body:
+        raise InputError(f"text={source!r} has {len(ids)} tokens, too few for one piece of length={length}")
+    return [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
