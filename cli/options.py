@@ -61,7 +61,10 @@ class KernelFlags:
         bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
     ] = None
     budget: Annotated[
-        str | None, typer.Option(help="Slots of the layers: uniform, or auto, where they save most, as many in all.")
+        str | None,
+        typer.Option(
+            help="Slots of the layers: uniform; auto: where they save most, as many in all; heads: the same by KV head."
+        ),
     ] = None
     keep: Annotated[str | None, typer.Option(help="Layers that keep softmax, e.g. 0,7,12-14; auto:N: measured.")] = None
     pattern: Annotated[str | None, typer.Option(help="K kernelized, S softmax, repeated: KKKS.")] = None

@@ -98,7 +98,8 @@ def _layer_cells(run: Sequence[LayerRow]) -> tuple[str, ...]:
         return ("softmax", "", "", "", "", "", "")
     memory = f"{spec.feature_map} {spec.feature_dim}, decay {spec.decay}" if spec.has_memory else "none"
     new, state = sum(r.new_parameters for r in run), sum(r.state_bytes for r in run)
-    slots = f"{spec.slots} {spec.policy}" if spec.slots else "0"
+    budget = "/".join(map(str, spec.head_slots)) or spec.slots
+    slots = f"{budget} {spec.policy}" if spec.slots else "0"
     return (
         "kernelized",
         f"{spec.window} by {spec.block}",

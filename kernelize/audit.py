@@ -29,7 +29,7 @@ from .runtime.attention import Instead
 from .runtime.modeling import kernelized_layers
 from .runtime.reference import read, slot_bias
 from .runtime.spec import KernelSpec
-from .runtime.state import EMPTY, Kernel, State, logits, wide
+from .runtime.state import EMPTY, Kernel, State, logits, unpacked, wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +90,9 @@ class Ablated:
 
 def near(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Attention over window and sinks alone, with its log-sum-exp: [B, H, T, D], [B, H, T]."""
-    spec = kernel.spec.replace(slots=0, feature_map="none", rule="additive", policy="attention", share=0.5, aging=0)
+    spec = kernel.spec.replace(
+        slots=0, head_slots=(), feature_map="none", rule="additive", policy="attention", share=0.5, aging=0
+    )
     plain = Kernel(spec, kernel.scaling, None, None, None, None, kernel.softcap, kernel.sink_logits)
     out, _ = ops.attend(query, key, value, plain, keep=False)
     return out.exact, out.exact_lse
@@ -150,7 +152,7 @@ class Meter:
             q, k, v = (x[:, :, start : start + EVERY] for x in (query, key, value))
             out, state = ops.attend(q, k, v, kernel, state)
             parts.append(out.y)
-            self.note(q[:, :, -1:], kernel, state)
+            self.note(q[:, :, -1:], *unpacked(kernel, state))
         return torch.cat(parts, 2)
 
     def note(self, query: Tensor, kernel: Kernel, state: State) -> None:

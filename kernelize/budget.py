@@ -1,8 +1,9 @@
-"""Slot budgets that differ by layer: what a slot is worth in each layer, measured in one backward pass.
+"""Slot budgets that differ by layer, or by KV head: what a slot is worth there, measured in one backward pass.
 
 What a layer's attention error δ costs at the output is, to second order, ½ E (g·δ)² with g the gradient of the log
 probability of a token drawn from the teacher (the Fisher information). One backward through the teacher gives g for
-every layer at once, and δ comes from the layer's own q, k, v under each number of slots: no layer is tried alone.
+every layer at once, and δ comes from the layer's own q, k, v under each number of slots: no layer is tried alone. Of a
+single KV head it is the same with the δ of its query heads alone.
 Texts whose answer stands far back (`retrieval_text`) weigh in with the cost of the answer alone, since perplexity
 hardly notices retrieval.
 """
@@ -13,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,13 @@ from .plan import ConversionPlan
 from .runtime import ops
 from .runtime.attention import KernelAttention
 from .runtime.modeling import kernelized_layers, plan_entry, plan_of
+from .runtime.spec import mean_slots
 from .runtime.state import Seen
 
 SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
 LEAST, STEP = 16, 8  # slots: the smallest budget of a layer, and the unit in which the rest is given out
 RETRIEVAL_WEIGHT = 0.03  # of a nat of an answer's loss, against a nat of ordinary text's divergence
+K = TypeVar("K")
 NAMES = ("Abel", "Brook", "Cleo", "Dorian", "Edda", "Flint", "Greta", "Hollis", "Ivor", "Juno", "Kell", "Lark")
 
 
@@ -48,25 +51,28 @@ class CostProbe:
 
     wants_output: ClassVar[bool] = False
     sizes: Sequence[int]
-    cost: dict[bool, Tensor] = field(default_factory=dict)  # retrieval or not -> [sizes], summed
+    by_head: bool = False
+    cost: dict[bool, Tensor] = field(default_factory=dict)  # retrieval or not -> [1 or Hk, sizes], summed
     retrieval: bool = False
 
     def __call__(self, layer: KernelAttention, seen: Seen, output: None) -> Tensor:
         teacher = softmax_attention(seen)[0]
         errors = [self.error(layer, seen, size, teacher) for size in self.sizes]
         exact = differentiable_softmax(seen)
-        exact.register_hook(lambda gradient: self.price(gradient, errors))
+        parts = seen.key.shape[1] if self.by_head else 1
+        exact.register_hook(lambda gradient: self.price(gradient, errors, parts))
         return exact
 
     @torch.no_grad()
     def error(self, layer: KernelAttention, seen: Seen, size: int, teacher: Tensor) -> Tensor:
         """What the layer with `size` slots does wrong, [B, H, T, D]."""
         kernel = layer.kernel_for(seen)
-        resized = kernel._replace(spec=kernel.spec.replace(slots=size))
+        resized = kernel._replace(spec=kernel.spec.replace(slots=size, head_slots=()))
         return ops.attend(*seen[:3], resized)[0].y - teacher
 
-    def price(self, gradient: Tensor, errors: list[Tensor]) -> None:
-        cost = torch.stack([(gradient * error).sum((1, 3)).square().sum() / 2 for error in errors])
+    def price(self, gradient: Tensor, errors: list[Tensor], parts: int) -> None:
+        moves = [(gradient * error).unflatten(1, (parts, -1)).sum((2, 4)) for error in errors]  # [B, parts, T] each
+        cost = torch.stack([move.square().sum((0, 2)) / 2 for move in moves], -1)
         self.cost[self.retrieval] = self.cost.get(self.retrieval, torch.zeros_like(cost)) + cost
 
 
@@ -108,13 +114,16 @@ def layer_costs(
     sizes: Sequence[int] = SIZES,
     seed: int = 0,
     on_text: Callable[[], None] = lambda: None,
+    by_head: bool = False,
 ) -> dict[int, Tensor]:
-    """What each converted layer costs with each of `sizes` slots, in nats a token: layer -> [sizes] float64.
+    """What each converted layer costs with each of `sizes` slots, in nats a token: layer -> [1, sizes] float64.
+
+    With `by_head`, what each of its KV heads costs: layer -> [Hk, sizes].
 
     `model` is converted and calibrated; its parameters are not touched, and it computes as the teacher meanwhile.
     """
     layers = {i: m.kernelize for i, m in kernelized_layers(model).items()}
-    probes = {i: CostProbe(sizes) for i in layers}
+    probes = {i: CostProbe(sizes, by_head) for i in layers}
     generator = torch.Generator().manual_seed(seed)
     counts = {False: 0, True: 0}
     for layer, probe in probes.items():
@@ -153,8 +162,9 @@ def _backward(model: PreTrainedModel, text: BudgetText, generator: torch.Generat
         torch.autograd.grad(log_p.gather(-1, drawn[:, None]).sum(), embedded)
 
 
-def share_out(costs: dict[int, Tensor], total: int, sizes: Sequence[int] = SIZES) -> dict[int, int]:
-    """Slots for each layer, `total` in all: each next `STEP` goes where it saves most.
+def share_out(costs: dict[K, Tensor], total: int, sizes: Sequence[int] = SIZES) -> dict[K, int]:
+    """Slots for each layer, or what else `costs` [sizes] are of, `total` in all: each next `STEP` goes where it saves
+    most.
 
     Between and beyond the measured sizes the cost is taken to be linear in 1/√slots.
     """
@@ -188,19 +198,34 @@ def _cost(slopes: list[float], sizes: Sequence[int], slots: int) -> float:
 
 
 def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
-    """`plan` with the slots of its layers, as many in all, given out by `costs`."""
+    """`plan` with the slots of its layers, as many in all, given out by `costs`: [1, sizes] a layer, or [Hk, sizes].
+
+    With costs by KV head a layer's mean is rounded up, by less than one slot a head.
+    """
     total = sum(spec.slots for spec in plan.layers if spec is not None)
-    return plan.override({i: {"slots": slots} for i, slots in share_out(costs, total).items()})
+    parts = {(layer, part): one for layer, cost in costs.items() for part, one in enumerate(cost)}
+    most = max(map(len, costs.values()))
+    budget = share_out(parts, total * most)
+    if most == 1:
+        return plan.override({layer: {"slots": slots, "head_slots": ()} for (layer, _), slots in budget.items()})
+    heads = {layer: [budget[layer, part] for part in range(len(cost))] for layer, cost in costs.items()}
+    return plan.override({i: {"slots": mean_slots(each), "head_slots": tuple(each)} for i, each in heads.items()})
 
 
 def allot(
-    model: PreTrainedModel, texts: Sequence[BudgetText], on_text: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    texts: Sequence[BudgetText],
+    on_text: Callable[[], None] = lambda: None,
+    by_head: bool = False,
 ) -> ConversionPlan:
-    """Gives every layer of a converted model its own number of slots, as many in all; returns the plan it has now."""
+    """Gives every layer of a converted model, or every KV head, its own number of slots, as many in all.
+
+    Returns the plan that the model has now.
+    """
     plan = ConversionPlan(tuple(plan_of(model.config)))
     if not any(spec.slots for spec in plan.converted.values()):
         return plan
-    plan = budgeted(plan, layer_costs(model, texts, on_text=on_text))
+    plan = budgeted(plan, layer_costs(model, texts, on_text=on_text, by_head=by_head))
     for layer, module in kernelized_layers(model).items():
         spec = plan.layers[layer]
         assert spec is not None

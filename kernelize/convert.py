@@ -182,12 +182,14 @@ def convert(
     *,
     calibration: Sequence[Tensor] | None = None,
     budget: Sequence[BudgetText] | None = None,
+    by_head: bool = False,
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> PreTrainedModel:
     """Turns `model` itself into its kernelized class after `plan`; nothing is trained.
 
     `calibration` [B, T] token ids set maps, gates and decays. With `budget` texts the slots of all layers, as many in
-    all as the plan says, go where they save most (`model.config.kernelize` then holds the plan that came out).
+    all as the plan says, go where they save most, `by_head` those of every KV head (`model.config.kernelize` then holds
+    the plan that came out).
     `on_progress` hears (readings of a text done, in all, what is running).
     Raises SpecError for a model type that is not supported or a plan that does not fit.
     """
@@ -197,7 +199,7 @@ def convert(
     model = kernelize_model(model, layers).eval()
     tick = _Readings(len(budget or ()) + readings(model) * len(calibration or ()), on_progress)
     if budget:
-        allot(model, budget, tick("sharing out slots"))
+        allot(model, budget, tick("sharing out slots"), by_head)
     if calibration:
         calibrate(model, calibration, tick("calibrating"))
     return model

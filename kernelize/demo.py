@@ -146,7 +146,7 @@ def window_plan(plan: ConversionPlan) -> ConversionPlan:
 def _window_only(spec: KernelSpec) -> KernelSpec:
     ring = max(1, (spec.positions - spec.sinks) // spec.block) * spec.block
     window = ring - spec.block + 1
-    return spec.replace(feature_map=NO_MEMORY, slots=0, policy="attention", window=window)
+    return spec.replace(feature_map=NO_MEMORY, slots=0, head_slots=(), policy="attention", window=window)
 
 
 class _Clock:

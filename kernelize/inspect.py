@@ -92,7 +92,7 @@ def inspect_model(
         if layer not in possible:
             raise InputError(f"layer {layer} cannot be inspected; those with full attention are {possible}")
     shape = AttentionShape.of(model.config)
-    found = [spec.replace(slots=s) for s in dict.fromkeys((*slots, spec.slots))]
+    found = [spec.replace(slots=s, head_slots=()) for s in dict.fromkeys((*slots, spec.slots))]
     specs = [each for base in found for each in candidates(base, maps, sizes, shape.head_dim)]
     observed = observe(model, texts, chosen)
     heads: list[HeadRow] = []

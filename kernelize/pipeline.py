@@ -137,7 +137,8 @@ def convert_source(
     if recipe.context:
         model = stretch(model, recipe.context)
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
-    model = convert(model, plan, calibration=texts, budget=priced, on_progress=on_progress)
+    by_head = recipe.budget == "heads"
+    model = convert(model, plan, calibration=texts, budget=priced, by_head=by_head, on_progress=on_progress)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)
     command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")

@@ -197,7 +197,7 @@ class Recipe(_Strict):
     or an inclusive range ("3-7"). `context` stretches rotary positions to so many tokens. The layers in `keep` stay
     softmax; `keep_auto` is how many do, chosen at the conversion by what their replacement costs in retrieval: `keep`
     and `keep_costs` (nats a token of the answers, by layer) then say what was found. With `budget: auto` the slots of
-    all layers go where they save most, as many in all.
+    all layers go where they save most, as many in all; with `heads` every KV head has a number of its own.
     """
 
     name: str = Field(min_length=1)
@@ -209,7 +209,7 @@ class Recipe(_Strict):
     context: int | None = Field(default=None, ge=2)
     keep_costs: dict[str, float] = {}
     layers: dict[str, dict[str, Any]] = {}
-    budget: Literal["uniform", "auto"] = "uniform"
+    budget: Literal["uniform", "auto", "heads"] = "uniform"
     stages: Sequence[Stage] = ()
     seed: int = Field(default=0, ge=0)
     checkpoint_steps: int = Field(default=200, ge=1)

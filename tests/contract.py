@@ -31,6 +31,7 @@ EXACT_SETS: tuple[dict, ...] = (
     {"window": 3, "block": 1, "sinks": 0, "slots": 3},
     {"window": 8, "block": 8, "sinks": 1, "slots": 2, "aging": 40},
     {"window": 6, "block": 2, "sinks": 3, "slots": 0},
+    {"window": 5, "block": 2, "sinks": 1, "slots": 4, "head_slots": (7, 0)},
 )
 
 
@@ -101,7 +102,8 @@ def in_turn(found: list[dict]) -> list[KernelSpec]:
 
 
 def name_of(spec: KernelSpec) -> str:
-    exact = f"w{spec.window}b{spec.block}s{spec.sinks}c{spec.slots}"
+    slots = "_".join(map(str, spec.head_slots)) or spec.slots
+    exact = f"w{spec.window}b{spec.block}s{spec.sinks}c{slots}"
     return f"{spec.feature_map}-{spec.rule}-{spec.decay}-{spec.policy}-{exact}"
 
 

@@ -23,7 +23,7 @@ def attend(q, k, v, kernel):
         heads = range(h * H // Hk, (h + 1) * H // Hk)
         rates = token_rates(k[h], v[h], kernel, h)
         scores = token_scores(q[heads.start : heads.stop], k[h], v[h], phi_k[h], rates, kernel, h)
-        held = [exact_sets(b * spec.block, T, scores, spec) for b in range(block(T - 1, spec) + 1)]
+        held = [exact_sets(b * spec.block, T, scores, spec, h) for b in range(block(T - 1, spec) + 1)]
         for t in range(T):
             history = held[: block(t, spec) + 1]
             for head in heads:
@@ -94,11 +94,11 @@ def left(j, t, spec):
     return j >= spec.sinks and block(j, spec) < block(t, spec) - spec.back
 
 
-def exact_sets(t, T, scores, spec):
+def exact_sets(t, T, scores, spec, h):
     """What holds a slot during the block that begins with t: a list a share."""
     pool = [j for j in range(min(t + 1, T)) if left(j, t, spec)]
     found = []
-    for s, (_, capacity) in enumerate(spec.shares):
+    for s, (_, capacity) in enumerate(spec.shares_of(h)):
         best = sorted(pool, key=lambda j: (-scores[s][j], j))[:capacity] if spec.slots else []
         found.append(best)
         pool = [j for j in pool if j not in best]

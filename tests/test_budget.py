@@ -70,8 +70,8 @@ def test_costs_leave_the_model_as_it_was_and_fall_to_nothing():
     costs = costs_of(model)
     assert set(costs) == {0, 1}
     for cost in costs.values():
-        assert cost[0] > 0
-        assert cost[-1] < 1e-20, "with a slot for every token the layer is softmax attention"
+        assert cost[0, 0] > 0
+        assert cost[0, -1] < 1e-20, "with a slot for every token the layer is softmax attention"
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(layer.kernelize.probe is None for layer in kernelized_layers(model).values())
 
@@ -82,8 +82,8 @@ def test_costs_honour_soft_caps_and_native_sinks(family):
     costs = costs_of(model)
     assert set(costs) == set(kernelized_layers(model))
     for cost in costs.values():
-        assert cost[0] > 0
-        assert cost[-1] < 1e-10 * cost[0], "with a slot for every token the layer is softmax attention"
+        assert cost[0, 0] > 0
+        assert cost[0, -1] < 1e-10 * cost[0, 0], "with a slot for every token the layer is softmax attention"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
@@ -113,11 +113,34 @@ def test_a_layer_that_nobody_listens_to_costs_nothing():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
     costs = costs_of(model)
     assert float(costs[0].max()) == 0.0
-    assert float(costs[1][0]) > 0.0
+    assert float(costs[1][0, 0]) > 0.0
 
 
 def test_budgeted_plan_keeps_the_total():
     plan = ConversionPlan.uniform(SPEC, 2)
-    changed = budgeted(plan, {0: falling(1.0), 1: falling(5.0)})
+    changed = budgeted(plan, {0: falling(1.0)[None], 1: falling(5.0)[None]})
     assert sum(spec.slots for spec in changed.layers) == 64
     assert changed.layers[1].slots > changed.layers[0].slots
+
+
+def test_a_plan_by_head_keeps_the_total_and_gives_more_where_it_saves_more():
+    plan = ConversionPlan.uniform(SPEC.replace(slots=64), 2)
+    changed = budgeted(
+        plan, {0: torch.stack([falling(1.0), falling(2.0)]), 1: torch.stack([falling(9.0), falling(0.1)])}
+    )
+    heads = [spec.head_slots for spec in changed.layers]
+    assert sum(map(sum, heads)) == 2 * 2 * 64
+    assert heads[1][0] == max(map(max, heads))
+    assert heads[1][1] == min(map(min, heads)) >= LEAST
+
+
+def test_what_two_heads_cost_is_told_apart_and_a_head_that_nobody_listens_to_costs_nothing():
+    model = convert(tiny_llama(), ConversionPlan.uniform(SPEC, 2)).double()
+    with torch.no_grad():  # 2 KV heads of 2 query heads each: what the second pair says is thrown away
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        weight[:, weight.shape[1] // 2 :] = 0
+    texts = [BudgetText(torch.randint(1, 257, (1, 160), generator=torch.Generator().manual_seed(1)))]
+    whole, heads = (layer_costs(model, texts, sizes=(0, 16), by_head=by_head)[0] for by_head in (False, True))
+    assert heads.shape == (2, 2)
+    torch.testing.assert_close(heads[:1], whole, rtol=1e-9, atol=0)
+    assert heads[1].max() == 0

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import MEMORY_FACTOR
 
+from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
+from kernelize.runtime.state import unpacked
 
 CORE, MAPS, FEW = contract.core_specs(), contract.map_specs(), contract.few_specs()
 
@@ -98,7 +100,7 @@ def test_a_window_over_everything_is_softmax(spec):
 
 @over([s for s in CORE if s.slots])
 def test_slots_for_everything_are_softmax(spec):
-    contract.law_softmax(spec.replace(slots=2 * contract.LENGTH))
+    contract.law_softmax(spec.replace(slots=2 * contract.LENGTH, head_slots=()))
 
 
 FIRST_POLICY = next(iter(POLICIES))
@@ -117,7 +119,7 @@ def test_an_untrained_option_is_the_default(option, default):
     contract.law_untrained(KernelSpec(**exact, **option), KernelSpec(**exact, **default))
 
 
-SMALL = {"feature_dim": 4, "window": 2, "block": 1, "sinks": 1, "slots": 2}
+SMALL = {"feature_dim": 4, "window": 2, "block": 1, "sinks": 1, "slots": 2, "head_slots": ()}
 
 
 @over([s.replace(**SMALL) for s in CORE if s.slots and s.has_memory and s.policy == FIRST_POLICY])
@@ -129,6 +131,7 @@ MEASURE = """
 import resource, torch
 from kernelize.runtime import chunked
 from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import KernelSpec
 
 torch.set_num_threads(1)
@@ -175,12 +178,32 @@ def test_memory_is_linear_in_the_length():
         ({"policy": "value", "share": 0.25}, "share"),
         ({"share": 1.0}, "share"),
         ({"sink_logits": 1}, "sink_logits"),
+        ({"head_slots": (9, 2)}, "slots=176 is not 6"),
+        ({"head_slots": (9, -2)}, "head_slots"),
+        ({"head_slots": 9}, "head_slots"),
     ],
     ids=str,
 )
 def test_refuses_nonsense_by_name(fields, named):
     with pytest.raises(SpecError, match=named):
         KernelSpec(**fields)
+
+
+def test_heads_that_share_slots_unequally_take_no_more_bytes_and_each_uses_its_own_number():
+    fields = {"window": 4, "block": 2, "sinks": 1, "slots": 6, "feature_dim": 8}
+    inputs = contract.tokens(2, contract.LENGTH)
+    states = {}
+    for heads in ((), (10, 1)):
+        kernel = contract.kernel_of(contract.layer(KernelSpec(**fields, head_slots=heads)))
+        _, states[heads] = attend(*inputs, kernel)
+        held = (unpacked(kernel, states[heads])[1].pos[:, :, 1 + kernel.spec.ring :] >= 0).sum(-1)  # [B, Hk]
+        assert held.tolist() == [list(heads or (6, 6))] * 2
+    assert states[10, 1].nbytes == states[()].nbytes
+
+
+def test_a_layer_refuses_budgets_for_other_heads_than_it_has():
+    with pytest.raises(SpecError, match="3 numbers for 2 KV heads"):
+        contract.layer(KernelSpec(slots=4, head_slots=(4, 4, 4)))
 
 
 def test_share_divides_the_slots():

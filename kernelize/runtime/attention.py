@@ -51,6 +51,10 @@ class KernelAttention(nn.Module):
 
     def __init__(self, spec: KernelSpec, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
+        if spec.head_slots and len(spec.head_slots) != kv_heads:
+            raise SpecError(
+                f"head_slots={list(spec.head_slots)} has {len(spec.head_slots)} numbers for {kv_heads} KV heads"
+            )
         self.spec, self.heads, self.kv_heads = spec, heads, kv_heads
         self.window_dropout = 0.0  # probability, in training, that a forward sees but one block as its window
         self.probe: Probe | None = None  # training looks in here; it may replace the output

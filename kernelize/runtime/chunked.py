@@ -28,12 +28,14 @@ from .state import (
     State,
     add_sink_logits,
     betas,
+    by_head,
     empty_state,
     features,
     log_decays,
     logits,
     merge,
     novelty,
+    quota,
     scores_from,
     unit,
     weigh_answers,
@@ -45,6 +47,7 @@ SEGMENT = 2048  # tokens: what is held at once
 TILE = 64  # tokens: the side of the largest score matrix
 
 
+@by_head
 def attend(
     q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None = None, valid: Tensor | None = None
 ) -> tuple[AttentionOutput, State]:
@@ -445,22 +448,23 @@ def lifetimes(spec: KernelSpec, score: Tensor, arrive: Tensor, blocks: int) -> t
         # holders of a later share were rejected by this one before
         past = (entry >= start + capacity) & (entry < spec.slots)
         candidate = torch.where(past, blocks, applies)
-        death = torch.maximum(candidate, outlives(score[..., s], candidate, capacity, blocks))
+        death = torch.maximum(candidate, outlives(score[..., s], candidate, quota(spec, s, candidate), blocks))
         rejected.append(torch.where(past, applies, death))
         applies, start = rejected[-1], start + capacity
     return tuple(rejected)
 
 
-def outlives(score: Tensor, arrive: Tensor, capacity: int, blocks: int) -> Tensor:
-    """The first block by which `capacity` better tokens have arrived, [B, Hk, X]; `blocks` if none."""
-    if not capacity:
+def outlives(score: Tensor, arrive: Tensor, capacity: Tensor | int, blocks: int) -> Tensor:
+    """The first block by which `capacity` (or [Hk, 1]) better tokens have arrived, [B, Hk, X]; `blocks` if none."""
+    if not isinstance(capacity, Tensor) and not capacity:
         return torch.zeros_like(arrive)
+    limit = capacity[..., None] if isinstance(capacity, Tensor) else capacity
     order = score.masked_fill(arrive >= blocks, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     ordered = arrive.gather(-1, order)
     slots = torch.arange(blocks, device=arrive.device)
     here = ordered[..., None].clamp(min=0) == slots  # [B, Hk, X, blocks]
     better = here.int().cumsum(2) - here.int()
-    held = (better.cumsum(-1) < capacity).sum(-1)  # counts only grow, so this is the first block that fails
+    held = (better.cumsum(-1) < limit).sum(-1)  # counts only grow, so this is the first block that fails
     return torch.empty_like(arrive).scatter_(-1, order, held)
 
 

@@ -62,6 +62,8 @@ def unsupported(spec: KernelSpec) -> str | None:
     """What the kernels lack for a spec, whatever the tensors."""
     if spec.block > TILE or spec.block & (spec.block - 1):
         return f"block={spec.block} is not a power of two up to {TILE}"
+    if spec.is_packed:
+        return "slots differ by KV head"
     if spec.slots > MOST_SLOTS:
         return f"slots={spec.slots} are more than {MOST_SLOTS}"
     if spec.has_memory and spec.feature_dim > WIDEST:

@@ -16,12 +16,14 @@ from .state import (
     State,
     add_sink_logits,
     betas,
+    by_head,
     empty_state,
     features,
     log_decays,
     logits,
     merge,
     novelty,
+    quota,
     scores_from,
     unit,
     weigh_answers,
@@ -44,6 +46,7 @@ def attend(
     return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*steps, strict=True))), state
 
 
+@by_head
 def step(
     q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None = None, in_place: bool = False
 ) -> tuple[AttentionOutput, State]:
@@ -197,7 +200,7 @@ def choose_slots(spec: KernelSpec, score: Tensor, pos: Tensor, fresh: Tensor) ->
             torch.where(applies, score[..., s], -torch.inf),
             torch.where(applies, pos, torch.iinfo(pos.dtype).max),
         )
-        wins = applies & (rank < capacity)
+        wins = applies & (rank < quota(spec, s, rank))
         place = torch.where(wins, start + rank, place)
         applies, start = applies & ~wins, start + capacity
     return place

@@ -45,6 +45,9 @@ class KernelSpec:
     head a learned logit that only the normaliser sees. With `aging`, attention received long ago counts less: by a
     factor e every so many tokens; 0: it counts for ever.
 
+    With `head_slots`, a number for each KV head, the heads share the layer's slots unequally; `slots` is then their
+    mean, rounded up, and the state takes no more bytes than with `slots` for every head.
+
     Of the trained scores "learned" weighs what its slots hold, so that a model's own loss trains it; "forecast" is
     fitted by itself, to the attention that softmax pays to a token once it has left the window.
     """
@@ -61,6 +64,7 @@ class KernelSpec:
     share: float = 0.5
     sink_logits: bool = False
     aging: int = 0
+    head_slots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("feature_dim", "window", "sinks", "slots", "block", "aging"):
@@ -80,6 +84,7 @@ class KernelSpec:
             FEATURE_MAPS[self.feature_map].check(self.feature_dim)
         self._check_rule()
         self._check_policy()
+        self._check_heads()
         if not isinstance(self.sink_logits, bool):
             raise SpecError(f"sink_logits={self.sink_logits!r} is neither true nor false")
 
@@ -112,6 +117,15 @@ class KernelSpec:
                 f"policy={self.policy!r} ranks tokens by the error of the memory, but {why}; "
                 "use policy='attention', 'value', 'keydiff', 'learned' or 'forecast'"
             )
+
+    def _check_heads(self) -> None:
+        given = self.head_slots
+        whole = isinstance(given, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in given)
+        if not whole or any(n < 0 for n in given):
+            raise SpecError(f"head_slots={given!r} is not a list of whole numbers, 0 or more, one for each KV head")
+        object.__setattr__(self, "head_slots", tuple(given))
+        if given and self.slots != (mean := mean_slots(given)):
+            raise SpecError(f"slots={self.slots} is not {mean}, the mean of head_slots={list(given)} rounded up")
 
     def _score_names(self) -> tuple[str, ...]:
         return tuple((MIXED if self.policy == "mixed" else str(self.policy)).split("+"))
@@ -149,11 +163,28 @@ class KernelSpec:
     @property
     def shares(self) -> tuple[tuple[str, int], ...]:
         """The slots as (score, capacity) in the order in which a token applies for them."""
+        return self._divided(self.slots)
+
+    def shares_of(self, head: int) -> tuple[tuple[str, int], ...]:
+        """`shares` of one KV head."""
+        return self._divided(self.head_slots[head] if self.head_slots else self.slots)
+
+    def _divided(self, slots: int) -> tuple[tuple[str, int], ...]:
         names = self._score_names()
         if len(names) == 1:
-            return ((names[0], self.slots),)
-        second = int(self.slots * (1 - self.share) + 1e-9)
-        return ((names[0], self.slots - second), (names[1], second))
+            return ((names[0], slots),)
+        second = int(slots * (1 - self.share) + 1e-9)
+        return ((names[0], slots - second), (names[1], second))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether heads with few slots lend the places they do not need to heads with many."""
+        return bool(self.head_slots)
+
+    @property
+    def spread(self) -> Spread:
+        """The same choice with room for the largest budget in every head: what an implementation works with."""
+        return Spread(**{**vars(self), "slots": max(self.head_slots)})
 
     def statistics(self, score: str) -> tuple[str, ...]:
         """What a trained score reads, besides keys and values: what streams, and for the forecast in any kernel."""
@@ -178,7 +209,7 @@ class KernelSpec:
     # --- data -----------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"head_slots": list(self.head_slots)}
 
     @classmethod
     def from_dict(cls, data: dict) -> KernelSpec:
@@ -191,3 +222,19 @@ class KernelSpec:
 
     def replace(self, **changes) -> KernelSpec:
         return dataclasses.replace(self, **changes)
+
+
+class Spread(KernelSpec):
+    """A spec whose `slots` are the largest of `head_slots`: each head uses as many of them as its own number says."""
+
+    @property
+    def is_packed(self) -> bool:
+        return False
+
+    def _check_heads(self) -> None:
+        pass
+
+
+def mean_slots(head_slots: tuple[int, ...] | list[int]) -> int:
+    """The places a head that all heads together need."""
+    return -(-sum(head_slots) // len(head_slots))

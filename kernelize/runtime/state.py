@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ class AttentionOutput(NamedTuple):
 class State(NamedTuple):
     """What a layer remembers. P = ring + sinks + slots positions, laid out as [sinks | ring | slots].
 
-    The ring holds the token of position p at p mod ring. Slots stand in the order of `spec.shares`.
+    The ring holds the token of position p at p mod ring. Slots stand in the order of `spec.shares`; with
+    `head_slots` those of all heads follow each other through the rows of the KV heads (`unpacked` gives each its own).
     """
 
     keys: Tensor  # [B, Hk, P, D]
@@ -156,6 +158,81 @@ def add_sink_logits(exact: Tensor, lse: Tensor, kernel: Kernel) -> tuple[Tensor,
 def features(kernel: Kernel, mapping: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor) -> Tensor:
     """phi of x [B, H, T, D], scaled so that its target is exp(q·k·scaling); pos [B, 1 or H, T] -> [B, H, T, F]."""
     return mapping(x.to(wide(x.dtype)) * kernel.scaling**0.5, pos)
+
+
+# --- slots that the heads share unequally -------------------------------------------------------------------
+
+
+def quota(spec: KernelSpec, share: int, like: Tensor) -> Tensor | int:
+    """The slots of a share that may be used: one number, or one for each KV head, [Hk, 1] on the device of `like`."""
+    if not spec.head_slots:
+        return spec.shares[share][1]
+    heads = [spec.shares_of(head)[share][1] for head in range(len(spec.head_slots))]
+    return torch.tensor(heads, device=like.device)[:, None]
+
+
+@lru_cache(maxsize=64)
+def cells(spec: KernelSpec) -> tuple[Tensor, Tensor]:
+    """Where a packed spec's slots lie: (in the packed state, for each of the `spread` one's; the other way round).
+
+    Both are indices into slots counted through the rows of all heads, [Hk, slots]; one past the last: nowhere.
+    """
+    wide, heads = spec.spread, len(spec.head_slots)
+    packed = torch.full((heads, wide.slots), heads * spec.slots)
+    spread = torch.full((heads * spec.slots,), heads * wide.slots)
+    place = 0
+    for head in range(heads):
+        start = 0
+        for (_, room), (_, own) in zip(wide.shares, spec.shares_of(head), strict=True):
+            packed[head, start : start + own] = torch.arange(place, place + own)
+            spread[place : place + own] = head * wide.slots + torch.arange(start, start + own)
+            place, start = place + own, start + room
+    return packed, spread.view(heads, spec.slots)
+
+
+def moved(state: State, spec: KernelSpec, index: Tensor) -> State:
+    """The state with its slots at `index` [Hk, slots] of those it has, counted through the rows of all heads."""
+    first = spec.sinks + spec.ring
+    index = index.to(state.pos.device)
+
+    def move(x: Tensor, start: int, blank: float = 0.0) -> Tensor:  # x [B, Hk, start + slots, ...]
+        flat = x[:, :, start:].flatten(1, 2)
+        flat = torch.cat([flat, torch.full_like(flat[:, :1], blank)], 1)
+        return torch.cat([x[:, :, :start], flat[:, index]], 2)
+
+    return state._replace(
+        keys=move(state.keys, first),
+        values=move(state.values, first),
+        pos=move(state.pos, first, EMPTY),
+        decay=move(state.decay, first),
+        mass=move(state.mass, first),
+        score=move(state.score, 0),
+    )
+
+
+def unpacked(kernel: Kernel, state: State) -> tuple[Kernel, State]:
+    """Kernel and state with each head's slots in its own row: those of `spec.spread` where the spec is packed."""
+    spec = kernel.spec
+    if not spec.is_packed:
+        return kernel, state
+    return kernel._replace(spec=spec.spread), moved(state, spec, cells(spec)[0])
+
+
+def by_head(run: Callable[..., tuple[AttentionOutput, State]]) -> Callable[..., tuple[AttentionOutput, State]]:
+    """Lets an implementation that knows rows of slots serve a packed spec: unpacks the state before, packs it after."""
+
+    @wraps(run)
+    def packed_run(
+        q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None = None, *others: Any, **named: Any
+    ) -> tuple[AttentionOutput, State]:
+        spec = kernel.spec
+        if not spec.is_packed:
+            return run(q, k, v, kernel, state, *others, **named)
+        wide, before = unpacked(kernel, empty_state(spec, k, v) if state is None else state)
+        out, after = run(q, k, v, wide, before, *others, **named)
+        return out, moved(after, spec, cells(spec)[1])
+
+    return packed_run
 
 
 # --- read-outs: token-wise, so that a layer still needs nothing but q, k, v -----------------------------------
