@@ -272,12 +272,12 @@ Head = Callable[[Tensor], Tensor]  # features [N, d] -> logits [N, V]
 
 def distillation(
     student: Tensor,  # [N, d]
-    teacher: Tensor,  # [N, d']
+    teacher: Tensor | None,  # [N, d'], or None where every token is beyond its context
     labels: Tensor,  # [N], the token that follows; -100 does not count
     asked: Tensor,  # [N] bool, where that token belongs to an answer
     beyond: Tensor,  # [N] bool, where the teacher is past its own context and has nothing to teach
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     weights: DistilWeights,
     vocabulary: int,
 ) -> Distilled:
@@ -287,12 +287,12 @@ def distillation(
     A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once.
     """
     counted = labels != -100
-    tokens = [part[counted] for part in (student, teacher, labels, asked, beyond)]
+    tokens = [None if part is None else part[counted] for part in (student, teacher, labels, asked, beyond)]
     step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
     totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
     with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
-    for start in range(0, len(tokens[0]), step):
-        chunk = (part[start : start + step] for part in tokens)
+    for start in range(0, int(counted.sum()), step):
+        chunk = (None if part is None else part[start : start + step] for part in tokens)
         totals = totals + checkpoint(
             _divergence, *chunk, student_head, teacher_head, weights.temperature, with_ce, use_reentrant=False
         )
@@ -303,23 +303,25 @@ def distillation(
 
 def _divergence(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     labels: Tensor,
     asked: Tensor,
     beyond: Tensor,
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     temperature: float,
     with_ce: bool,
 ) -> Tensor:
-    with torch.no_grad():
-        target = _log_probabilities(teacher_head(teacher), temperature)
     logits = student_head(student)
-    kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="none", log_target=True).sum(-1)
-    kl = kl.masked_fill(beyond, 0).sum() * temperature**2
+    kl = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    if teacher is not None and teacher_head is not None:
+        with torch.no_grad():
+            target = _log_probabilities(teacher_head(teacher), temperature)
+        kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="none", log_target=True).sum(-1)
+        kl = kl.masked_fill(beyond, 0).sum() * temperature**2
     if not with_ce:
         return torch.stack((kl, *torch.zeros_like(kl).expand(3)))
-    ce = F.cross_entropy(logits.to(target), labels, reduction="none")
+    ce = F.cross_entropy(logits.to(kl), labels, reduction="none")
     return torch.stack((kl, ce.sum(), (ce * asked).sum(), (ce * beyond).sum()))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import peft
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import sharding
 from .data import Row, longest_sequence
 from .errors import InputError, KernelizeError
 from .losses import ForecastProbe, ForecastTerms, TransferProbe, distillation
 from .recipe import DistilWeights, Lora, TransferWeights
+from .runtime.cache import CACHE
 from .runtime.modeling import kernelized_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 NEW = ".kernelize."  # in the name of every parameter that the conversion added
 
@@ -31,6 +35,7 @@ class Losses(NamedTuple):
     loss: Tensor  # [counts], the part of the loss that is to be divided by each count
     terms: Tensor  # one for each name in `Objective.terms`
     layers: Tensor  # [converted layers], or [0] where the loss is not a sum over layers
+    carried: Tensor | None = None  # scalar that is not divided: what later chunks ask of the state after this one
 
 
 class Objective(nn.Module):
@@ -41,10 +46,19 @@ class Objective(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        self._no_split_modules = sharding.layer_classes(model)  # where accelerate looks for the units of FSDP2
 
     def counts(self, rows: Row) -> tuple[int, ...]:
         """How many items of a micro-batch [b, T] each part of the loss sums over."""
         raise NotImplementedError
+
+    def pieces(self, rows: Row) -> int:
+        """Into how many pieces `parts` cuts a micro-batch [b, T]."""
+        return 1
+
+    def parts(self, rows: Row) -> Iterator[Row]:
+        """What is read and differentiated by itself, one after the other."""
+        yield rows
 
     def close(self) -> None:
         """Leaves the model as it was before."""
@@ -128,17 +142,30 @@ class Distil(Objective):
         return int((rows.labels[:, 1:] >= 0).sum()), int(rows.answers[:, 1:].sum())
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
-        student, student_head = self.student_features(input_ids, position_ids)
-        with torch.no_grad():
-            teacher, teacher_head = self.teacher_features(input_ids, position_ids)
+        student, student_head = self.read_student(input_ids, position_ids)
+        teacher, teacher_head = self.read_teacher(input_ids, position_ids) or (None, None)
         vocabulary = self.model.config.get_text_config().vocab_size
-        student, teacher = (x[:, :-1].flatten(0, 1) for x in (student, teacher))
-        labels, asked = labels[:, 1:].flatten(), answers[:, 1:].flatten()
-        beyond = position_ids[:, :-1].flatten() >= (self.reach or position_ids.shape[1])
+        labels, asked = labels[:, 1:], answers[:, 1:]  # of the next token, which a chunk's last may have too
+        known = labels.shape[1]
+        student, teacher = (None if x is None else x[:, :known].flatten(0, 1) for x in (student, teacher))
+        beyond = position_ids[:, :known].flatten() >= (self.reach or sys.maxsize)
         heads = student_head, teacher_head
-        result = distillation(student, teacher, labels, asked, beyond, *heads, self.weights, vocabulary)
+        result = distillation(
+            student, teacher, labels.flatten(), asked.flatten(), beyond, *heads, self.weights, vocabulary
+        )
         loss, terms = torch.stack((result.loss, result.answers)), torch.stack((result.kl, result.ce, result.answer))
         return Losses(loss, terms, loss.new_zeros(0))
+
+    def read_student(self, input_ids: Tensor, position_ids: Tensor) -> Read:
+        return self.student_features(input_ids, position_ids)
+
+    @torch.no_grad()
+    def read_teacher(self, input_ids: Tensor, position_ids: Tensor) -> Read | None:
+        """None where the teacher has nothing to say to any of these tokens."""
+        return self.teacher_features(input_ids, position_ids)
+
+
+Read = tuple[Tensor, Callable[[Tensor], Tensor]]  # features [B, T, d], and the head that makes logits of them
 
 
 class Features:
@@ -153,16 +180,24 @@ class Features:
         config = model.config.get_text_config().to_dict()
         self.own_logits = any(config.get(rule) is not None for rule in LOGIT_RULES)
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, cache: Cache | None = None) -> Read:
+        """`cache` holds what came before, and takes up what is read."""
+        given = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": cache is not None}
+        if cache is not None:
+            given[CACHE] = cache
         if self.own_logits:
-            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits, nn.Identity()
+            return self.model(**given).logits, self.head
         states: list[Tensor] = []
         keep = self.model.base_model.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state))
         try:
-            self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+            self.model(**given, logits_to_keep=1)
         finally:
             keep.remove()
-        return states[-1], self.model.get_output_embeddings()
+        return states[-1], self.head
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        return nn.Identity() if self.own_logits else self.model.get_output_embeddings()
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

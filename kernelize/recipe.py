@@ -120,6 +120,9 @@ class Stage(_Strict):
     changes the result. Exactly one of `tokens` (a budget, rounded up to whole steps) and `steps` is given.
     Packing `documents` starts every document from an empty state; `joined` reads a row as one sequence, as pretraining
     does: the teacher sees the same, a row is one launch on a GPU, and the memory meets more than one document.
+    With `chunk_tokens` a sequence is read and differentiated so many tokens at a time, with the states carried over, in
+    memory that does not depend on its length; gradients end at a chunk's start (`across: truncate`, the default), or
+    follow through all chunks, which are then read twice (`recompute`).
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -141,6 +144,8 @@ class Stage(_Strict):
     distil: DistilWeights | None = None
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
     gradient_checkpointing: bool = False
+    chunk_tokens: int | None = Field(default=None, ge=2)
+    across: Literal["truncate", "recompute"] | None = None
     data: Sequence[DataSource] = Field(min_length=1)
 
     @field_validator("betas")
@@ -166,10 +171,25 @@ class Stage(_Strict):
             raise ValueError(
                 f"a forecast stage looks ahead over whole rows: packing must be 'joined', not {self.packing!r}"
             )
+        self._check_chunks()
         for key in ("transfer", "distil"):
             if key != self.kind and getattr(self, key):
                 raise ValueError(f"a {self.kind} stage has no loss weights under the key {key!r}")
         return self
+
+    def _check_chunks(self) -> None:
+        if self.chunk_tokens is None:
+            if self.across:
+                raise ValueError(f"across={self.across!r} says what gradients do between chunks: give chunk_tokens")
+            return
+        if self.sequence_length % self.chunk_tokens:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is no multiple of chunk_tokens={self.chunk_tokens}"
+            )
+        needed = {"kind": "distil", "packing": "joined", "gradient_checkpointing": False}
+        for field, value in needed.items():
+            if getattr(self, field) != value:
+                raise ValueError(f"chunk_tokens needs {field}={value!r}, not {getattr(self, field)!r}")
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ index. Whatever trains is float32; on a GPU the arithmetic is bfloat16 under aut
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -23,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import checkpoints
+from . import checkpoints, sharding
+from .chunks import ChunkedDistil
 from .data import (
     HAYSTACK_PER_TOKEN,
     Documents,
@@ -184,11 +184,9 @@ class _Run:
     ):
         self.model, self.tokenizer, self.recipe, self.output = model, tokenizer, recipe, output
         self.teacher, self.on_event = teacher, on_event
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # processes without a GPU find each other only if it is said
-            mixed_precision="bf16" if torch.cuda.is_available() else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        self.accelerator = sharding.make_accelerator()
+        self.sharded = sharding.is_sharded(self.accelerator)
+        self.teacher_shards: PreTrainedModel | None = None
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.changed: set[str] = set()  # original parameters that ended stages have changed
         self.stop = _Stop()
@@ -225,6 +223,12 @@ class _Run:
             raise InputError(
                 f"stage {stage.name!r} fits forecasts, but no layer's policy has one, as attention+forecast"
             )
+        kept = self.model.config.num_hidden_layers - len(kernelized_layers(self.model))
+        if stage.chunk_tokens and kept:
+            raise InputError(
+                f"stage {stage.name!r}: chunk_tokens={stage.chunk_tokens} carries states of constant size, and "
+                f"{kept} layers are not converted"
+            )
         for source in stage.data:
             if source.builtin != "self":
                 open_source(source)
@@ -260,8 +264,11 @@ class _Run:
     def _stages(self, last: checkpoints.Checkpoint | None) -> TrainResult:
         if not torch.cuda.is_available():
             self.model.float()
-        self.model.to(self.accelerator.device)
-        self._tell(event="start", recipe=self.recipe.name, resumed=last is not None)
+        if not self.sharded:
+            self.model.to(self.accelerator.device)
+        processes, engine = self.accelerator.num_processes, self.accelerator.distributed_type.value.lower()
+        resumed = last is not None
+        self._tell(event="start", recipe=self.recipe.name, resumed=resumed, processes=processes, engine=engine)
         results = []
         for index, stage in enumerate(self.recipe.stages):
             if last and (index, stage.total_steps) <= (last.stage, last.step):
@@ -287,9 +294,7 @@ class _Run:
         if last and not inside:
             self._restore(last)
         stream = self._stream(index, stage)
-        training = self._prepare(index, stage)
-        if last and inside:
-            self._restore(last, training)
+        training = self._prepare(index, stage, last if inside else None)
         first, position = (last.step, last.position) if last and inside else (0, None)
         try:
             with closing(stream(position)) as data:
@@ -327,7 +332,7 @@ class _Run:
         self.teacher.requires_grad_(False).eval()
         return self.teacher.to(self.accelerator.device)
 
-    def _prepare(self, index: int, stage: Stage) -> _Training:
+    def _prepare(self, index: int, stage: Stage, last: checkpoints.Checkpoint | None) -> _Training:
         self._seed(index, 0, 0)
         adapter, adapted = None, list[str]()
         if stage.trainable == "new+lora":
@@ -336,9 +341,12 @@ class _Run:
             parameter.requires_grad_(_is_trainable(name, stage))
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if last:
+            self.changed = set(last.changed)
+            last.load_parameters(self._parameters())
         self._mode(stage)
-        objective = self._objective(stage)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        objective = self._objective(stage, copy.deepcopy(self.model) if self.sharded else self.model)
+        trained = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained,
             lr=stage.learning_rate,
@@ -349,6 +357,11 @@ class _Run:
         warmup = math.ceil(stage.warmup * stage.total_steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, stage.total_steps)
         wrapped, prepared = self.accelerator.prepare(objective, optimizer)
+        if last:
+            state, schedule = last.load_optimizer(self.accelerator.device)
+            held = [parameter for group in prepared.param_groups for parameter in group["params"]]
+            prepared.load_state_dict(sharding.sharded_state(state, held))
+            scheduler.load_state_dict(schedule)
         training = _Training(stage, objective, wrapped, prepared, scheduler, adapter, adapted)
         self._tell(
             event="stage",
@@ -370,12 +383,23 @@ class _Run:
             layer.kernelize.window_dropout = stage.window_dropout
         _recompute_layers(self.model, stage.gradient_checkpointing)
 
-    def _objective(self, stage: Stage) -> Objective:
+    def _objective(self, stage: Stage, model: PreTrainedModel) -> Objective:
         if stage.kind == "transfer":
-            return Transfer(self.model, stage.transfer or TransferWeights())
+            return Transfer(model, stage.transfer or TransferWeights())
         if stage.kind == "forecast":
-            return Forecast(self.model)
-        return Distil(self.model, self._teacher(), stage.distil or DistilWeights())
+            return Forecast(model)
+        given = model, self._reading_teacher(), stage.distil or DistilWeights()
+        if stage.chunk_tokens is None:
+            return Distil(*given)
+        return ChunkedDistil(*given, stage.chunk_tokens, stage.across or "truncate")
+
+    def _reading_teacher(self) -> PreTrainedModel:
+        """The teacher as distillation reads it: sharded where the model is."""
+        if not self.sharded:
+            return self._teacher()
+        if self.teacher_shards is None:
+            self.teacher_shards = sharding.sharded_teacher(self._teacher().cpu())
+        return self.teacher_shards
 
     def _leave(self, training: _Training) -> None:
         training.objective.close()
@@ -417,11 +441,15 @@ class _Run:
         total: Tensor | float = 0.0
         for number, rows in enumerate(micro):
             self._seed(index, step, number * processes + self.accelerator.process_index)
-            with nullcontext() if number == len(micro) - 1 else self.accelerator.no_sync(training.wrapped):
-                losses: Losses = training.wrapped(*rows)
-                # data-parallel gradients are means over processes
-                self.accelerator.backward((losses.loss / counts).sum() * processes)
-            total = total + _means(losses, counts, list(objective.terms.values()))
+            for part, ends in self._parts(objective, rows):
+                last = ends and number == len(micro) - 1
+                with nullcontext() if last else self.accelerator.no_sync(training.wrapped):
+                    with self.accelerator.autocast():  # which FSDP2's wrapper leaves to the loop
+                        losses: Losses = training.wrapped(*part)
+                    # data-parallel gradients are means over processes; those of a state are a process's own
+                    loss = (losses.loss / counts).sum() * processes
+                    self.accelerator.backward(loss if losses.carried is None else loss + losses.carried)
+                total = total + _means(losses, counts, list(objective.terms.values()))
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
         summed = self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
         self.stop.asked = summed.pop() > 0
@@ -433,6 +461,15 @@ class _Run:
         training.optimizer.zero_grad()
         names = ("loss", *objective.terms)
         return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
+
+    def _parts(self, objective: Objective, rows: Row) -> Iterator[tuple[Row, bool]]:
+        """The parts of a micro-batch, each with whether it is the last; what is done between them is under autocast."""
+        parts, count = objective.parts(rows), objective.pieces(rows)
+        for number in range(count):
+            with self.accelerator.autocast():
+                part = next(parts)
+            yield part, number == count - 1
+        next(parts, None)
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
@@ -447,17 +484,24 @@ class _Run:
                 raise KernelizeError(f"{where}: the loss of layer {index} is {loss}")
         if not math.isfinite(values[0]):
             raise KernelizeError(f"{where}: the loss is {values[0]}")
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        grads = {name: p.grad for name, p in training.objective.model.named_parameters() if p.grad is not None}
         name = next((name for name, grad in grads.items() if not grad.isfinite().all()), "all parameters together")
         raise KernelizeError(f"{where}: the gradient of {name} is not finite")
 
     def _merge(self, training: _Training) -> None:
         """Folds LoRA into the weights and notes what this stage has changed."""
+        self._collect(training)
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         if training.adapter is not None:
             training.adapter.merge_and_unload()
             trained |= {f"{name}.weight" for name in training.adapted}
         self.changed |= {name for name, _ in self.model.named_parameters()} & trained
+
+    def _collect(self, training: _Training) -> None:
+        """Brings what the stage's sharded copy has learned into the model."""
+        if self.sharded:
+            shards = dict(training.objective.model.named_parameters())
+            sharding.collect(shards, dict(self.model.named_parameters()))
 
     # --- keeping ---
 
@@ -467,25 +511,26 @@ class _Run:
         return {name: p for name, p in named.items() if p.requires_grad or name in self.changed}
 
     def _checkpoint(self, index: int, step: int, position: dict[str, Any], training: _Training | None) -> None:
+        optimizer = None
+        if training is not None:
+            self._collect(training)
+            optimizer = sharding.whole(training.optimizer.state_dict())
         if self.accelerator.is_main_process:
             path = checkpoints.write(
                 self.output / CHECKPOINTS,
                 name=f"{self.recipe.stages[index].name}-{step}",
                 state=checkpoints.State(index, step, position, self.recipe.to_dict(), sorted(self.changed)),
                 parameters=self._parameters(),
-                optimizer=None if training is None else training.optimizer.state_dict(),
+                optimizer=optimizer,
                 scheduler=None if training is None else training.scheduler.state_dict(),
             )
             self._tell(event="checkpoint", stage=self.recipe.stages[index].name, step=step, path=str(path))
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, last: checkpoints.Checkpoint, training: _Training | None = None) -> None:
+    def _restore(self, last: checkpoints.Checkpoint) -> None:
+        """Takes over what was trained up to the end of a stage."""
         self.changed = set(last.changed)
-        last.load_parameters(self._parameters() if training else dict(self.model.named_parameters()))
-        if training:
-            optimizer, scheduler = last.load_optimizer(self.accelerator.device)
-            training.optimizer.load_state_dict(optimizer)
-            training.scheduler.load_state_dict(scheduler)
+        last.load_parameters(dict(self.model.named_parameters()))
 
     def _save(self) -> None:
         """The model as an ordinary checkpoint beside the log."""

@@ -6,9 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -216,34 +213,6 @@ def test_resuming_a_finished_run_trains_nothing(text, tmp_path):
     assert_same_weights(again, model)
     with pytest.raises(InputError, match="another recipe"):
         run(recipe(text, TRANSFER), tmp_path / "out", resume=True)
-
-
-SCRIPT = """
-import json, sys
-import torch.distributed
-from test_train import LORA, TRANSFER, losses_of, recipe, run
-
-text, output, losses = sys.argv[1:]
-stages = TRANSFER | {"micro_batch": 2, "steps": 3}, LORA | {"micro_batch": 1, "steps": 3}
-_, _, events = run(recipe(text, *stages), output)
-if events:
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    open(losses, "w").write(json.dumps([processes, losses_of(events)]))
-"""
-
-
-def test_two_processes_give_the_losses_of_one(text, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    found = tmp_path / "found.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(tmp_path / "script.py"), text, str(tmp_path / "two"), str(found)]
-    subprocess.run([*launch, *arguments], env=environment, check=True, timeout=280, capture_output=True)
-    stages = TRANSFER | {"micro_batch": 2, "steps": 3}, LORA | {"micro_batch": 4, "steps": 3}
-    _, _, alone = run(recipe(text, *stages), tmp_path / "one")
-    processes, losses = json.loads(found.read_text())
-    assert processes == 2
-    assert losses == pytest.approx(losses_of(alone), rel=1e-4)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""Training where no process holds the whole model: FSDP2 and DeepSpeed ZeRO-3, as the launcher's environment says.
+
+A stage trains a sharded copy of the run's model. What it trains is gathered, whole, for a checkpoint and at the stage's
+end; so checkpoints and results are the same files whatever made them, and a run goes on with another number of
+processes. Precision is the loop's own business: shards keep their dtype, the arithmetic is under autocast.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_accelerator() -> Accelerator:
+    """The engine that `accelerate launch` or torchrun asks for. InputError for one that is not supported."""
+    on_gpu = torch.cuda.is_available()
+    return Accelerator(
+        cpu=not on_gpu,  # processes without a GPU find each other only if it is said
+        mixed_precision="bf16" if on_gpu else "no",
+        fsdp_plugin=_fsdp() if parse_flag_from_env("ACCELERATE_USE_FSDP") else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _fsdp() -> FullyShardedDataParallelPlugin:
+    """Shards by decoder layer. Compute dtype and reductions stay those of the parameters."""
+    plugin = FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), auto_wrap_policy="transformer_based_wrap"
+    )
+    if plugin.fsdp_version != 2:
+        raise InputError(f"fsdp_version={plugin.fsdp_version} is not supported; allowed: 2")
+    return plugin
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """Class names of a model's decoder layers, the units of sharding."""
+    return sorted({type(module).__name__ for module in _layers(model)})
+
+
+def _layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def sharded_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
+    """A copy for reading only, of which every process holds its part."""
+    shards = copy.deepcopy(teacher)
+    for layer in _layers(shards):
+        fully_shard(layer)
+    fully_shard(shards)
+    return shards
+
+
+@torch.no_grad()
+def collect(shards: Mapping[str, nn.Parameter], into: Mapping[str, nn.Parameter]) -> None:
+    """Copies trained parameters, whole, from the sharded copy into the run's model; every process must call it."""
+    for name, parameter in shards.items():
+        if parameter.requires_grad:
+            into[name].copy_(whole(parameter))
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor, or nested containers of tensors, without shards; every process must call it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if isinstance(tensor, dict):
+        return {key: whole(value) for key, value in tensor.items()}
+    return [whole(value) for value in tensor] if isinstance(tensor, list) else tensor
+
+
+def sharded_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """The state of an optimizer that `whole` made, with shards as its `parameters` have them."""
+    held = {
+        index: {key: _like(value, parameters[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return state | {"state": held}
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,66 @@
+"""Many processes: the losses are those of one, under every engine, and so is what a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from launching import launch
+from test_train import ALL, LORA, TEXT, TRANSFER, losses_of, metric_of, recipe, run
+
+SCRIPT = """
+import json, sys
+from test_scale import stages
+from test_train import losses_of, metric_of, recipe, run
+
+text, output, found, processes = sys.argv[1:]
+_, _, events = run(recipe(text, *stages(int(processes)), checkpoint_steps=1), output)
+if events:
+    json.dump([losses_of(events), metric_of(events, "gradient_norm")], open(found, "w"))
+"""
+
+
+def stages(processes):
+    """The same global batches, in micro-batches that each of `processes` gets some of."""
+    size = 4 // processes
+    return [stage | {"steps": 3, "micro_batch": size} for stage in (TRANSFER, LORA, ALL)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    pieces = [TEXT[start : start + 150] for start in range(0, len(TEXT), 150)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The events of one process."""
+    return run(recipe(text, *stages(1), checkpoint_steps=1), tmp_path_factory.mktemp("alone"))[2]
+
+
+CASES = [
+    ("ddp", 2),
+    ("fsdp2", 2),
+    pytest.param("ddp", 4, marks=pytest.mark.slow),
+    pytest.param("fsdp2", 4, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("engine", "processes"), CASES)
+def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, processes):
+    """And the checkpoint that they leave is one that a single process goes on from."""
+    script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
+    script.write_text(SCRIPT)
+    launch(script, text, str(output), str(found), str(processes), engine=engine, processes=processes)
+    losses, norms = json.loads(found.read_text())
+    events = alone
+    assert losses == pytest.approx(losses_of(events), rel=1e-4)
+    assert norms == pytest.approx(metric_of(events, "gradient_norm"), rel=1e-3)
+    left = json.loads((output / "train.jsonl").read_text().splitlines()[0])
+    assert left["processes"] == processes
+    shutil.rmtree(output / "checkpoints/all-3")
+    _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
+    assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
