@@ -147,7 +147,8 @@ class Distil(Objective):
         vocabulary = self.model.config.get_text_config().vocab_size
         labels, asked = labels[:, 1:], answers[:, 1:]  # of the next token, which a chunk's last may have too
         known = labels.shape[1]
-        student, teacher = (None if x is None else x[:, :known].flatten(0, 1) for x in (student, teacher))
+        student = student[:, :known].flatten(0, 1)
+        teacher = None if teacher is None else teacher[:, :known].flatten(0, 1)
         beyond = position_ids[:, :known].flatten() >= (self.reach or sys.maxsize)
         heads = student_head, teacher_head
         result = distillation(
