@@ -142,6 +142,8 @@ def list_(
     families: Annotated[bool, typer.Option("--families", help="Only the model families.")] = False,
     measure: Annotated[str | None, typer.Option(help="Measure every map on this model's queries and keys.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to measure, e.g. 3,11,18.")] = None,
+    maps: Annotated[list[str] | None, typer.Option("--map", help="Only these maps; may be repeated.")] = None,
+    sizes: Annotated[list[int], typer.Option("--size", help="Features a head; may be repeated.")] = [32, 128],  # noqa: B006
     device: Device = None,
     json: Json = None,
 ) -> None:
@@ -150,7 +152,8 @@ def list_(
     from kernelize.plan import parse_layers
 
     if measure is not None:
-        show_measured(measure, layers=parse_layers(layers) if layers else None, json=json, device=device)
+        chosen = parse_layers(layers) if layers else None
+        show_measured(measure, sizes, layers=chosen, maps=maps or None, json=json, device=device)
         return
     groups = {name: group for name, group in catalogue().items() if not families or name == "model families"}
     for group, entries in groups.items():

@@ -37,6 +37,8 @@ def inspect(
     layers: Layers = None,
     maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
     sizes: Sizes = list(SIZES),  # noqa: B006
+    windows: Annotated[list[int] | None, typer.Option("--window", help="Window to measure; may be repeated.")] = None,
+    decays: Annotated[list[str] | None, typer.Option("--decay", help="Decay to measure; may be repeated.")] = None,
     tokens: Tokens = 1536,
     text: Text = None,
     device: Device = None,
@@ -54,7 +56,8 @@ def inspect(
     chosen = parse_layers(layers) if layers else None
     with doing(f"loading {source}"):
         loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
-    report = inspect_loaded(*loaded, tokens=tokens, text=text, maps=maps, sizes=sizes, layers=chosen)
+    kernels = {"maps": maps, "sizes": sizes, "windows": windows or (), "decays": decays or ()}
+    report = inspect_loaded(*loaded, tokens=tokens, text=text, layers=chosen, **kernels)
     show(head_table(report))
     show(map_table(report.maps))
     found = report.to_dict()
@@ -100,6 +103,7 @@ def show_measured(
     sizes: Sequence[int] = SIZES,
     *,
     layers: Sequence[int] | None = None,
+    maps: Sequence[str] | None = None,
     json: Path | None = None,
     **loading,
 ) -> None:
@@ -110,6 +114,6 @@ def show_measured(
 
     model, tokenizer = load_for_use(source, **loading)
     with Progress("maps") as progress:
-        rows = measure_maps(model, sample_texts(tokenizer), sizes, layers=layers, on_progress=progress)
+        rows = measure_maps(model, sample_texts(tokenizer), sizes, maps=maps, layers=layers, on_progress=progress)
     show(map_table(rows))
     write_json(json, {"maps": [asdict(row) for row in rows]})

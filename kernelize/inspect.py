@@ -76,10 +76,14 @@ def inspect_model(
     maps: Sequence[str] = MAPS,
     sizes: Sequence[int] = SIZES,
     slots: Sequence[int] = SLOTS,
+    windows: Sequence[int] = (),
+    decays: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     on_progress: Report = lambda *_: None,
 ) -> Inspection:
     """Statistics of every head, and the error of `spec` with each map, size and number of slots, layer by layer.
+
+    With each window and decay too, where some are given.
 
     `texts` are token ids [1, T] of ordinary text: the last one is measured, the others calibrate. A window or slots
     that hold most of a text leave nothing to measure; 1024 tokens and more are right for the default spec.
@@ -92,8 +96,9 @@ def inspect_model(
         if layer not in possible:
             raise InputError(f"layer {layer} cannot be inspected; those with full attention are {possible}")
     shape = AttentionShape.of(model.config)
-    found = [spec.replace(slots=s, head_slots=()) for s in dict.fromkeys((*slots, spec.slots))]
-    specs = [each for base in found for each in candidates(base, maps, sizes, shape.head_dim)]
+    exact = itertools.product(dict.fromkeys((*slots, spec.slots)), windows or (spec.window,), decays or (spec.decay,))
+    found = [spec.replace(slots=s, head_slots=(), window=window, decay=decay) for s, window, decay in exact]
+    specs = list(dict.fromkeys(c for base in found for c in candidates(base, maps, sizes, shape.head_dim)))
     observed = observe(model, texts, chosen)
     heads: list[HeadRow] = []
     rows: list[MapRow] = []
@@ -232,18 +237,31 @@ def map_table(rows: Sequence[MapRow], title: str = "Feature maps on real queries
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    head = ("map", "features", "slots", "state bytes", "output error", "without", "far error", "fit", "negative mass")
+    varied = [name for name in ("window", "decay") if len({getattr(row.spec, name) for row in rows}) > 1]
+    head = (
+        "map",
+        "features",
+        *varied,
+        "slots",
+        "state bytes",
+        "output error",
+        "without",
+        "far error",
+        "fit",
+        "negative mass",
+    )
     for i, name in enumerate(head):
         shown.add_column(name, justify="right" if i else "left")
     for row in rows:
-        shown.add_row(*map_cells(row))
+        shown.add_row(*map_cells(row, varied))
     return shown
 
 
-def map_cells(row: MapRow) -> tuple[str, ...]:
+def map_cells(row: MapRow, varied: Sequence[str]) -> tuple[str, ...]:
     spec = row.spec
     where = "" if row.layer < 0 else f" (layer {row.layer})"
-    sizes = (str(spec.feature_dim) if spec.has_memory else "–", str(spec.slots), f"{row.state_bytes:,}")
+    features, choices = str(spec.feature_dim) if spec.has_memory else "–", (str(getattr(spec, name)) for name in varied)
+    sizes = (features, *choices, str(spec.slots), f"{row.state_bytes:,}")
     errors = (f"{row.output:.4f}", f"{row.without:.4f}", f"{row.far:.3f}", f"{row.fit:.2f}")
     return (f"{spec.feature_map}{where}", *sizes, *errors, f"{row.negative:.1%}")
 

@@ -199,7 +199,7 @@ def candidates(spec: KernelSpec, maps: Sequence[str], sizes: Sequence[int], head
     for name in maps:
         if name == NO_MEMORY:
             policy = "attention" if spec.policy in ("recall", "mixed") else spec.policy
-            found.append(spec.replace(feature_map=NO_MEMORY, policy=policy))
+            found.append(spec.replace(feature_map=NO_MEMORY, policy=policy, decay="none"))
             continue
         if name not in FEATURE_MAPS:
             raise InputError(f"feature map {name!r} is not one of {', '.join(sorted(FEATURE_MAPS))}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 import torch
 from families import tiny_teacher
+from rich.console import Console
 from tiny import tiny_llama
 
 from kernelize.calibrate import missing_mass
@@ -215,6 +218,20 @@ def test_layers_that_were_not_inspected_take_the_nearest_choice(report):
     plan = recommend(wider, 10**6)
     assert plan.layers[2] is None
     assert plan.layers[0] == plan.layers[1] == plan.layers[3]
+
+
+def test_windows_and_decays_are_choices_too_each_measured_once():
+    spec = SPEC.replace(slots=0, policy="value")
+    found = inspect_model(
+        tiny_llama(), texts(), spec=spec, sizes=(4,), slots=(), windows=(4, 16), decays=("none", "fixed")
+    )
+    mine = [row.spec for row in found.maps if row.layer == 0]
+    assert len(mine) == len(set(mine)) == 2 + 4  # two windows without a memory, four choices with one
+    wide = recommend(found, max(row.state_bytes for row in found.maps) * 2).layers[0]
+    assert wide.window == 16
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(map_table(found.maps))
+    assert re.search(r"window +decay", console.export_text())
 
 
 def test_the_hull_is_convex_and_falls():
