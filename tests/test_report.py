@@ -5,13 +5,12 @@ from __future__ import annotations
 import html.parser
 import io
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageStat
+from browser import DARK, LIGHT
+from PIL import ImageStat
 from rich.console import Console
 
 from kernelize.errors import InputError
@@ -225,36 +224,16 @@ def test_later_files_win(tmp_path):
     assert [r.value for r in load_all([tmp_path / "a", tmp_path / "b"])] == [2.0]
 
 
-@pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    """Opens a page in a headless browser with flags; gives the screenshot and what it wrote to its log."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no headless browser installed")
-    folder = tmp_path_factory.mktemp("browser")
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--window-size=1100,4000"]  # fmt: skip
-
-    def open_page(page: Path, name: str, *flags: str) -> tuple[Image.Image, str]:
-        place = [f"--user-data-dir={folder}/profile", f"--screenshot={folder}/{name}.png", "--enable-logging=stderr"]
-        done = subprocess.run([browser, *quiet, *place, *flags, page.as_uri()], capture_output=True, text=True,
-                              timeout=200)  # fmt: skip
-        assert done.returncode == 0
-        return Image.open(folder / f"{name}.png").convert("L"), done.stderr
-
-    return open_page
+def test_a_browser_shows_the_page_without_an_error_light_and_dark(page, browser):
+    shown = [browser.open(page, name, flag) for name, flag in (("light", LIGHT), ("dark", DARK))]
+    assert not any(one.console for one in shown)
+    light, dark = (ImageStat.Stat(one.grey()) for one in shown)
+    assert light.mean[0] > 200 > 60 > dark.mean[0]
+    assert min(light.stddev[0], dark.stddev[0]) > 10  # something is drawn
+    assert shown[0].document.count("<svg ") == len(PICTURES)
 
 
-def test_a_browser_shows_the_page_without_an_error_light_and_dark(page, browse):
-    light, said = browse(page, "light", "--blink-settings=preferredColorScheme=1")
-    dark, also_said = browse(page, "dark", "--blink-settings=preferredColorScheme=0")
-    assert "CONSOLE" not in said + also_said
-    brightness = [ImageStat.Stat(picture).mean[0] for picture in (light, dark)]
-    assert brightness[0] > 200 > 60 > brightness[1]
-    assert min(ImageStat.Stat(picture).stddev[0] for picture in (light, dark)) > 10  # something is drawn
-
-
-def test_an_error_on_the_page_would_be_seen(browse, tmp_path):
+def test_an_error_on_the_page_would_be_seen(browser, tmp_path):
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><script>nothing.here()</script>")
-    assert "CONSOLE" in browse(broken, "broken")[1]
+    assert "nothing is not defined" in browser.open(broken, "broken").console[0]
