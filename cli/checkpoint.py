@@ -81,6 +81,9 @@ def convert(
     context: Annotated[
         str | None, typer.Option(help="Stretch rotary positions to so many tokens, such as 64k (YaRN).")
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights from their files a layer at a time: in little memory.")
+    ] = False,
     overwrite: Overwrite = False,
     dtype: DType = None,
     device: Device = None,
@@ -93,7 +96,7 @@ def convert(
     The new parameters start from the model's own statistics on a sample text.
     """
     from kernelize.evaluate import parse_length
-    from kernelize.pipeline import check_output, convert_source, plan_source
+    from kernelize.pipeline import check_output, convert_source, plan_source, streamable
 
     check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
@@ -101,6 +104,8 @@ def convert(
     if spec == "auto":
         inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
         make = partial(lambda found, layers: found, inspected)
+    if stream:
+        make = partial(streamable, make)
     with Progress("layers") as progress:
         recipe, report = plan_source(source, make, dtype=dtype, device=device, on_progress=progress, **loading)
     if context is not None:
@@ -110,8 +115,8 @@ def convert(
         typer.echo(f"converting {source} …", err=True)
         with Progress("readings") as progress:
             report = convert_source(
-                source, lambda layers: recipe, output, overwrite=overwrite, dtype=dtype, device=device,
-                on_progress=progress, **loading,
+                source, lambda layers: recipe, output, overwrite=overwrite, stream=stream, dtype=dtype,
+                device=device, on_progress=progress, **loading,
             )  # fmt: skip
     show_plan(report)
     say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .calibrate import reading_device
 from .losses import softmax, softmax_attention
 from .plan import ConversionPlan
 from .runtime import ops
@@ -150,7 +151,7 @@ def _total(probe: CostProbe, counts: dict[bool, int]) -> Tensor:
 
 def _backward(model: PreTrainedModel, text: BudgetText, generator: torch.Generator) -> None:
     """One forward and backward of the log probability of drawn tokens, or of the answer that the text gives."""
-    ids = text.ids.to(model.device)
+    ids = text.ids.to(reading_device(model))
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     with torch.enable_grad():
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()

@@ -106,6 +106,11 @@ def gate_error(output: AttentionOutput, shift: Tensor, teacher: Tensor) -> Tenso
     return (y - teacher).square().sum((0, 2, 3))
 
 
+def reading_device(model: PreTrainedModel) -> torch.device:
+    """Where a converted model computes: parameters that are read from files when needed are on the meta device."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
 def readings(model: PreTrainedModel) -> int:
     """How often `calibrate` reads each text."""
     layers = [m.kernelize for m in kernelized_layers(model).values() if m.kernelize.spec.has_memory]
@@ -136,7 +141,7 @@ def run_probes(
         layer.probe = probe
     try:
         for ids in texts:
-            model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+            model(input_ids=ids.to(reading_device(model)), use_cache=False, logits_to_keep=1)
             on_text()
     finally:
         for layer, _ in probes:

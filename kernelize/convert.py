@@ -7,7 +7,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def load(
     model = model.eval()
     model.to(device)
     return model, tokenizer
+
+
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source, without its weights; raises as `load`."""
+    where, options = _locate(str(source), revision, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except UNREADABLE as error:
+        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
 
 
 def load_config(
@@ -158,7 +170,18 @@ def stretch(model: PreTrainedModel, context: int) -> PreTrainedModel:
     a few per cent of perplexity at all lengths, which a distillation wins back. InputError for a model whose positions
     are not plain rotary ones, or reach that far already.
     """
-    config, name = copy.deepcopy(model.config), "max_position_embeddings"
+    config = stretched_config(model.config, context)
+    with torch.device(model.device):
+        stretched = type(model)(config)
+    stretched.load_state_dict(model.state_dict(), assign=True)
+    stretched.tie_weights()
+    stretched.generation_config = model.generation_config
+    return stretched.eval()
+
+
+def stretched_config(config: PreTrainedConfig, context: int) -> PreTrainedConfig:
+    """The config of `stretch`; raises as it does."""
+    config, name = copy.deepcopy(config), "max_position_embeddings"
     rope, trained = config.to_dict().get("rope_parameters") or {}, config.to_dict().get(name) or 0
     if rope.get("rope_type") != "default":
         raise InputError(f"context={context}: {config.model_type} has no plain rotary positions to stretch")
@@ -168,12 +191,7 @@ def stretch(model: PreTrainedModel, context: int) -> PreTrainedModel:
         "rope_type": "yarn", "factor": context / trained, "original_max_position_embeddings": trained
     }  # fmt: skip
     setattr(config, name, context)
-    with torch.device(model.device):
-        stretched = type(model)(config)
-    stretched.load_state_dict(model.state_dict(), assign=True)
-    stretched.tie_weights()
-    stretched.generation_config = model.generation_config
-    return stretched.eval()
+    return config
 
 
 def convert(
@@ -196,7 +214,17 @@ def convert(
     layers = list(plan.layers)
     if len(layers) != model.config.num_hidden_layers:
         raise InputError(f"the plan has {len(layers)} layers, the model {model.config.num_hidden_layers}")
-    model = kernelize_model(model, layers).eval()
+    return initialise(kernelize_model(model, layers).eval(), calibration, budget, by_head, on_progress)
+
+
+def initialise(
+    model: PreTrainedModel,
+    calibration: Sequence[Tensor] | None,
+    budget: Sequence[BudgetText] | None,
+    by_head: bool = False,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+) -> PreTrainedModel:
+    """The new parameters of a converted model from its own statistics, as `convert` does."""
     tick = _Readings(len(budget or ()) + readings(model) * len(calibration or ()), on_progress)
     if budget:
         allot(model, budget, tick("sharing out slots"), by_head)
@@ -230,6 +258,16 @@ def save(
 
     InputError if `output` holds something and `overwrite` is off; KernelizeError if it cannot be written.
     """
+    with replacing(output, overwrite) as aside:
+        model.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+    return Path(output)
+
+
+@contextmanager
+def replacing(output: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes `output` when the context ends without an error; raises as `save`."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise InputError(f"output {str(output)!r} is not empty; allow --overwrite or choose another folder")
@@ -237,15 +275,12 @@ def save(
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
-            model.save_pretrained(aside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(aside)
+            yield aside
             _take_over(aside, output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise KernelizeError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
-    return output
 
 
 def _take_over(new: Path, output: Path) -> None:

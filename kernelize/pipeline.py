@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ def convert_source(
     output: str | Path,
     *,
     overwrite: bool = False,
+    stream: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
@@ -125,13 +127,40 @@ def convert_source(
 ) -> PlanReport:
     """Loads `source`, converts it by the recipe for its number of layers, and saves it with recipe and card.
 
-    The kernels are initialised from the sample text that ships with kernelize. `loading`: revision,
-    trust_remote_code. What cannot be used is refused before a weight is loaded, and nothing is half written.
+    The kernels are initialised from the sample text that ships with kernelize. With `stream` the weights stay in their
+    files and are read a module at a time: the same initialisation in the memory of a layer, slower. `loading`:
+    revision, trust_remote_code. What cannot be used is refused before a weight is loaded; nothing is half written.
     """
+    check_output(output, overwrite)
+    make = partial(streamable, make_recipe) if stream else make_recipe
+    if stream and dtype:
+        raise InputError(f"dtype={dtype!r}: a streamed conversion keeps the tensors as they are")
+    recipe, _ = plan_source(source, make, dtype=dtype, device=device, **loading)
+    run = _convert_streamed if stream else _convert_in_memory
+    model = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
+    recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
+    command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
+    document(output, recipe=recipe, source=read_source(source, loading.get("revision")), commands=[command])
+    return report
+
+
+def streamable(make_recipe: Callable[[int], Recipe], layers: int) -> Recipe:
+    """The recipe for so many layers; InputError for one that a streamed conversion cannot follow."""
+    recipe = make_recipe(layers)
+    if recipe.keep_auto:
+        raise InputError(
+            f"keep=auto:{recipe.keep_auto} reads the model many times, which would be from its files: let "
+            "`kernelize plan --output` measure it where the model fits, and give that recipe"
+        )
+    return recipe
+
+
+def _convert_in_memory(
+    source: str, recipe: Recipe, output: str | Path, overwrite: bool, dtype: str | None, device: str | None,
+    on_progress: Callable[[int, int, str], None], loading: dict[str, Any],
+) -> Any:  # fmt: skip
     from .convert import convert, save, stretch
 
-    check_output(output, overwrite)
-    recipe, report = plan_source(source, make_recipe, dtype=dtype, device=device, **loading)
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
     plan = plan_for(recipe, model.config)
     if recipe.context:
@@ -139,15 +168,32 @@ def convert_source(
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     by_head = recipe.budget == "heads"
     model = convert(model, plan, calibration=texts, budget=priced, by_head=by_head, on_progress=on_progress)
-    recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     save(model, tokenizer, output, overwrite=overwrite)
-    command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
-    document(output, recipe=recipe, source=read_source(source, loading.get("revision")), commands=[command])
-    return report
+    return model
+
+
+def _convert_streamed(
+    source: str, recipe: Recipe, output: str | Path, overwrite: bool, dtype: str | None, device: str | None,
+    on_progress: Callable[[int, int, str], None], loading: dict[str, Any],
+) -> Any:  # fmt: skip
+    import torch
+
+    from .convert import initialise, load_config, load_tokenizer
+    from .stream import local_folder, recomputing, save_streamed, streamed_model
+
+    folder = local_folder(source, loading.get("revision"))
+    plan, tokenizer = plan_for(recipe, load_config(source, **loading)), load_tokenizer(source, **loading)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, shards = streamed_model(source, folder, plan, context=recipe.context, device=chosen, **loading)
+    texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
+    with recomputing(model):
+        initialise(model, texts, priced, recipe.budget == "heads", on_progress)
+    save_streamed(model, tokenizer, shards, output, overwrite=overwrite)
+    return model
 
 
 def calibration(tokenizer, model) -> list[Tensor]:
-    """Pieces of the sample text that ships with kernelize, as input ids [1, T] on the model's device."""
+    """Pieces of the sample text that ships with kernelize, as input ids [1, T]."""
     import torch
 
     from .evaluate import sample_text
@@ -155,7 +201,7 @@ def calibration(tokenizer, model) -> list[Tensor]:
     length = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
     text = sample_text("train")
     pieces = [text[i * len(text) // CALIBRATION_TEXTS :][: 8 * length] for i in range(CALIBRATION_TEXTS)]
-    return [torch.tensor([tokenizer(piece)["input_ids"][:length]], device=model.device) for piece in pieces]
+    return [torch.tensor([tokenizer(piece)["input_ids"][:length]]) for piece in pieces]
 
 
 def budget(
