@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernelize.check import CheckRow
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Hub ids, folders, or .gguf files.")]
-SUITES = "ppl, passkey, recall, generation, tasks, lm-eval; may be repeated."
+SUITES = "ppl, code, passkey, recall, generation, tasks, lm-eval; may be repeated."
 Suites = Annotated[list[str], typer.Option("--suite", help=SUITES)]
 LENGTHS = "Lengths in tokens, e.g. 1k,4k; or of one suite, e.g. ppl=128k; repeatable."
 Lengths = Annotated[list[str] | None, typer.Option("--lengths", help=LENGTHS)]

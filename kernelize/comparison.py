@@ -128,24 +128,24 @@ def rows_table(rows: Sequence[Row], teacher: str | None = None, *, full: bool = 
     table = Table("suite", "metric", title_style="", header_style="bold")
     for name in ("length", "depth", *models):
         table.add_column(name, justify="right")
-    before, curves = "", _curves(rows, "ppl_at")
+    before, curves = "", {suite: _curves(rows, "ppl_at", suite) for suite in suites_of(rows, "ppl_at")}
     for (suite, metric, length, depth), found in cells.items():
         if before and suite != before:
             table.add_section()
-        if metric == "ppl_at" and curves:
-            first, last, shapes = curves
+        if metric == "ppl_at" and (curve := curves.pop(suite, None)):
+            first, last, shapes = curve
             span = f"{length_text(first)}–{length_text(last)}"
             table.add_row(suite if suite != before else "", metric, span, "", *(shapes.get(m, "–") for m in models))
-            before, curves = suite, None
+            before = suite
         values = [Text(found[m].show(full), styles[found[m].verdict]) if m in found else Text("–") for m in models]
         table.add_row(suite if suite != before else "", metric, length_text(length), depth_text(depth), *values)
         before = suite
     return table
 
 
-def _curves(rows: Sequence[Row], metric: str) -> tuple[int, int, dict[str, str]] | None:
+def _curves(rows: Sequence[Row], metric: str, suite: str) -> tuple[int, int, dict[str, str]] | None:
     """(first length, last length, model → sparkline) of a metric by length, one scale for all; None for one point."""
-    series = {model: points for model, points in series_of(rows, metric).items() if len(points) > 1}
+    series = {model: points for model, points in series_of(rows, metric, suite).items() if len(points) > 1}
     if not series:
         return None
     values, lengths = ([f(row) for points in series.values() for row in points]
@@ -155,14 +155,20 @@ def _curves(rows: Sequence[Row], metric: str) -> tuple[int, int, dict[str, str]]
     return min(lengths), max(lengths), shapes
 
 
-def series_of(rows: Sequence[Row], metric: str) -> dict[str, list[Row]]:
+def suites_of(rows: Sequence[Row], metric: str) -> list[str]:
+    """The suites that have a metric, as they first came; audits aside."""
+    return list(dict.fromkeys(row.suite for row in rows if row.metric == metric and row.suite != AUDIT))
+
+
+def series_of(rows: Sequence[Row], metric: str, suite: str | None = None) -> dict[str, list[Row]]:
     """model → its rows of the metric by length, in the order of the models in all rows (so a style stays a model's).
 
-    The parts of an audited model are no models.
+    Those of the first suite that has the metric, if none is named. The parts of an audited model are no models.
     """
     rows = [row for row in rows if row.suite != AUDIT]
-    models = dict.fromkeys(row.model for row in rows)
-    found = {m: [row for row in rows if row.model == m and row.metric == metric and row.length] for m in models}
+    models, of = dict.fromkeys(row.model for row in rows), suite or next(iter(suites_of(rows, metric)), "")
+    mine = [row for row in rows if row.metric == metric and row.suite == of and row.length]
+    found = {m: [row for row in mine if row.model == m] for m in models}
     return {model: sorted(points, key=lambda row: row.length or 0) for model, points in found.items()}
 
 

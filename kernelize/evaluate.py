@@ -21,21 +21,22 @@ from .errors import InputError, KernelizeError
 from .question_suites import LmEval, Tasks
 from .rows import METRICS, Metric, Row, bootstrap, data_size, load_rows, metric_of, save_rows, wilson
 from .subject import Subject, check_positions, greedy, has_position_table, trained_length
-from .suites import Generation, Passkey, Perplexity, Recall, Record, Suite, Unit
+from .suites import Code, Generation, Passkey, Perplexity, Recall, Record, Suite, Unit
 from .texts import choose_input, parse_length, parse_lengths, read_text, sample_text
 
 __all__ = [
-    "METRICS", "SUITES", "Generation", "LmEval", "Metric", "OnProgress", "Passkey", "Perplexity", "Recall", "Row",
-    "Subject", "Suite", "Tasks", "bootstrap", "check_positions", "data_size", "evaluate", "greedy",
-    "has_position_table", "lengths_by_suite", "load_rows", "make_suite", "metric_of", "parse_length", "parse_lengths",
-    "read_text", "sample_text", "save_rows", "wilson",
+    "METRICS", "SUITES", "Code", "Generation", "LmEval", "Metric", "OnProgress", "Passkey", "Perplexity",
+    "Recall", "Row", "Subject", "Suite", "Tasks", "bootstrap", "check_positions", "data_size", "evaluate",
+    "greedy", "has_position_table", "lengths_by_suite", "load_rows", "make_suite", "metric_of", "parse_length",
+    "parse_lengths", "read_text", "sample_text", "save_rows", "wilson",
 ]  # fmt: skip
 
-VERSION = 2  # of the records: raise it when a suite changes what it measures
+VERSION = 3  # of the records: raise it when a suite changes what it measures
 OnProgress = Callable[[int, int, str], None]  # (tokens done, tokens in all, what is running)
 
 SUITES: dict[str, type[Suite]] = {
     "ppl": Perplexity,
+    "code": Code,
     "passkey": Passkey,
     "recall": Recall,
     "generation": Generation,

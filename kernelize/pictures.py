@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .comparison import AUDIT, depth_text, length_text, series_of
+from .comparison import AUDIT, depth_text, length_text, series_of, suites_of
 from .rows import Row, data_size, metric_of
 
 if TYPE_CHECKING:
@@ -104,10 +104,20 @@ def kl_by_position(rows: Sequence[Row]) -> Figure | None:
 
 
 def _by_position(rows: Sequence[Row], metric: str, label: str, *, log_y: bool) -> Figure | None:
-    series = series_of(rows, metric)
-    if not any(series.values()):
+    """A panel a suite (books, code), one above the other."""
+    suites = suites_of(rows, metric)
+    if not suites:
         return None
-    figure, (axes,) = _figure()
+    figure, many = _figure(7.6, 4.2 * len(suites), len(suites))
+    for axes, suite in zip(many, suites, strict=True):
+        _position_panel(axes, rows, series_of(rows, metric, suite), log_y)
+        axes.set_ylabel(label)
+        if len(suites) > 1:
+            axes.set_title(suite)
+    return figure
+
+
+def _position_panel(axes: Axes, rows: Sequence[Row], series: Mapping[str, list[Row]], log_y: bool) -> None:
     ends = _lines(axes, series, log_y=log_y)
     values = [row.value for points in series.values() for row in points]
     axes.set_ylim(min(values) * 0.93 if log_y else 0, max(*values, LEAST_SHOWN) * 1.07)  # rounding may be below 0
@@ -115,10 +125,8 @@ def _by_position(rows: Sequence[Row], metric: str, label: str, *, log_y: bool) -
         _plain_log_ticks(axes)
     edges = sorted({row.length for points in series.values() for row in points if row.length})
     _length_axis(axes, edges, "end of the bucket of positions, tokens (the bucket begins where the last one ends)")
-    axes.set_ylabel(label)
     _mark_trained(axes, rows, edges[-1])
     _name_lines(axes, ends)
-    return figure
 
 
 def _plain_log_ticks(axes: Axes, *, vertical: bool = True) -> None:
@@ -147,7 +155,16 @@ def _mark_trained(axes: Axes, rows: Sequence[Row], top: float) -> None:
 
 def passkey_map(rows: Sequence[Row]) -> Figure | None:
     """Share of passkeys found, by depth in the prompt and length of the prompt; one map a model."""
-    cells = [row for row in rows if row.metric == "passkey" and row.depth is not None]
+    return _map(rows, "passkey")
+
+
+def needle_map(rows: Sequence[Row]) -> Figure | None:
+    """Share of single needles found, a number that belongs to a name, by depth and length; one map a model."""
+    return _map(rows, "needle_single")
+
+
+def _map(rows: Sequence[Row], metric: str) -> Figure | None:
+    cells = [row for row in rows if row.metric == metric and row.depth is not None]
     if not cells:
         return None
     models = list(dict.fromkeys(row.model for row in cells))
@@ -409,6 +426,7 @@ def recall_by_task(rows: Sequence[Row]) -> Figure | None:
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure | None]]] = {
     "perplexity": ("Perplexity by position", perplexity_by_position),
     "passkey": ("Passkeys found, by depth and length", passkey_map),
+    "needle": ("Needles found, by depth and length", needle_map),
     "memory": ("Memory of the decoding state, one sequence", memory_by_length),
     "kl": ("Distance from the teacher, by position", kl_by_position),
     "quality": ("Quality against state", quality_by_state),

@@ -56,6 +56,11 @@ METRICS: dict[str, Metric] = {
     ),
     "ppl_ratio": Metric("perplexity / the teacher's on the same pieces", "lower", "{:.3f}".format),
     "ppl_ratio_at": Metric("perplexity / the teacher's on the same pieces, by position", "lower", "{:.3f}".format),
+    "drift_at": Metric(
+        "perplexity at these positions / that just before the trained length ends, piece by piece",
+        "lower",
+        "{:.3f}".format,
+    ),
     "kl": Metric("KL divergence from the teacher, nats a token", "lower", "{:.4f}".format),
     "kl_at": Metric("KL divergence from the teacher by position, nats a token", "lower", "{:.4f}".format),
     "cache_bytes": Metric("size of the decoding state after `length` tokens", "lower", data_size),

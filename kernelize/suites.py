@@ -22,7 +22,7 @@ from .errors import InputError
 from .recall import DEPTHLESS, TASKS, Prompt, Writer
 from .rows import Row, bootstrap, share_row
 from .runtime.cache import state_bytes
-from .subject import Subject, greedy, likeliest, stream
+from .subject import Subject, greedy, likeliest, stream, trained_length
 from .texts import choose_input, cut_pieces, read_text
 
 Record = dict[str, Any]  # JSON
@@ -98,6 +98,10 @@ class Perplexity(Suite):
     quick = {"lengths": (2048,), "pieces": 2}
     compares = True
 
+    def source(self) -> str:
+        """What `read_text` reads."""
+        return self.text
+
     @property
     def edges(self) -> tuple[int, ...]:
         top = max(self.lengths)
@@ -105,7 +109,7 @@ class Perplexity(Suite):
         return tuple(sorted(doubling | set(self.lengths)))
 
     def units(self, tokenizer) -> list[Unit]:
-        all_pieces = cut_pieces(tokenizer, self.text, max(self.lengths))
+        all_pieces = cut_pieces(tokenizer, self.source(), max(self.lengths))
         count = min(self.pieces or len(all_pieces), len(all_pieces))
         chosen = [all_pieces[i * len(all_pieces) // count] for i in range(count)]
         settings = {"edges": self.edges, "chunk": self.chunk}
@@ -129,7 +133,7 @@ class Perplexity(Suite):
     def rows(self, name: str, records: list[Record]) -> list[Row]:
         measures = (("nll", "ppl", math.exp), ("excess", "ppl_ratio", math.exp), ("kl", "kl", float))
         rows = [row for measure in measures for row in self._rows(name, records, *measure)]
-        return rows + list(self._state(name, records))
+        return rows + list(self._drift(name, records)) + list(self._state(name, records))
 
     def _rows(self, name: str, records: list[Record], key: str, metric: str, of) -> Iterator[Row]:
         """Whole pieces up to each length, then single buckets."""
@@ -144,6 +148,16 @@ class Perplexity(Suite):
             low, high = bootstrap(sums, counts, self.seed, of)
             value = of(sum(sums) / sum(counts))
             yield Row(name, self.kind, label, self.edges[last - 1], None, value, low, high, len(records))
+
+    def _drift(self, name: str, records: list[Record]) -> Iterator[Row]:
+        """Each bucket beyond the trained length beside the last one within, on the same pieces."""
+        within = [i for i, edge in enumerate(self.edges) if edge <= (records[0]["trained"] or 0)]
+        for i in range(len(within), len(self.edges)) if within else ():
+            logs = [record["nll"][i] / record["count"][i] - record["nll"][within[-1]] / record["count"][within[-1]]
+                    for record in records]  # fmt: skip
+            low, high = bootstrap(logs, [1.0] * len(logs), self.seed, math.exp)
+            value = math.exp(sum(logs) / len(logs))
+            yield Row(name, self.kind, "drift_at", self.edges[i], None, value, low, high, len(logs))
 
     def _state(self, name: str, records: list[Record]) -> Iterator[Row]:
         for length, size in records[0]["bytes"]:
@@ -167,6 +181,7 @@ class _Tally:
         self.sums = torch.zeros(4, len(edges), dtype=torch.float64, device=device)  # nll, KL, count
         self.compare = _comparable(subject, unit, reference)
         self.bytes: list[tuple[int, int]] = []
+        self.trained = trained_length(subject)
 
     def add(self, done: int, logits: Tensor, cache, theirs: Tensor | None) -> None:
         """logits [1, C, V] of positions done … done + C; theirs [C, V] the teacher's at the same positions."""
@@ -189,7 +204,22 @@ class _Tally:
     def record(self) -> Record:
         nll, excess, kl, count = self.sums.tolist()
         beside = {"excess": excess, "kl": kl} if self.compare else {"excess": None, "kl": None}
-        return {"nll": nll, "count": count, "bytes": self.bytes} | beside
+        return {"nll": nll, "count": count, "bytes": self.bytes, "trained": self.trained} | beside
+
+
+@dataclass(frozen=True)
+class Code(Perplexity):
+    """The same on source code, by default kernelize's own, which no model of the time has read."""
+
+    code: str = "code"
+
+    kind = "code"
+
+    def source(self) -> str:
+        return self.code
+
+    def _state(self, name: str, records: list[Record]) -> Iterator[Row]:
+        return iter(())  # the bytes are those of any other text
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from .errors import InputError
 from .recall import encode, start_ids
 from .runtime.spec import SpecError, choose
 
-SAMPLES = ("novel", "train")
+SAMPLES = {"novel": "novel.txt", "code": "code.txt.xz", "train": "train.txt"}
 
 
 def sample_text(name: str) -> str:
-    """A text that ships with kernelize: "novel" (unseen, for evaluation) or "train"."""
+    """A text that ships with kernelize: "novel" and "code" (unseen, for evaluation) or "train"."""
     choose_input("sample text", name, SAMPLES)
-    return (files("kernelize.sample") / f"{name}.txt").read_text(encoding="utf-8")
+    raw = (files("kernelize.sample") / SAMPLES[name]).read_bytes()
+    return (lzma.decompress(raw) if SAMPLES[name].endswith(".xz") else raw).decode("utf-8")
 
 
 def read_text(source: str) -> str:

@@ -24,6 +24,7 @@ from kernelize.errors import InputError, KernelizeError
 from kernelize.evaluate import (
     METRICS,
     SUITES,
+    Code,
     Generation,
     Passkey,
     Perplexity,
@@ -102,6 +103,28 @@ def test_kl_is_that_of_plain_forwards_and_absent_for_the_teacher(novel):
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
     assert value(rows, "student", "kl", 64) == pytest.approx(expected, rel=1e-4)
     assert not [r for r in rows if r.model == "t" and r.metric.startswith("kl")]
+
+
+def test_code_is_measured_as_books_are_in_a_suite_of_its_own(novel):
+    books, code = (
+        Perplexity(lengths=(100, 200), text=novel, pieces=2),
+        Code(lengths=(100, 200), text="x", code=novel, pieces=2),
+    )
+    rows = evaluate({"teacher": pair(), "a": pair(1)}, [books, code])
+    mine = [[dataclasses.replace(row, suite="") for row in rows if row.suite == suite] for suite in ("ppl", "code")]
+    assert mine[0] == mine[1]
+    assert len({(r.model, r.suite, r.metric, r.length, r.depth) for r in rows}) == len(rows)
+
+
+def test_drift_is_told_beyond_the_trained_length_alone_beside_the_last_bucket_within(novel):
+    suite = Perplexity(lengths=(128, 256, 512, 600), text=novel, pieces=2)
+    model = tiny_llama()
+    assert model.config.max_position_embeddings == 256
+    rows = evaluate({"a": (model, TOKENIZER)}, [suite])
+    assert [row.length for row in rows if row.metric == "drift_at"] == [512, 600]
+    alone = evaluate({"a": (model, TOKENIZER)}, [dataclasses.replace(suite, pieces=1)])
+    ratio = value(alone, "a", "ppl_at", 512) / value(alone, "a", "ppl_at", 256)
+    assert value(alone, "a", "drift_at", 512) == pytest.approx(ratio, rel=1e-9)
 
 
 def test_jsonl_is_joined_without_separator_and_cut_into_whole_pieces(tmp_path):
@@ -444,8 +467,10 @@ def test_intervals_hold_the_value_and_are_seeded(novel):
 
 
 def test_the_samples_are_shipped_disjoint_and_long():
-    novel, train = sample_text("novel"), sample_text("train")
-    assert len(novel.encode()) + len(train.encode()) <= 1_000_000
+    novel, train, code = map(sample_text, ("novel", "train", "code"))
+    assert sum(len(text.encode()) for text in (novel, train)) <= 1_000_000
+    assert 5e4 < len(TOKENIZER(code).input_ids) < 3e5
+    assert code.count("# file: kernelize/") > 5
     assert "Dorothea" in novel
     assert "Dorothea" not in train
 

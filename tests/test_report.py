@@ -40,6 +40,7 @@ def model_rows(model: str, factor: float, a_token: int, constant: int) -> list[R
     if model != "teacher":
         rows += [row(model, "ppl_ratio", 2048, factor, spread=0.01)]
         rows += [row(model, "kl_at", n, 0.1 * factor, spread=0.01) for n in lengths]
+    rows += [row(model, "ppl_at", n, 5 * factor, spread=0.5, suite="code") for n in lengths]
     return rows
 
 
