@@ -30,6 +30,7 @@ def bench(
     shared_prompt: Annotated[
         bool, typer.Option("--shared-prompt", help="The sequences of a batch go on from one prompt, read once.")
     ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Put the numbers into SOURCE's model card.")] = False,
     device: Device = None,
     dtype: DType = None,
     trust: Trust = False,
@@ -43,14 +44,18 @@ def bench(
     from kernelize.bench import bench as run
     from kernelize.bench import break_even as faster_from
     from kernelize.evaluate import parse_lengths
-    from kernelize.pipeline import as_rows, contenders_for
+    from kernelize.pipeline import as_rows, check_card, contenders_for, keep_speed
     from kernelize.report import rows_table
 
+    if card:
+        check_card(source)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}
     chosen = contenders_for(source, against, shape, kernel.recipe, alone=alone, **options)
     settings = Settings(parse_lengths(lengths), parse_counts(batch), tokens, chunk, train, compiled, shared_prompt)
     with Progress("cases") as progress:
         found = run(chosen, settings, progress)
+    if card:
+        keep_speed(str(source), found)
     show(rows_table(found.rows))
     for name, how in found.ran.items():
         say(f"{name}: {how}")

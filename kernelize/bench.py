@@ -9,6 +9,7 @@ a row, too.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,12 +70,20 @@ class Contender:
     make: Callable[[], Any]
 
 
+def machine(device: str) -> str:
+    """What a device is called in a record of measurements."""
+    if torch.device(device).type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
+    return f"{os.cpu_count()} CPU cores"
+
+
 @dataclass
 class Bench:
-    """Rows, which implementation ran in each model, and whose decoding went without a graph and why."""
+    """Rows, which implementation ran in each model, whose decoding went without a graph and why, and on what."""
 
     rows: list[Row] = field(default_factory=list)
     ran: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
 
     def add(self, model: str, metric: str, length: int, rows: int, value: float, n: int = 1) -> None:
         self.rows.append(Row(model, suite_of(rows), metric, length, None, float(value), None, None, n))
@@ -98,7 +107,7 @@ def bench(contenders: Sequence[Contender], settings: Settings, on_progress: OnPr
 
     for contender in contenders:
         model = contender.make()
-        found.ran[contender.name] = describe(model)
+        found.ran[contender.name], found.machine = describe(model), machine(str(model.device))
         failed: dict[int, int] = {}  # a batch: the length that did not fit
         for rows, length in cases:
             tick(f"{contender.name}, {rows} × {length}")

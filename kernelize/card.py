@@ -68,6 +68,10 @@ not needed. Where it is installed, its own copy is used instead.
 
 {{ memory }}
 
+## Speed
+
+{{ speed }}
+
 ## Plan
 
 {{ plan }}
@@ -129,10 +133,11 @@ class CardFacts:
     rows: tuple[Mapping[str, Any], ...] = ()
     commands: tuple[str, ...] = ()
     audit: Mapping[str, Any] | None = None  # what `audit.Audit.to_dict` gives
+    speed: Mapping[str, Any] | None = None  # rows of `bench`, which implementation ran (model → text), and the machine
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-RECORDED = ("source", "tokens", "rows", "commands", "audit")
+RECORDED = ("source", "tokens", "rows", "commands", "audit", "speed")
 
 
 # --- facts ---
@@ -152,8 +157,8 @@ def runtime_files(folder: str | Path) -> list[Path]:
 
 
 def record(folder: str | Path, **facts: Any) -> None:
-    """Adds to what is known of the checkpoint in `folder`: source, tokens, rows, commands, audit; a fact given
-    again replaces the old one. Written aside, then renamed."""
+    """Adds to what is known of the checkpoint in `folder`: source, tokens, rows, commands, audit, speed; a fact
+    given again replaces the old one. Written aside, then renamed."""
     for name in facts:
         if name not in RECORDED:
             raise InputError(f"fact {name!r} is not one of {', '.join(RECORDED)}")
@@ -184,6 +189,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         rows=tuple(recorded.get("rows", ())),
         commands=tuple(recorded.get("commands", ())),
         audit=recorded.get("audit"),
+        speed=recorded.get("speed"),
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runtime_files(folder)},
     )
 
@@ -268,6 +274,7 @@ def model_card(about: str | Path | CardFacts, name: str | None = None) -> str:
         quality=_quality(facts),
         audit=_audit(facts),
         memory=_memory(facts),
+        speed=_speed(facts),
         plan=_plan(facts),
         training=_training(facts),
         reproduce=_reproduce(facts),
@@ -373,6 +380,16 @@ def _memory(facts: CardFacts) -> str:
     return f"Bytes of decoding state a sequence, in {cost.shape.dtype}; computed from the plan, exact.\n\n{table}"
 
 
+def _speed(facts: CardFacts) -> str:
+    if facts.speed is None:
+        return f"Not measured. `kernelize bench {facts.name} --against {_origin(facts)} --card` times both."
+    rows = facts.speed["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = _table(("case", "measured", "length", "", *models), _quality_lines(rows, models))
+    ran = "; ".join(f"{model}: {how}" for model, how in facts.speed["ran"].items())
+    return f"On {facts.speed['machine']}, all in one run. {ran}.\n\n{lines}"
+
+
 def _plan(facts: CardFacts) -> str:
     runs = [(spec, [i for i, _ in run]) for spec, run in groupby(enumerate(facts.plan.layers), key=lambda p: p[1])]
     lines = [(_span(layers), _spec(spec)) for spec, layers in runs]
@@ -387,7 +404,7 @@ def _span(layers: list[int]) -> str:
 def _spec(spec) -> str:
     if spec is None:
         return "softmax, unchanged"
-    return ", ".join(f"{field} {value}" for field, value in spec.to_dict().items())
+    return ", ".join(f"{field} {value}" for field, value in spec.to_dict().items() if value != [])
 
 
 def _training(facts: CardFacts) -> str:

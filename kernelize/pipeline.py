@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .audit import Audit
-    from .bench import Contender
+    from .bench import Bench, Contender
     from .budget import BudgetText
     from .card import CardFacts
     from .evaluate import Row
@@ -406,6 +406,18 @@ def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     import dataclasses
 
     return [dataclasses.asdict(row) for row in rows]
+
+
+def check_card(folder: str | None) -> None:
+    """InputError unless `folder` is a checkpoint, whose model card can take up numbers."""
+    if folder is None:
+        raise InputError("--card needs a SOURCE, whose model card takes up the numbers")
+    read_facts(folder)
+
+
+def keep_speed(folder: str, found: Bench) -> None:
+    """Puts what `bench` measured into a checkpoint's model card."""
+    document(folder, speed={"rows": as_rows(found.rows), "ran": found.ran, "machine": found.machine})
 
 
 def contenders_for(

@@ -349,6 +349,19 @@ def test_the_card_keeps_the_suites_that_are_not_measured_anew(folder, tmp_path):
     assert ("ppl", 64) not in {(row["metric"], row["length"]) for row in known}
 
 
+def test_bench_puts_its_numbers_into_the_card(folder, tmp_path, capsys):
+    made = tmp_path / "made"
+    shutil.copytree(folder / "made", made)
+    asked = ("--against", folder / "source", "--lengths", "16", "--tokens", "2")
+    assert run("bench", made, *asked, "--card") == 0
+    speed = (made / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    assert "CPU cores" in speed
+    assert "| bench | prefill_ms | 16 |" in speed
+    assert "prefill_ms" not in (made / "README.md").read_text().partition("## Quality")[2].partition("\n## ")[0]
+    assert run("bench", "--shape", "llama3-8b", "--card") == run("bench", folder / "source", "--card") == 2
+    assert "--card needs a SOURCE" in capsys.readouterr().err
+
+
 def test_demo_compares_four_models_and_writes_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
     from kernelize import demo
     from kernelize.recipe import Recipe

@@ -344,6 +344,7 @@ def test_card_without_measurements_says_so(checkpoint):
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert not {"license", "base_model", "language"} & set(data)
     assert "Not measured. `kernelize evaluate" in text
+    assert "Not measured. `kernelize bench" in text
     assert "not recorded. `kernelize finetune" in text
     assert "commands that made this checkpoint were not recorded" in text
 
