@@ -38,6 +38,7 @@ def plan(
     Needs the config alone, no weights, but for --keep auto:N: that measures, for minutes.
     """
     from kernelize.evaluate import parse_lengths
+    from kernelize.files import write_file
     from kernelize.pipeline import plan_source
 
     with Progress("layers") as progress:
@@ -54,7 +55,7 @@ def plan(
     show_kept(recipe)
     show_plan(report)
     if output is not None:
-        output.write_text(recipe.to_yaml(), "utf-8")
+        write_file(output.resolve(), recipe.to_yaml())
         say(f"wrote {output}; next: kernelize convert {source} --config {output}")
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
@@ -96,7 +97,8 @@ def convert(
     The new parameters start from the model's own statistics on a sample text.
     """
     from kernelize.evaluate import parse_length
-    from kernelize.pipeline import check_output, convert_source, plan_source, streamable
+    from kernelize.files import check_output
+    from kernelize.pipeline import convert_source, plan_source, streamable
 
     check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}

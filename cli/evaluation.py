@@ -196,7 +196,8 @@ def report(
 
     HTML in one file, Markdown, and PNG.
     """
-    from kernelize.pipeline import as_rows, check_output
+    from kernelize.files import check_output
+    from kernelize.pipeline import as_rows
     from kernelize.report import load_all, rows_table, tables, write_report
 
     rows = load_all(files)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kernelize.files import write_file
+
 from .options import Device, DType, Json, Revision, Source, Trust
 from .output import say, show, show_plan, write_json
 from .progress import Progress, doing
@@ -66,7 +68,7 @@ def inspect(
         show_plan(describe(plan, loaded[0].config))
         found["plan"] = plan.to_dict()
         if output is not None:
-            output.write_text(recommended(plan).to_yaml(), "utf-8")
+            write_file(output.resolve(), recommended(plan).to_yaml())
             say(f"wrote {output}; next: kernelize convert {source} --config {output}")
     if plot is not None:
         draw(report, plot)

@@ -8,6 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kernelize.files import write_file
+
 from .progress import speaks
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 def write_json(path: Path | None, data: Any) -> None:
     """Writes `data` to `path`, if one was given."""
     if path is not None and speaks():
-        path.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
+        write_file(path.resolve(), json.dumps(data, indent=1, default=str) + "\n")
 
 
 def say(text: str) -> None:

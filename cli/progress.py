@@ -83,10 +83,22 @@ class TrainingProgress(Progress):
 
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] == "writing":
-            print(f"{event['stage']}: the teacher writes {event['tokens']:,} tokens …", file=sys.stderr, flush=True)
+            self._say(f"{event['stage']}: the teacher writes {event['tokens']:,} tokens …")
+        if event["event"] == "damaged":
+            self._say(f"{event['problem']}; going on from the one before")
+        if event["event"] == "skipped":
+            self._say(f"skipped: {event['problem']}")
+        if event["event"] == "memory":
+            size = event["micro_batch"]
+            self._say(
+                f"{event['stage']}: out of memory; from here on {size} sequences at a time, the global batch stays"
+            )
         if event["event"] == "step":
             label = f"{event['stage']}, loss {event['metrics']['loss']:.4f}"
             self(event["tokens"], event["tokens"] // event["step"] * event["steps"], label)
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
+from .files import write_file
 from .plan import ConversionPlan, PlanReport, describe
 
 if TYPE_CHECKING:
@@ -165,9 +165,7 @@ def record(folder: str | Path, **facts: Any) -> None:
     path = Path(folder, FACTS_NAME)
     known = _read_json(path) if path.is_file() else {}
     plain = {name: dataclasses.asdict(v) if isinstance(v, Source) else v for name, v in facts.items()}
-    aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps({**known, **plain}, indent=1) + "\n", "utf-8")
-    os.replace(aside, path)
+    write_file(path, json.dumps({**known, **plain}, indent=1) + "\n")
 
 
 def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:

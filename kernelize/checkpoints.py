@@ -1,10 +1,12 @@
-"""Training checkpoints: written aside, synced, renamed; the last two are kept. Tensors and plain data, no code."""
+"""Training checkpoints: written aside, synced, renamed; checksummed; the last two are kept. Tensors and plain data,
+no code, and no pickles."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,26 +17,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import KernelizeError
+from .errors import InputError, KernelizeError
+from .files import PART, new_folder, sync
 
 KEPT = 2
-PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.pt", "state.json"
+PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
+NAME = re.compile(r"(\d+)-[a-z0-9_]+-(\d+)")  # number and name of the stage, and the step
+SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check` reads it
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is. `changed` names the original parameters that ended stages have changed."""
+    """Where a run is. `changed` names the original parameters that ended stages have changed; `moving` is what
+    optimizer and scheduler hold besides tensors, None at the end of a stage."""
 
     stage: int
     step: int
     position: dict[str, Any]
     recipe: dict[str, Any]
     changed: list[str]
+    moving: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint(State):
-    path: Path
+    path: Path = Path()
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Copies the saved values into the parameters of these names."""
@@ -45,52 +52,113 @@ class Checkpoint(State):
             parameters[name].data = value.to(parameters[name].device)
 
     def load_optimizer(self, device: torch.device) -> tuple[dict, dict]:
-        """The states of optimizer and scheduler."""
-        saved = torch.load(self.path / OPTIMIZER, map_location=device, weights_only=True)
-        return saved["optimizer"], saved["scheduler"]
+        """The states of optimizer and scheduler. KernelizeError where a stage has ended, which has none."""
+        if self.moving is None:
+            raise KernelizeError(f"{self.path} is the end of a stage and has no optimizer")
+        tensors = load_file(self.path / OPTIMIZER, device=str(device))
+        state: dict[int, dict[str, Any]] = {int(index): fields for index, fields in self.moving["state"].items()}
+        for name, value in tensors.items():
+            index, _, field = name.partition(".")
+            state[int(index)][field] = value
+        return {"state": state, "param_groups": self.moving["param_groups"]}, self.moving["scheduler"]
 
 
 def write(
     folder: Path,
-    name: str,
+    stage: str,
     state: State,
     parameters: Mapping[str, Tensor],
     optimizer: dict | None,
     scheduler: dict | None,
 ) -> Path:
-    """Adds a checkpoint to the folder; without optimizer it is the end of a stage. Returns its path."""
-    part, path = folder / f"{name}.part", folder / name
-    for stale in (part, path):
-        shutil.rmtree(stale, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: value.detach().contiguous() for name, value in parameters.items()}, part / PARAMETERS)
-    if optimizer is not None:
-        torch.save({"optimizer": optimizer, "scheduler": scheduler}, part / OPTIMIZER)
-    (part / STATE).write_text(json.dumps(dataclasses.asdict(state)), "utf-8")
-    for written in (*part.iterdir(), part):
-        _sync(written)
-    part.rename(path)
-    _sync(folder)
-    for old in _all(folder)[:-KEPT]:
-        shutil.rmtree(old.path)
+    """Adds a checkpoint of `stage` to the folder; without optimizer it is the end of a stage. Returns its path.
+
+    KernelizeError if it cannot be written; those that were there then still are.
+    """
+    path = folder / f"{state.stage}-{stage}-{state.step}"
+    if path.exists():
+        _remove(path)
+    with new_folder(path) as part:
+        save_file({name: value.detach().contiguous() for name, value in parameters.items()}, part / PARAMETERS)
+        if optimizer is not None:
+            tensors, plain = _split(optimizer["state"])
+            save_file(tensors, part / OPTIMIZER)
+            moving = {"state": plain, "param_groups": optimizer["param_groups"], "scheduler": scheduler}
+            state = dataclasses.replace(state, moving=moving)
+        (part / STATE).write_text(json.dumps(dataclasses.asdict(state)), "utf-8")
+        sums = {file.name: _sum(file) for file in sorted(part.iterdir())}
+        (part / SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()), "utf-8")
+    sync(folder.parent)
+    for old in _written(folder)[:-KEPT]:
+        _remove(old)
+    for half in folder.glob(f".*{PART}"):  # of runs that were killed here
+        shutil.rmtree(half)
     return path
 
 
-def last(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a folder, if there is one."""
-    found = _all(folder)
-    return found[-1] if found else None
+def last(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """(the newest checkpoint of a folder that is as it was written, what is wrong with each that is newer).
+
+    InputError if there are some, and all are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(_written(folder)):
+        problem = _problem(path)
+        if problem is None:
+            return Checkpoint(**_read_state(path), path=path), damaged
+        damaged.append(f"{path} is damaged: {problem}")
+    if damaged:
+        raise InputError(f"no checkpoint is whole: {damaged[0]}; start the run anew")
+    return None, damaged
 
 
-def _all(folder: Path) -> list[Checkpoint]:
-    complete = [path for path in folder.glob("*-*") if path.suffix != ".part"]
-    found = [Checkpoint(**json.loads((path / STATE).read_text("utf-8")), path=path) for path in complete]
-    return sorted(found, key=lambda checkpoint: (checkpoint.stage, checkpoint.step))
+def _split(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors of an optimizer's state as index.field, and the rest by index."""
+    fields = [(index, field, value) for index, entry in state.items() for field, value in entry.items()]
+    tensors = {f"{index}.{field}": value.contiguous() for index, field, value in fields if isinstance(value, Tensor)}
+    plain: dict[str, dict[str, Any]] = {str(index): {} for index in state}
+    for index, field, value in fields:
+        if not isinstance(value, Tensor):
+            plain[str(index)][field] = value
+    return tensors, plain
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _written(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; complete ones, if the disk has kept its promises."""
+    found = [(match, path) for path in folder.glob("*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))]
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are as they were written."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        lines = (path / SUMS).read_text("utf-8").splitlines()
+        sums = {name: value for value, _, name in (line.partition("  ") for line in lines)}
+        for name in (PARAMETERS, STATE, *sums):
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _sum(path / name) != sums.get(name):
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"{SUMS} cannot be read ({error})"
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_text("utf-8"))
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """At once, for those who look; a kill in between leaves no half of it under its name."""
+    aside = path.with_name(f".{path.name}.old{PART}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .budget import BudgetText, allot
 from .calibrate import calibrate, readings
-from .errors import InputError, KernelizeError
+from .errors import InputError
+from .files import new_folder
 from .plan import ConversionPlan
 from .runtime.modeling import FAMILIES, PREFIX, Family, kernelize_model, register
 
@@ -252,44 +249,21 @@ class _Readings:
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output: str | Path, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    document: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Writes the checkpoint aside and renames it, so that `output` is complete or not there.
 
+    `document` may put further files beside the weights, into the folder that it is given, before that is renamed.
     InputError if `output` holds something and `overwrite` is off; KernelizeError if it cannot be written.
     """
-    with replacing(output, overwrite) as aside:
-        model.save_pretrained(aside)
+    with new_folder(output, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(folder)
+        document(folder)
     return Path(output)
-
-
-@contextmanager
-def replacing(output: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` when the context ends without an error; raises as `save`."""
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise InputError(f"output {str(output)!r} is not empty; allow --overwrite or choose another folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
-            yield aside
-            _take_over(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise KernelizeError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
-
-
-def _take_over(new: Path, output: Path) -> None:
-    """Moves the files of `new` to `output`; what else stood there (logs, checkpoints, reports) stays."""
-    new.chmod(0o755)
-    if not output.exists():
-        new.rename(output)
-        return
-    for stale in output.glob("*.safetensors*"):
-        stale.unlink()
-    for file in sorted(new.iterdir()):
-        os.replace(file, output / file.name)

@@ -15,13 +15,13 @@ from .card import read_source
 from .check import CheckRow, check
 from .convert import convert, demo_source, load
 from .evaluate import Passkey, Perplexity, Row, Suite, evaluate
+from .files import check_output
 from .generate import Completion, Conversation
 from .pipeline import (
     as_converted,
     as_rows,
     budget,
     calibration,
-    check_output,
     describe_converted,
     document,
     override_stages,

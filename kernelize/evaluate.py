@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .errors import InputError, KernelizeError
+from .files import write_file
 from .question_suites import LmEval, Tasks
 from .rows import METRICS, Metric, Row, bootstrap, data_size, load_rows, metric_of, save_rows, wilson
 from .subject import Subject, check_positions, greedy, has_position_table, trained_length
@@ -68,7 +69,7 @@ class Store:
     def _read(self, path: Path) -> None:
         whole, _, half = path.read_text("utf-8").rpartition("\n")
         if half:  # a killed run can leave half a line
-            path.write_text(whole + "\n" if whole else "", "utf-8")
+            write_file(path, whole + "\n" if whole else "")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)

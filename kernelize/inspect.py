@@ -7,6 +7,7 @@ budget of state bytes, by the measured errors alone.
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import InputError
+from .files import write_file
 from .losses import softmax_weights
 from .measure import MapRow, Report, candidates, check_texts, measure_layer, observe, softmax_layers
 from .plan import AttentionShape, ConversionPlan
@@ -278,7 +280,9 @@ def plot(report: Inspection, path: Path) -> None:
         image = axes.imshow(values, aspect="auto", cmap="viridis")
         axes.set(title=title, xlabel="head", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
         figure.colorbar(image, ax=axes)
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, format=path.suffix.removeprefix(".") or None)
+    except ValueError as error:
         raise InputError(f"cannot draw to {path}: {error}") from error
+    write_file(path.resolve(), drawn.getvalue())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .card import CARD_NAME, RECIPE_NAME, model_card, read_facts, read_source, record
 from .errors import InputError
+from .files import check_output, write_file
 from .runtime.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
 
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
 BUDGET_TOKENS, BUDGET_TEXTS = 2048, (1, 2)  # the texts by which the slots are shared out
-
-
-def check_output(output: str | Path, overwrite: bool = False) -> Path:
-    """The folder, if it may be written: absent, empty, or to be overwritten."""
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output {path} is a file, not a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"output folder {path} is not empty; choose another, or give --overwrite")
-    return path
 
 
 def load_for_use(source: str, *, device: str | None = None, dtype: str | None = None, **options: Any) -> tuple:
@@ -137,10 +128,11 @@ def convert_source(
         raise InputError(f"dtype={dtype!r}: a streamed conversion keeps the tensors as they are")
     recipe, _ = plan_source(source, make, dtype=dtype, device=device, **loading)
     run = _convert_streamed if stream else _convert_in_memory
-    model = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
+    model, save_to = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
-    document(output, recipe=recipe, source=read_source(source, loading.get("revision")), commands=[command])
+    origin = read_source(source, loading.get("revision"))
+    save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, commands=[command]))
     return report
 
 
@@ -158,7 +150,8 @@ def streamable(make_recipe: Callable[[int], Recipe], layers: int) -> Recipe:
 def _convert_in_memory(
     source: str, recipe: Recipe, output: str | Path, overwrite: bool, dtype: str | None, device: str | None,
     on_progress: Callable[[int, int, str], None], loading: dict[str, Any],
-) -> Any:  # fmt: skip
+) -> tuple[Any, Callable[..., Path]]:  # fmt: skip
+    """(the converted model, what saves it), as the next one."""
     from .convert import convert, save, stretch
 
     model, tokenizer = load_for_use(source, dtype=dtype, device=device, **loading)
@@ -168,14 +161,13 @@ def _convert_in_memory(
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     by_head = recipe.budget == "heads"
     model = convert(model, plan, calibration=texts, budget=priced, by_head=by_head, on_progress=on_progress)
-    save(model, tokenizer, output, overwrite=overwrite)
-    return model
+    return model, partial(save, model, tokenizer, output, overwrite=overwrite)
 
 
 def _convert_streamed(
     source: str, recipe: Recipe, output: str | Path, overwrite: bool, dtype: str | None, device: str | None,
     on_progress: Callable[[int, int, str], None], loading: dict[str, Any],
-) -> Any:  # fmt: skip
+) -> tuple[Any, Callable[..., Path]]:  # fmt: skip
     import torch
 
     from .convert import initialise, load_config, load_tokenizer
@@ -188,8 +180,7 @@ def _convert_streamed(
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     with recomputing(model):
         initialise(model, texts, priced, recipe.budget == "heads", on_progress)
-    save_streamed(model, tokenizer, shards, output, overwrite=overwrite)
-    return model
+    return model, partial(save_streamed, model, tokenizer, shards, output, overwrite=overwrite)
 
 
 def calibration(tokenizer, model) -> list[Tensor]:
@@ -234,16 +225,21 @@ def describe_converted(model, dtype: str | None = None) -> PlanReport:
     return describe(ConversionPlan(tuple(plan_of(model.config))), model.config, dtype=dtype)
 
 
-def document(output: str | Path, *, recipe: Recipe | None = None, **facts: Any) -> None:
+def document(output: str | Path, *, recipe: Recipe | None = None, name: str | None = None, **facts: Any) -> None:
     """Keeps facts (source, tokens, rows, commands) and the recipe beside the weights, and writes the card anew.
 
-    A fact replaces what was known of it.
+    A fact replaces what was known of it. `name` is the folder's, where it does not have it yet.
     """
     folder = Path(output)
     if recipe is not None:
-        (folder / RECIPE_NAME).write_text(recipe.to_yaml(), "utf-8")
+        write_file(folder / RECIPE_NAME, recipe.to_yaml())
     record(folder, **facts)
-    (folder / CARD_NAME).write_text(model_card(folder), "utf-8")
+    write_file(folder / CARD_NAME, model_card(folder, name))
+
+
+def _name(output: str | Path) -> str:
+    """What `read_facts` will call the checkpoint."""
+    return Path(output).resolve().name
 
 
 def evaluate_sources(
@@ -361,10 +357,10 @@ def finetune_source(
     before = read_facts(source) if Path(source).is_dir() else None
     recipe = _with_kernels(recipe, before, teacher)
     model, tokenizer = load(source, dtype=dtype or "auto")
-    result = finetune(model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event)
-    if result.completed and _is_main_process():
-        _document_training(source, before, recipe, output)
-    return result
+    documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output))
+    return finetune(
+        model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event, document=documented
+    )
 
 
 def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None) -> Recipe:
@@ -379,22 +375,16 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None)
     return recipe.model_copy(update=changes)
 
 
-def _is_main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def _document_training(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> None:
+def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:
+    """What `document` keeps of a training."""
     words = [source, "--config", f"{output}/{RECIPE_NAME}", "--output", output]
     trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
-    document(
-        output,
-        recipe=recipe,
-        source=read_source(source),
-        tokens=trained + ((before.tokens or 0) if before else 0),
-        commands=[*(before.commands if before else ()), _command("finetune", *words)],
-    )
+    return {
+        "recipe": recipe,
+        "source": read_source(source),
+        "tokens": trained + ((before.tokens or 0) if before else 0),
+        "commands": [*(before.commands if before else ()), _command("finetune", *words)],
+    }
 
 
 def _command(name: str, *words: object) -> str:

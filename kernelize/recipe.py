@@ -123,6 +123,7 @@ class Stage(_Strict):
     With `chunk_tokens` a sequence is read and differentiated so many tokens at a time, with the states carried over, in
     memory that does not depend on its length; gradients end at a chunk's start (`across: truncate`, the default), or
     follow through all chunks, which are then read twice (`recompute`).
+    A step whose loss or gradient is no finite number stops the run or, with `on_nonfinite: skip`, is left out.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -146,6 +147,7 @@ class Stage(_Strict):
     gradient_checkpointing: bool = False
     chunk_tokens: int | None = Field(default=None, ge=2)
     across: Literal["truncate", "recompute"] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     data: Sequence[DataSource] = Field(min_length=1)
 
     @field_validator("betas")

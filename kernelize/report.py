@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .comparison import Cell, Key, compare, depth_text, length_text, rows_table, tables
 from .errors import InputError
+from .files import write_file, writing
 from .pictures import DARK, GRID, INK, PAPER, PICTURES, SERIES, theme
 from .rows import Row, load_rows, metric_of, save_rows
 
@@ -79,14 +80,13 @@ def write_report(
         raise InputError(f"output={str(output)!r} is a file, not a folder")
     compared = [compare(part, _teacher_of(part, rows, teacher)) for part in tables(rows)]
     pictures = draw(rows)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
+        write_file(folder / f"{picture.name}.png", picture.png)
     save_rows(rows, folder / "rows.json")
-    (folder / "report.md").write_text(_markdown(compared, pictures, extra or {}), "utf-8")
-    page = folder / "index.html"
-    page.write_text(_page(compared, pictures, extra or {}), "utf-8")
-    return page
+    write_file(folder / "report.md", _markdown(compared, pictures, extra or {}))
+    return write_file(folder / "index.html", _page(compared, pictures, extra or {}))
 
 
 def _teacher_of(part: Sequence[Row], rows: Sequence[Row], teacher: str | None) -> str | None:

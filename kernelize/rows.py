@@ -13,6 +13,7 @@ import numpy as np
 
 from .completion import COMPLETIONS
 from .errors import InputError
+from .files import write_file
 from .recall import TASKS
 
 
@@ -118,7 +119,7 @@ def metric_of(name: str) -> Metric:
 
 def save_rows(rows: Sequence[Row], path: str | Path) -> None:
     """Writes {"rows": [...]} as JSON."""
-    Path(path).write_text(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+    write_file(path, json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def load_rows(path: str | Path) -> list[Row]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .errors import InputError, KernelizeError
+from .errors import InputError
+from .files import write_file
 from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
 from .runtime.modeling import unwrapped
 from .runtime.state import State
@@ -62,14 +63,7 @@ def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
     layers, path = _states(cache), Path(path)
     tensors = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in _fields(layer).items()}
     metadata = {"format": FORMAT, "model": json.dumps(_identity(model), sort_keys=True)}
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        save_file(tensors, aside, metadata=metadata)
-        aside.replace(path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise KernelizeError(f"cannot write {str(path)!r}: {error}") from error
-    return path
+    return write_file(path, serialize(tensors, metadata))
 
 
 def load_state(path: str | Path, model: Any) -> Cache:

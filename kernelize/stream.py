@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .convert import load_config, replacing, stretched_config
+from .convert import load_config, stretched_config
 from .errors import InputError
+from .files import new_folder
 from .objectives import NEW
 from .runtime.modeling import kernelize_model, kernelized_layers
 
@@ -179,6 +180,7 @@ def save_streamed(
     output: str | Path,
     *,
     overwrite: bool = False,
+    document: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """The source's weight files as they are, one more with the new parameters, and what else a checkpoint has.
 
@@ -186,7 +188,7 @@ def save_streamed(
     """
     new = {name: p.detach() for name, p in model.named_parameters() if NEW in f".{name}"}
     remove_hook_from_module(model, recurse=True)
-    with replacing(output, overwrite) as aside:
+    with new_folder(output, overwrite=overwrite) as aside:
         model.save_pretrained(aside, state_dict=dict(new))
         (aside / INDEX).unlink(missing_ok=True)
         names = [f"model-{i:05}-of-{len(shards.files) + 1:05}.safetensors" for i in range(1, len(shards.files) + 2)]
@@ -198,4 +200,5 @@ def save_streamed(
         size = sum((aside / name).stat().st_size for name in names)
         (aside / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2))
         tokenizer.save_pretrained(aside)
+        document(aside)
     return Path(output)

@@ -11,12 +11,13 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from .data import (
     write_text,
 )
 from .errors import InputError, KernelizeError
+from .files import writing
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.modeling import kernelized_layers
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINTS, LOG, WRITTEN = "checkpoints", "train.jsonl", "data"
+SKIPPED = 8  # steps in a row that cannot be used end a run even if its recipe skips them
 
 Event = dict[str, Any]
 
@@ -88,18 +91,21 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    document: Callable[[Path], None] = lambda folder: None,
 ) -> TrainResult:
     """Trains a converted model in place by the recipe's stages and saves it to the folder `output`.
 
     `teacher` is the original model, for stages that distil or use data `self`; without it `recipe.source` is loaded.
     The folder also gets train.jsonl (every event), checkpoints/ (the last two) and TensorBoard files if that is
     installed. `on_event` gets each event on the main process: dictionaries with the key event, one of start,
-    writing, stage, step, checkpoint, stopped, done.
+    damaged, writing, stage, step, skipped, memory, checkpoint, stopped, done. `document` may put files beside the
+    weights, as for `convert.save`.
 
     InputError before anything is written when recipe, data, model and processes do not fit together; KernelizeError
-    when a loss or gradient is not finite, naming stage, step and layer.
+    when a loss or gradient is not finite, naming stage, step, layer and batch, or when the disk does not take what is
+    saved: `resume` then goes on from the last checkpoint.
     """
-    run = _Run(model, tokenizer, recipe, Path(output), teacher, on_event)
+    run = _Run(model, tokenizer, recipe, Path(output), teacher, on_event, document)
     run.check(resume, overwrite)
     return run.train(resume)
 
@@ -119,8 +125,13 @@ class _Training:
     wrapped: nn.Module  # objective, perhaps in a data-parallel wrapper
     optimizer: Any
     scheduler: Any
+    micro_batch: int  # sequences at a time
     adapter: Any = None
     adapted: list[str] = field(default_factory=list)
+
+
+class NonfiniteError(KernelizeError):
+    """A loss or a gradient is not a finite number."""
 
 
 class _Stop:
@@ -146,8 +157,11 @@ class _Journal:
 
     def __init__(self, output: Path, on_event: Callable[[Event], None] | None):
         self.on_event = on_event
-        output.mkdir(parents=True, exist_ok=True)
-        self.file = (output / LOG).open("a", encoding="utf-8")
+        self.path = output / LOG
+        with writing(self.path):
+            output.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+            _end_line(self.path)
         self.board = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -155,8 +169,9 @@ class _Journal:
             self.board = SummaryWriter(str(output / "tensorboard"))
 
     def __call__(self, event: Event) -> None:
-        self.file.write(json.dumps(event) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(event) + "\n")
+            self.file.flush()
         if self.board and event["event"] == "step":
             for name, value in event["metrics"].items():
                 self.board.add_scalar(f"{event['stage']}/{name}", value, event["step"])
@@ -164,9 +179,17 @@ class _Journal:
             self.on_event(event)
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a full disk, which was reported, does not take the rest of the buffer either
+            self.file.close()
         if self.board:
             self.board.close()
+
+
+def _end_line(path: Path) -> None:
+    """Takes away the half of a line that a killed run has left."""
+    raw = path.read_bytes()
+    if not raw.endswith(b"\n"):
+        os.truncate(path, raw.rfind(b"\n") + 1)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -181,9 +204,10 @@ class _Run:
         output: Path,
         teacher: PreTrainedModel | None,
         on_event: Callable[[Event], None] | None,
+        document: Callable[[Path], None],
     ):
         self.model, self.tokenizer, self.recipe, self.output = model, tokenizer, recipe, output
-        self.teacher, self.on_event = teacher, on_event
+        self.teacher, self.on_event, self.document = teacher, on_event, document
         self.accelerator = sharding.make_accelerator()
         self.sharded = sharding.is_sharded(self.accelerator)
         self.teacher_shards: PreTrainedModel | None = None
@@ -241,7 +265,7 @@ class _Run:
     # --- the whole ---
 
     def train(self, resume: bool) -> TrainResult:
-        last = checkpoints.last(self.output / CHECKPOINTS) if resume else None
+        last, damaged = checkpoints.last(self.output / CHECKPOINTS) if resume else (None, [])
         if last and last.recipe != self.recipe.to_dict():
             raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
         if self.accelerator.is_main_process:
@@ -249,6 +273,8 @@ class _Run:
                 self._clear()
             self.journal = _Journal(self.output, self.on_event)
         try:
+            for problem in damaged:
+                self._tell(event="damaged", problem=problem)
             with self.stop.listening():
                 return self._stages(last)
         finally:
@@ -362,7 +388,8 @@ class _Run:
             held = [parameter for group in prepared.param_groups for parameter in group["params"]]
             prepared.load_state_dict(sharding.sharded_state(state, held))
             scheduler.load_state_dict(schedule)
-        training = _Training(stage, objective, wrapped, prepared, scheduler, adapter, adapted)
+        fitting = fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
+        training = _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted)
         self._tell(
             event="stage",
             stage=stage.name,
@@ -416,13 +443,17 @@ class _Run:
     # --- steps ---
 
     def _steps(self, index: int, training: _Training, stream: Iterator, first: int) -> StageResult:
-        stage, losses, began = training.stage, [], time.monotonic()
+        stage, losses, began, skipped = training.stage, [], time.monotonic(), 0
         for step in range(first + 1, stage.total_steps + 1):
             micro, position = next(stream)
-            metrics = self._step(index, step, training, micro)
-            losses.append(metrics["loss"])
-            seconds = time.monotonic() - began
-            self._tell(**_progress(stage, step, step - first, seconds, metrics))
+            try:
+                metrics, skipped = self._step(index, step, training, micro), 0
+            except NonfiniteError as error:
+                skipped += 1
+                self._skip(training, error, f"{error} ({_batch(position)})", skipped)
+            else:
+                losses.append(metrics["loss"])
+                self._tell(**_progress(stage, step, step - first, time.monotonic() - began, metrics))
             ended = step == stage.total_steps
             if ended:
                 self._merge(training)
@@ -431,10 +462,61 @@ class _Run:
             if self.stop.asked:
                 break
         tokens = len(losses) * stage.batch_tokens
-        return StageResult(stage.name, len(losses), tokens, time.monotonic() - began, losses[0], losses[-1])
+        first_loss, last_loss = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
+        return StageResult(stage.name, len(losses), tokens, time.monotonic() - began, first_loss, last_loss)
 
     def _step(self, index: int, step: int, training: _Training, micro: list[Row]) -> dict[str, float]:
+        summed = self._gradients_in_memory(index, step, training, micro)
+        self.stop.asked = summed.pop() > 0
+        norm = float(self.accelerator.clip_grad_norm_(training.wrapped.parameters(), training.stage.clip))
+        if not math.isfinite(norm) or not all(map(math.isfinite, summed)):
+            problem = self._loss_problem(training, summed) or self._gradient_problem(index, step, training, micro)
+            raise NonfiniteError(f"stage {training.stage.name!r}, step {step}: {problem}")
+        rate = training.scheduler.get_last_lr()[0]
+        training.optimizer.step()
+        training.scheduler.step()
+        training.optimizer.zero_grad()
+        names = ("loss", *training.objective.terms)
+        return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
+
+    def _skip(self, training: _Training, error: NonfiniteError, problem: str, skipped: int) -> None:
+        """Leaves a step out, as the recipe allows: parameters, optimizer and learning rate stay."""
+        if training.stage.on_nonfinite == "stop":
+            raise NonfiniteError(problem) from error
+        if skipped == SKIPPED:
+            raise NonfiniteError(f"{problem}; {skipped} steps in a row could not be used") from error
+        training.optimizer.zero_grad()
+        self._tell(event="skipped", stage=training.stage.name, problem=problem)
+
+    def _gradients_in_memory(self, index: int, step: int, training: _Training, micro: list[Row]) -> list[float]:
+        """`_gradients`, with micro-batches that fit: too large ones are halved, for this stage and its global batch."""
+        while True:
+            try:
+                return self._gradients(index, step, training, micro)
+            except torch.OutOfMemoryError as error:
+                self._halve(training, error)
+            training.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _halve(self, training: _Training, error: torch.OutOfMemoryError) -> None:
+        """Takes half as many sequences at a time from here on. With several processes the others would wait for
+        this one's gradients, so there it is for the recipe to say."""
+        stage, size = training.stage, training.micro_batch
+        if size == 1 or self.accelerator.num_processes > 1:
+            advice = "a smaller micro_batch, " if size > 1 else ""
+            raise KernelizeError(
+                f"stage {stage.name!r}: out of memory with {size} sequences of {stage.sequence_length} tokens at once; "
+                f"{advice}gradient_checkpointing or a shorter sequence_length needs less"
+            ) from error
+        training.micro_batch = size // 2
+        self._tell(event="memory", stage=stage.name, micro_batch=training.micro_batch)
+
+    def _gradients(self, index: int, step: int, training: _Training, micro: list[Row]) -> list[float]:
+        """Leaves the gradients of a global batch; its losses (as `_means`), and whether a process was told to stop."""
         processes, objective = self.accelerator.num_processes, training.objective
+        micro = [
+            Row(*parts) for rows in micro for parts in zip(*(x.split(training.micro_batch) for x in rows), strict=True)
+        ]
         micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
         counts = self._sum(torch.tensor([objective.counts(rows) for rows in micro], dtype=torch.float32).sum(0))
         counts = counts.clamp(min=1)
@@ -451,16 +533,7 @@ class _Run:
                     self.accelerator.backward(loss if losses.carried is None else loss + losses.carried)
                 total = total + _means(losses, counts, list(objective.terms.values()))
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
-        summed = self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
-        self.stop.asked = summed.pop() > 0
-        norm = float(self.accelerator.clip_grad_norm_(training.wrapped.parameters(), training.stage.clip))
-        self._refuse_nonfinite(step, training, summed, norm)
-        rate = training.scheduler.get_last_lr()[0]
-        training.optimizer.step()
-        training.scheduler.step()
-        training.optimizer.zero_grad()
-        names = ("loss", *objective.terms)
-        return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
+        return self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
 
     def _parts(self, objective: Objective, rows: Row) -> Iterator[tuple[Row, bool]]:
         """The parts of a micro-batch, each with whether it is the last; what is done between them is under autocast."""
@@ -474,19 +547,19 @@ class _Run:
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
 
-    def _refuse_nonfinite(self, step: int, training: _Training, values: list[float], norm: float) -> None:
-        if all(map(math.isfinite, values)) and math.isfinite(norm):
-            return
-        where = f"stage {training.stage.name!r}, step {step}"
+    def _loss_problem(self, training: _Training, values: list[float]) -> str | None:
         layers = values[1 + len(training.objective.terms) :]
         for index, loss in zip(kernelized_layers(self.model), layers, strict=False):
             if not math.isfinite(loss):
-                raise KernelizeError(f"{where}: the loss of layer {index} is {loss}")
-        if not math.isfinite(values[0]):
-            raise KernelizeError(f"{where}: the loss is {values[0]}")
-        grads = {name: p.grad for name, p in training.objective.model.named_parameters() if p.grad is not None}
-        name = next((name for name, grad in grads.items() if not grad.isfinite().all()), "all parameters together")
-        raise KernelizeError(f"{where}: the gradient of {name} is not finite")
+                return f"the loss of layer {index} is {loss}"
+        return None if math.isfinite(values[0]) else f"the loss is {values[0]}"
+
+    def _gradient_problem(self, index: int, step: int, training: _Training, micro: list[Row]) -> str:
+        """Which gradient is no number. They are made once more: clipping has spread it over all of them."""
+        training.optimizer.zero_grad()
+        self._gradients(index, step, training, micro)
+        grads = {name: parameter.grad for name, parameter in training.objective.model.named_parameters()}
+        return f"the gradient of {_nonfinite(grads) or 'all parameters together'} is not finite"
 
     def _merge(self, training: _Training) -> None:
         """Folds LoRA into the weights and notes what this stage has changed."""
@@ -511,20 +584,22 @@ class _Run:
         return {name: p for name, p in named.items() if p.requires_grad or name in self.changed}
 
     def _checkpoint(self, index: int, step: int, position: dict[str, Any], training: _Training | None) -> None:
-        optimizer = None
+        optimizer, stage = None, self.recipe.stages[index].name
         if training is not None:
             self._collect(training)
             optimizer = sharding.whole(training.optimizer.state_dict())
+        if bad := _nonfinite(self._parameters()):
+            raise KernelizeError(f"stage {stage!r}, step {step}: {bad} is not finite, not saved")
         if self.accelerator.is_main_process:
             path = checkpoints.write(
                 self.output / CHECKPOINTS,
-                name=f"{self.recipe.stages[index].name}-{step}",
+                stage=stage,
                 state=checkpoints.State(index, step, position, self.recipe.to_dict(), sorted(self.changed)),
                 parameters=self._parameters(),
                 optimizer=optimizer,
                 scheduler=None if training is None else training.scheduler.state_dict(),
             )
-            self._tell(event="checkpoint", stage=self.recipe.stages[index].name, step=step, path=str(path))
+            self._tell(event="checkpoint", stage=stage, step=step, path=str(path))
         self.accelerator.wait_for_everyone()
 
     def _restore(self, last: checkpoints.Checkpoint) -> None:
@@ -539,10 +614,19 @@ class _Run:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
             parameter.requires_grad_(True)
+        if bad := _nonfinite(dict(self.model.named_parameters())):
+            raise KernelizeError(f"{bad} is not finite in {self.dtypes[bad]}, nothing is saved")
         if self.accelerator.is_main_process:
-            save(self.model, self.tokenizer, self.output, overwrite=True)
+            save(self.model, self.tokenizer, self.output, overwrite=True, document=self.document)
             self._tell(event="done", output=str(self.output))
         self.accelerator.wait_for_everyone()
+
+
+def _nonfinite(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """The first name whose tensor has a value that is no finite number."""
+    return next(
+        (n for n, value in tensors.items() if value is not None and not sharding.whole(value.isfinite().all())), None
+    )
 
 
 def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
@@ -563,6 +647,12 @@ def _recompute_layers(model: PreTrainedModel, enabled: bool) -> None:
     for layer in layers:
         layer.gradient_checkpointing = enabled
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def _batch(position: dict[str, Any]) -> str:
+    """Where in the data a batch ends."""
+    document = position["document"]
+    return f"its batch ends in document {document['offset']} of buffer {document['buffer']} of the shuffled data"
 
 
 def _progress(stage: Stage, step: int, done: int, seconds: float, metrics: dict[str, float]) -> Event:

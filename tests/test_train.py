@@ -111,7 +111,7 @@ def test_the_result_is_an_ordinary_checkpoint_with_its_log(text, tmp_path):
     assert logged == events
     assert [stage.name for stage in result.stages] == ["transfer", "lora"]
     assert all(stage.tokens == 5 * 128 for stage in result.stages)
-    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["lora-4", "lora-5"]
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["1-lora-4", "1-lora-5"]
     step = next(event for event in events if event["event"] == "step")
     assert {"loss", "output", "far", "mass", "gradient_norm", "learning_rate"} == set(step["metrics"])
     assert step["seconds_left"] >= 0
