@@ -52,6 +52,14 @@ class Objective(nn.Module):
         """How many items of a micro-batch [b, T] each part of the loss sums over."""
         raise NotImplementedError
 
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """The layers that `Losses.layers` are those of."""
+        return ()
+
+    def begin(self, step: int) -> None:
+        """Is told that a step's first micro-batch comes now."""
+
     def pieces(self, rows: Row) -> int:
         """Into how many pieces `parts` cuts a micro-batch [b, T]."""
         return 1
@@ -78,10 +86,17 @@ class Transfer(RowObjective):
 
     def __init__(self, model: PreTrainedModel, weights: TransferWeights):
         super().__init__(model)
+        self._watch(weights, tuple(kernelized_layers(model)))
+
+    def _watch(self, weights: TransferWeights, layers: tuple[int, ...]) -> None:
         self.weights = weights
-        self.probes = {index: TransferProbe() for index in kernelized_layers(model)}
-        for index, layer in kernelized_layers(model).items():
-            layer.kernelize.probe = self.probes[index]
+        self.probes = {index: TransferProbe() for index in layers}
+        for index, probe in self.probes.items():
+            kernelized_layers(self.model)[index].kernelize.probe = probe
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        return tuple(self.probes)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
@@ -107,6 +122,10 @@ class Forecast(RowObjective):
         for index, probe in self.probes.items():
             layer = kernelized_layers(model)[index].kernelize
             layer.probe, layer.watch = probe, probe.watch
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        return tuple(self.probes)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)

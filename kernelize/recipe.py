@@ -124,6 +124,8 @@ class Stage(_Strict):
     memory that does not depend on its length; gradients end at a chunk's start (`across: truncate`, the default), or
     follow through all chunks, which are then read twice (`recompute`).
     A step whose loss or gradient is no finite number stops the run or, with `on_nonfinite: skip`, is left out.
+    A transfer with `layers_at_a_time` trains so many layers after the other, and holds no more of the model than those:
+    each group sees all of the stage's batches, as hidden states that are stored in the output folder meanwhile.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -148,6 +150,7 @@ class Stage(_Strict):
     chunk_tokens: int | None = Field(default=None, ge=2)
     across: Literal["truncate", "recompute"] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    layers_at_a_time: int | None = Field(default=None, ge=1)
     data: Sequence[DataSource] = Field(min_length=1)
 
     @field_validator("betas")
@@ -174,6 +177,8 @@ class Stage(_Strict):
                 f"a forecast stage looks ahead over whole rows: packing must be 'joined', not {self.packing!r}"
             )
         self._check_chunks()
+        if self.layers_at_a_time and self.kind != "transfer":
+            raise ValueError(f"layers_at_a_time needs kind='transfer', whose layers are independent, not {self.kind!r}")
         for key in ("transfer", "distil"):
             if key != self.kind and getattr(self, key):
                 raise ValueError(f"a {self.kind} stage has no loss weights under the key {key!r}")

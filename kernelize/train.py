@@ -8,6 +8,7 @@ index. Whatever trains is float32; on a GPU the arithmetic is bfloat16 under aut
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints, sharding
+from .blockwise import BlockTransfer, Group, Store, blocks_of, groups, place
 from .chunks import ChunkedDistil
 from .data import (
     HAYSTACK_PER_TOKEN,
@@ -54,7 +56,7 @@ from .subject import has_position_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHECKPOINTS, LOG, WRITTEN = "checkpoints", "train.jsonl", "data"
+CHECKPOINTS, LOG, WRITTEN, HIDDEN = "checkpoints", "train.jsonl", "data", "hidden"
 SKIPPED = 8  # steps in a row that cannot be used end a run even if its recipe skips them
 
 Event = dict[str, Any]
@@ -128,6 +130,7 @@ class _Training:
     micro_batch: int  # sequences at a time
     adapter: Any = None
     adapted: list[str] = field(default_factory=list)
+    round: int = 0  # of the groups of layers that train one after the other
 
 
 class NonfiniteError(KernelizeError):
@@ -247,6 +250,10 @@ class _Run:
             raise InputError(
                 f"stage {stage.name!r} fits forecasts, but no layer's policy has one, as attention+forecast"
             )
+        if stage.layers_at_a_time and self.sharded:
+            raise InputError(
+                f"stage {stage.name!r}: layers_at_a_time={stage.layers_at_a_time} holds those layers whole; use ddp"
+            )
         kept = self.model.config.num_hidden_layers - len(kernelized_layers(self.model))
         if stage.chunk_tokens and kept:
             raise InputError(
@@ -283,21 +290,19 @@ class _Run:
 
     def _clear(self) -> None:
         """Removes what an earlier run in this folder has left: only what this module writes."""
-        for folder in (CHECKPOINTS, WRITTEN, "tensorboard"):
+        for folder in (CHECKPOINTS, WRITTEN, HIDDEN, "tensorboard"):
             shutil.rmtree(self.output / folder, ignore_errors=True)
         (self.output / LOG).unlink(missing_ok=True)
 
     def _stages(self, last: checkpoints.Checkpoint | None) -> TrainResult:
         if not torch.cuda.is_available():
             self.model.float()
-        if not self.sharded:
-            self.model.to(self.accelerator.device)
         processes, engine = self.accelerator.num_processes, self.accelerator.distributed_type.value.lower()
         resumed = last is not None
         self._tell(event="start", recipe=self.recipe.name, resumed=resumed, processes=processes, engine=engine)
         results = []
         for index, stage in enumerate(self.recipe.stages):
-            if last and (index, stage.total_steps) <= (last.stage, last.step):
+            if last and (index, self._rounds(stage) * stage.total_steps) <= (last.stage, last.step):
                 continue
             results.append(self._stage(index, stage, last))
             last = None
@@ -315,18 +320,35 @@ class _Run:
 
     # --- one stage ---
 
+    def _groups(self, stage: Stage) -> Sequence[Group | None]:
+        """The layers that train together, one after the other; None is all at once."""
+        return groups(self.model, stage.layers_at_a_time) if stage.layers_at_a_time else [None]
+
+    def _rounds(self, stage: Stage) -> int:
+        return len(self._groups(stage))
+
     def _stage(self, index: int, stage: Stage, last: checkpoints.Checkpoint | None) -> StageResult:
-        inside = last is not None and last.stage == index
-        if last and not inside:
+        done = last.step if last and last.stage == index else 0
+        rounds, first = divmod(done, stage.total_steps)
+        if last and not first:
             self._restore(last)
-        stream = self._stream(index, stage)
-        training = self._prepare(index, stage, last if inside else None)
-        first, position = (last.step, last.position) if last and inside else (0, None)
-        try:
-            with closing(stream(position)) as data:
-                return self._steps(index, training, data, first)
-        finally:
-            self._leave(training)
+        stream, results = self._stream(index, stage), []
+        for number, group in list(enumerate(self._groups(stage)))[rounds:]:
+            training = self._prepare(index, stage, last if first else None, number, group)
+            try:
+                with closing(stream(last.position if last and first else None)) as data:
+                    results.append(self._steps(index, training, data, first))
+            finally:
+                self._leave(training)
+            if self.stop.asked:
+                break
+            if group:
+                self._store().forget(group.first)
+            last, first = None, 0
+        return _joined(results)
+
+    def _store(self) -> Store:
+        return Store(self.output / HIDDEN, self.accelerator.process_index)
 
     def _stream(self, index: int, stage: Stage) -> Callable[..., Generator[tuple[list[Row], dict[str, Any]]]]:
         seed = int(np.random.SeedSequence([self.recipe.seed, index]).generate_state(1)[0])
@@ -358,48 +380,60 @@ class _Run:
         self.teacher.requires_grad_(False).eval()
         return self.teacher.to(self.accelerator.device)
 
-    def _prepare(self, index: int, stage: Stage, last: checkpoints.Checkpoint | None) -> _Training:
+    def _prepare(
+        self, index: int, stage: Stage, last: checkpoints.Checkpoint | None, number: int, group: Group | None
+    ) -> _Training:
+        """What trains in round `number` of a stage, its `group` of layers, from the middle of it with `last`."""
         self._seed(index, 0, 0)
         adapter, adapted = None, list[str]()
         if stage.trainable == "new+lora":
             adapter, adapted = attach_lora(self.model, stage.lora or Lora())
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(_is_trainable(name, stage))
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        on_device = 0 if self.sharded else place(self.model, group, self.accelerator.device, "cpu")
+        self._choose(stage, group)
         if last:
             self.changed = set(last.changed)
             last.load_parameters(self._parameters())
         self._mode(stage)
-        objective = self._objective(stage, copy.deepcopy(self.model) if self.sharded else self.model)
-        trained = [parameter for parameter in objective.model.parameters() if parameter.requires_grad]
+        objective = self._objective(stage, copy.deepcopy(self.model) if self.sharded else self.model, group)
+        optimizer, scheduler = self._optimizer(stage, objective.model)
+        wrapped, prepared = self.accelerator.prepare(objective, optimizer)
+        if last:
+            state, schedule = last.load_optimizer(self.accelerator.device)
+            held = [parameter for part in prepared.param_groups for parameter in part["params"]]
+            prepared.load_state_dict(sharding.sharded_state(state, held))
+            scheduler.load_state_dict(schedule)
+        fitting = fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
+        self._tell(
+            event="stage",
+            stage=stage.name,
+            kind=stage.kind,
+            steps=self._rounds(stage) * stage.total_steps,
+            tokens=stage.total_steps * stage.batch_tokens,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
+            held_parameters=on_device,
+            lora_layers=adapted,
+        )
+        return _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted, number)
+
+    def _choose(self, stage: Stage, group: Group | None) -> None:
+        """Sets which parameters train, in float32: those of the stage, within the group."""
+        inside = {id(p) for i in group.layers for p in blocks_of(self.model)[i].parameters()} if group else None
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(_is_trainable(name, stage) and (inside is None or id(parameter) in inside))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _optimizer(self, stage: Stage, model: PreTrainedModel) -> tuple[torch.optim.AdamW, Any]:
+        """Optimizer and schedule of what trains in `model`."""
         optimizer = torch.optim.AdamW(
-            trained,
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=stage.learning_rate,
             betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=self.accelerator.device.type == "cuda",
         )
         warmup = math.ceil(stage.warmup * stage.total_steps)
-        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, stage.total_steps)
-        wrapped, prepared = self.accelerator.prepare(objective, optimizer)
-        if last:
-            state, schedule = last.load_optimizer(self.accelerator.device)
-            held = [parameter for group in prepared.param_groups for parameter in group["params"]]
-            prepared.load_state_dict(sharding.sharded_state(state, held))
-            scheduler.load_state_dict(schedule)
-        fitting = fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
-        training = _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted)
-        self._tell(
-            event="stage",
-            stage=stage.name,
-            kind=stage.kind,
-            steps=stage.total_steps,
-            tokens=stage.total_steps * stage.batch_tokens,
-            parameters=sum(parameter.numel() for parameter in trained),
-            lora_layers=adapted,
-        )
-        return training
+        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, stage.total_steps)
 
     def _mode(self, stage: Stage) -> None:
         self.model.train()
@@ -410,7 +444,9 @@ class _Run:
             layer.kernelize.window_dropout = stage.window_dropout
         _recompute_layers(self.model, stage.gradient_checkpointing)
 
-    def _objective(self, stage: Stage, model: PreTrainedModel) -> Objective:
+    def _objective(self, stage: Stage, model: PreTrainedModel, group: Group | None) -> Objective:
+        if group:
+            return BlockTransfer(model, stage.transfer or TransferWeights(), group, self._store())
         if stage.kind == "transfer":
             return Transfer(model, stage.transfer or TransferWeights())
         if stage.kind == "forecast":
@@ -444,6 +480,7 @@ class _Run:
 
     def _steps(self, index: int, training: _Training, stream: Iterator, first: int) -> StageResult:
         stage, losses, began, skipped = training.stage, [], time.monotonic(), 0
+        before, steps = training.round * stage.total_steps, self._rounds(stage) * stage.total_steps
         for step in range(first + 1, stage.total_steps + 1):
             micro, position = next(stream)
             try:
@@ -453,12 +490,13 @@ class _Run:
                 self._skip(training, error, f"{error} ({_batch(position)})", skipped)
             else:
                 losses.append(metrics["loss"])
-                self._tell(**_progress(stage, step, step - first, time.monotonic() - began, metrics))
+                seconds = time.monotonic() - began
+                self._tell(**_progress(stage, before + step, steps, step - first, seconds, metrics))
             ended = step == stage.total_steps
             if ended:
                 self._merge(training)
             if ended or self.stop.asked or step % self.recipe.checkpoint_steps == 0:
-                self._checkpoint(index, step, position, None if ended else training)
+                self._checkpoint(index, before + step, position, None if ended else training)
             if self.stop.asked:
                 break
         tokens = len(losses) * stage.batch_tokens
@@ -520,6 +558,7 @@ class _Run:
         micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
         counts = self._sum(torch.tensor([objective.counts(rows) for rows in micro], dtype=torch.float32).sum(0))
         counts = counts.clamp(min=1)
+        objective.begin(step)
         total: Tensor | float = 0.0
         for number, rows in enumerate(micro):
             self._seed(index, step, number * processes + self.accelerator.process_index)
@@ -549,7 +588,7 @@ class _Run:
 
     def _loss_problem(self, training: _Training, values: list[float]) -> str | None:
         layers = values[1 + len(training.objective.terms) :]
-        for index, loss in zip(kernelized_layers(self.model), layers, strict=False):
+        for index, loss in zip(training.objective.measured, layers, strict=False):
             if not math.isfinite(loss):
                 return f"the loss of layer {index} is {loss}"
         return None if math.isfinite(values[0]) else f"the loss is {values[0]}"
@@ -655,14 +694,23 @@ def _batch(position: dict[str, Any]) -> str:
     return f"its batch ends in document {document['offset']} of buffer {document['buffer']} of the shuffled data"
 
 
-def _progress(stage: Stage, step: int, done: int, seconds: float, metrics: dict[str, float]) -> Event:
+def _joined(rounds: list[StageResult]) -> StageResult:
+    """One stage's result from those of its rounds; each round's loss is its layers' part of the stage's."""
+    first = rounds[0]
+    steps, tokens, seconds, start, end = (
+        sum(part) for part in zip(*(dataclasses.astuple(one)[1:] for one in rounds), strict=True)
+    )
+    return StageResult(first.name, steps, tokens, seconds, start, end)
+
+
+def _progress(stage: Stage, step: int, steps: int, done: int, seconds: float, metrics: dict[str, float]) -> Event:
     return {
         "event": "step",
         "stage": stage.name,
         "step": step,
-        "steps": stage.total_steps,
+        "steps": steps,
         "tokens": step * stage.batch_tokens,
         "tokens_per_second": done * stage.batch_tokens / max(seconds, 1e-9),
-        "seconds_left": (stage.total_steps - step) * seconds / done,
+        "seconds_left": (steps - step) * seconds / done,
         "metrics": metrics,
     }
