@@ -8,13 +8,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest check format venv clean
+.PHONY: demo test test-slow test-oldest check format venv clean
 
 demo: $(BASE)
 	$(BIN)/kernelize demo --output demo-out --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# What takes longer than the default suite may, such as every combination of map, rule, decay, policy and exact set.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 # The tests that depend on Transformers, on the oldest release of it that is supported.
 test-oldest: $(OLDEST)/.installed

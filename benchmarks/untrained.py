@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,9 +39,10 @@ MODELS = ("teacher", *CONVERTED, WITHOUT)
 METRICS = ("ppl", "ppl_at", "kl", "passkey")
 
 
-def make(source: str, folder: Path) -> None:
-    """Converts what `folder` lacks, in float32."""
-    missing = {name: entry for name, entry in CONVERTED.items() if not (folder / name).exists()}
+def make(source: str, folder: Path, wanted: Sequence[str]) -> None:
+    """Converts what `folder` lacks of the `wanted` models, in float32."""
+    names = {"shared" if name == WITHOUT else name for name in wanted}
+    missing = {name: entry for name, entry in CONVERTED.items() if name in names and not (folder / name).exists()}
     if not missing:
         return
     teacher, tokenizer = load(source, dtype="float32")
@@ -89,10 +91,9 @@ def main() -> None:
     parser.add_argument("--suite", action="append", choices=("wikitext", "passkey", "book"), help="by default all")
     args = parser.parse_args()
     source, folder = args.source or str(demo_source()), args.output / "models"
-    make(source, folder)
-    compared = {
-        name: model_of(name, source, folder, dtype=args.dtype, device=args.device) for name in args.model or MODELS
-    }
+    names = args.model or MODELS
+    make(source, folder, names)
+    compared = {name: model_of(name, source, folder, dtype=args.dtype, device=args.device) for name in names}
     for name, suite in suites(args.data, args.book, args.pieces).items():
         if not args.suite or name in args.suite:
             measure(name, suite, compared, args.output)

@@ -39,8 +39,12 @@ def inspect(
     layers: Layers = None,
     maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
     sizes: Sizes = list(SIZES),  # noqa: B006
-    windows: Annotated[list[int] | None, typer.Option("--window", help="Window to measure; may be repeated.")] = None,
-    decays: Annotated[list[str] | None, typer.Option("--decay", help="Decay to measure; may be repeated.")] = None,
+    windows: Annotated[
+        list[int] | None, typer.Option("--window", help="Window to measure, by default 64; may be repeated.")
+    ] = None,
+    decays: Annotated[
+        list[str] | None, typer.Option("--decay", help="Decay to measure, by default fixed; may be repeated.")
+    ] = None,
     tokens: Tokens = 1536,
     text: Text = None,
     device: Device = None,

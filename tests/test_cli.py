@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -347,6 +348,38 @@ def test_the_card_keeps_the_suites_that_are_not_measured_anew(folder, tmp_path):
     known = json.loads((made / "kernelize.json").read_text())["rows"]
     assert {(row["metric"], row["length"]) for row in known} >= {("ppl", 128), ("passkey", 150)}
     assert ("ppl", 64) not in {(row["metric"], row["length"]) for row in known}
+
+
+def test_a_plan_is_made_from_what_inspect_measured_and_keeps_its_bytes(folder, tmp_path, capsys):
+    few = ("--map", "none", "--map", "elu", "--size", "8", "--tokens", "256")
+    files = [tmp_path / name for name in ("plan.yaml", "heads.png", "found.json")]
+    where = ("--output", files[0], "--plot", files[1], "--json", files[2])
+    assert run("inspect", folder / "source", *few, "--state-bytes", "200000", *where) == 0
+    found = json.loads(files[2].read_text())
+    assert {row["spec"]["feature_map"] for row in found["maps"]} == {"none", "elu"}
+    assert run("plan", folder / "source", "--config", files[0], "--json", tmp_path / "plan.json") == 0
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert run("inspect", folder / "source", *few, "--state-bytes", "10") == 2
+    assert "state_bytes=10 is too little" in capsys.readouterr().err
+
+
+def test_convert_chooses_by_itself_under_a_number_of_bytes(folder, tmp_path, capsys, monkeypatch):
+    from kernelize.cli import inspection
+
+    few = functools.partial(inspection.inspect_loaded, tokens=256, maps=("none", "elu"), sizes=(8,), slots=(16,))
+    monkeypatch.setattr(inspection, "inspect_loaded", few)
+    assert run("convert", folder / "source", "-o", tmp_path / "out", "--spec", "auto") == 2
+    assert "--spec auto needs --state-bytes" in capsys.readouterr().err
+    asked = ("--spec", "auto", "--state-bytes", "150000", "--json", tmp_path / "plan.json")
+    assert run("convert", folder / "source", "-o", tmp_path / "out", *asked) == 0
+    assert 0 < json.loads((tmp_path / "plan.json").read_text())["state_bytes"] <= 150_000
+
+
+def test_one_map_is_measured_at_one_size(folder, tmp_path):
+    asked = ("--map", "elu", "--map", "none", "--size", "8", "--layers", "1", "--json", tmp_path / "maps.json")
+    assert run("list", "--measure", folder / "source", *asked) == 0
+    rows = json.loads((tmp_path / "maps.json").read_text())["maps"]
+    assert sorted(row["spec"]["feature_map"] for row in rows) == ["elu", "none"]
 
 
 def test_bench_puts_its_numbers_into_the_card(folder, tmp_path, capsys):
