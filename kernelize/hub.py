@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -92,8 +93,16 @@ def verify(folder: str | Path, *, trust_remote_code: bool = True) -> VerifyResul
     """
     folder = _checkpoint(folder)
     started = time.monotonic()
-    there = _answer_there(folder, trust_remote_code)
-    here = _answer_here(folder)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(answer_there, folder, trust_remote_code), pool.submit(_answer_here, folder)
+        there, here = (answer.result() for answer in asked)
+    difference = compare(folder, here, there)
+    counts = here["logits"].shape[0], len(here["tokens"])
+    return VerifyResult(difference, TOLERANCE, *counts, time.monotonic() - started)
+
+
+def compare(folder: Path, here: dict, there: dict) -> float:
+    """The largest difference of logits of two answers of `folder`; KernelizeError where they are not the same."""
     if here["logits"].shape != there["logits"].shape:
         raise KernelizeError(f"{folder}: the reloaded model has another vocabulary than the one loaded here")
     difference = (here["logits"] - there["logits"]).abs().max().item()
@@ -104,8 +113,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = True) -> VerifyResul
         )
     if here["tokens"].tolist() != there["tokens"].tolist():
         raise KernelizeError(f"{folder}: reloaded without kernelize, greedy decoding gives other tokens")
-    length = here["logits"].shape[0]
-    return VerifyResult(difference, TOLERANCE, length, len(here["tokens"]), time.monotonic() - started)
+    return difference
 
 
 def _answer_here(folder: Path) -> dict:
@@ -116,7 +124,8 @@ def _answer_here(folder: Path) -> dict:
     return answer(model)
 
 
-def _answer_there(folder: Path, trust_remote_code: bool) -> dict:
+def answer_there(folder: Path, trust_remote_code: bool = True) -> dict:
+    """`reload.answer` of the checkpoint in a clean process; KernelizeError with its last line where it fails."""
     import torch
     from safetensors.torch import load_file
 
