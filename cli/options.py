@@ -57,6 +57,9 @@ class KernelFlags:
     aging: Annotated[
         int | None, typer.Option(help="Tokens after which attention received counts 1/e; 0: for ever.")
     ] = None
+    reach: Annotated[
+        int | None, typer.Option(help="Farthest distance at which sinks and slots are seen; 0: true distances.")
+    ] = None
     sink_logits: Annotated[
         bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
     ] = None
@@ -81,6 +84,8 @@ class KernelFlags:
 
         data = load_recipe(self.config or default).to_dict()
         data["kernel"] = {**data.get("kernel", {}), **self.fields()}
+        if self.reach is not None:
+            data.pop("reach", None)
         if self.budget is not None:
             data["budget"] = self.budget
         if self.keep is not None and self.pattern is not None:

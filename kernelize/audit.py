@@ -27,9 +27,9 @@ from .recall import encode
 from .runtime import ops
 from .runtime.attention import Instead
 from .runtime.modeling import kernelized_layers
-from .runtime.reference import read, slot_bias
+from .runtime.reference import exact_scores, read, slot_bias
 from .runtime.spec import KernelSpec
-from .runtime.state import EMPTY, Kernel, State, logits, unpacked, wide
+from .runtime.state import Kernel, State, unpacked, wide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +94,7 @@ def near(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> tuple[Ten
         slots=0, head_slots=(), feature_map="none", rule="additive", policy="attention", share=0.5, aging=0
     )
     plain = Kernel(spec, kernel.scaling, None, None, None, None, kernel.softcap, kernel.sink_logits)
+    plain = plain._replace(rotation=kernel.rotation)
     out, _ = ops.attend(query, key, value, plain, keep=False)
     return out.exact, out.exact_lse
 
@@ -172,12 +173,13 @@ class Meter:
 
 def masses(query: Tensor, kernel: Kernel, state: State) -> tuple[Tensor, Tensor]:
     """What each position [B, H, P] and the memory [B, H] have of the normaliser of a query [B, H, 1, D]."""
-    out, _ = read(query, kernel, state, None)
+    last = state._replace(seen=state.seen - 1)  # the query's own position
+    out, _ = read(query, kernel, last, None)
     spec, (B, H, _, D), Hk, acc = kernel.spec, query.shape, state.pos.shape[1], wide(query.dtype)
-    scores = logits(query.to(acc).view(B, Hk, H // Hk, D), state.keys.to(acc), kernel)  # [B, Hk, G, P]
+    scores = exact_scores(query.to(acc).view(B, Hk, H // Hk, D), kernel, last)  # [B, Hk, G, P]
     if spec.learned_share is not None:
         scores = scores + slot_bias(spec, state)[:, :, None]
-    scores = scores.masked_fill((state.pos == EMPTY)[:, :, None], -torch.inf).view(B, H, -1)
+    scores = scores.view(B, H, -1)
     total = torch.logaddexp(out.exact_lse, out.memory_lse)  # [B, H, 1]
     return (scores - total).exp(), (out.memory_lse - total).exp()[..., 0]
 

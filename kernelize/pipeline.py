@@ -97,9 +97,10 @@ def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
     Raises InputError or SpecError for what cannot be converted.
     """
     from .plan import ConversionPlan
-    from .runtime.modeling import native_windows, refuse
+    from .runtime.modeling import native_windows, refuse, rotary_context
 
-    plan = ConversionPlan.from_recipe(recipe, config.num_hidden_layers, leave=native_windows(config))
+    context = recipe.context or rotary_context(config)
+    plan = ConversionPlan.from_recipe(recipe, config.num_hidden_layers, native_windows(config), context)
     refuse(config, list(plan.layers))
     return plan
 
@@ -212,8 +213,10 @@ def as_converted(recipe: Recipe, model) -> Recipe:
     if recipe.budget == "uniform":
         return recipe
     base = KernelSpec.from_dict(recipe.kernel).to_dict()
+    if recipe.reach:
+        base.pop("reach")
     specs = {i: spec for i, spec in enumerate(model.config.kernelize["layers"]) if spec}
-    given = {str(i): {f: v for f, v in spec.items() if v != base[f]} for i, spec in specs.items()}
+    given = {str(i): {f: spec[f] for f, v in base.items() if spec[f] != v} for i, spec in specs.items()}
     return recipe.model_copy(update={"budget": "uniform", "layers": {i: f for i, f in given.items() if f}})
 
 
@@ -452,7 +455,6 @@ def _shaped(
     import torch
 
     from .convert import named_dtype
-    from .plan import ConversionPlan
     from .runtime.modeling import kernelize_model
     from .shapes import random_model
 
@@ -461,5 +463,5 @@ def _shaped(
     model = random_model(shape, device=device, dtype=chosen)
     if make_recipe is None:
         return model
-    layers = model.config.num_hidden_layers
-    return kernelize_model(model, list(ConversionPlan.from_recipe(make_recipe(layers), layers).layers)).eval()
+    plan = plan_for(make_recipe(model.config.num_hidden_layers), model.config)
+    return kernelize_model(model, list(plan.layers)).eval()

@@ -51,12 +51,20 @@ class ConversionPlan:
         return cls.uniform(spec, count, kept_by_pattern(pattern, count))
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, count: int, leave: Collection[int] = ()) -> ConversionPlan:
-        """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them."""
+    def from_recipe(
+        cls, recipe: Recipe, count: int, leave: Collection[int] = (), context: int | None = None
+    ) -> ConversionPlan:
+        """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them.
+
+        `context` is the number of positions that the model has, where its recipe asks for that as the reach.
+        """
         if recipe.keep_auto:
             raise InputError(f"recipe {recipe.name!r}: keep_auto={recipe.keep_auto} is measured by `convert`, not here")
         kept = set(leave) - recipe.named
-        return cls(tuple(None if i in kept else spec for i, spec in enumerate(recipe.specs(count))))
+        specs = recipe.specs(count)
+        if recipe.reach and context is not None:
+            specs = tuple(s and s.replace(reach=max(context, s.least_reach)) for s in specs)
+        return cls(tuple(None if i in kept else spec for i, spec in enumerate(specs)))
 
     def override(self, changes: Mapping[int, Mapping[str, Any]]) -> ConversionPlan:
         """Changes fields of single layers: {18: {"slots": 512}}."""

@@ -19,7 +19,7 @@ from kernelize.runtime.feature_maps import FEATURE_MAPS
 from kernelize.runtime.layout import layout_of
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import DECAYS, NO_MEMORY, POLICIES, RULES, KernelSpec, SpecError
-from kernelize.runtime.state import Kernel, Seen
+from kernelize.runtime.state import Kernel, Rotation, Seen
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 LENGTH = 41
@@ -128,8 +128,9 @@ def layer(
     return attention.to(dtype)
 
 
-def kernel_of(attention: KernelAttention, **heads) -> Kernel:
-    return attention.kernel(attention.map_q.head_dim**-0.5 if attention.spec.has_memory else 0.5, **heads)
+def kernel_of(attention: KernelAttention, rotation: Rotation | None = None, **heads) -> Kernel:
+    scaling = attention.map_q.head_dim**-0.5 if attention.spec.has_memory else 0.5
+    return attention.kernel(scaling, **heads)._replace(rotation=rotation)
 
 
 def tokens(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: int = 0, sizes=None, scale: float = 1.0):
@@ -185,9 +186,9 @@ def law_branches(spec: KernelSpec) -> None:
 
 
 @torch.no_grad()
-def law_streams(spec: KernelSpec, lengths: list[int], valid: Tensor) -> None:
+def law_streams(spec: KernelSpec, lengths: list[int], valid: Tensor, **heads) -> None:
     """Any split of any padded batch [B, T] gives what each row gives alone, one token at a time."""
-    kernel, (q, k, v) = kernel_of(layer(spec)), tokens(*valid.shape)
+    kernel, (q, k, v) = kernel_of(layer(spec), **heads), tokens(*valid.shape)
     got = by_pieces(q, k, v, kernel, lengths, valid)
     for row, keep in enumerate(valid):
         if keep.any():
@@ -232,10 +233,10 @@ def law_untrained(spec: KernelSpec, default: KernelSpec) -> None:
     assert_same(*outputs, "untrained", allowed)
 
 
-def gradients(run: Callable[..., Tensor], attention: KernelAttention, inputs, weight: Tensor) -> list[Tensor]:
+def gradients(run: Callable[..., Tensor], attention: KernelAttention, inputs, weight: Tensor, **heads) -> list[Tensor]:
     """Of Σ weight·y with y = run(q, k, v, kernel): for q, k, v and every parameter."""
     leaves = [x.clone().requires_grad_() for x in inputs]
-    y = run(*leaves, kernel_of(attention))
+    y = run(*leaves, kernel_of(attention, **heads))
     wanted = leaves + list(attention.parameters())
     found = torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
@@ -249,12 +250,12 @@ def by_chunks(*given) -> Tensor:
     return chunked.attend(*given)[0].y
 
 
-def law_gradients(spec: KernelSpec, lengths: list[int]) -> None:
+def law_gradients(spec: KernelSpec, lengths: list[int], **heads) -> None:
     """reference = chunked = chunked through the states of a split, for the gradients of inputs and all parameters."""
     attention, inputs = layer(spec), tokens(2, LENGTH)
     weight = tokens(2, LENGTH, seed=2)[0]
     runs = (by_reference, by_chunks, lambda *given: by_pieces(*given, lengths))
-    found = [gradients(run, attention, inputs, weight) for run in runs]
+    found = [gradients(run, attention, inputs, weight, **heads) for run in runs]
     names = ["q", "k", "v", *(name for name, _ in attention.named_parameters())]
     for name, one, other, split in zip(names, *found, strict=True):
         assert_same(other, one, f"gradient of {name}", GRADIENT_TOLERANCE)

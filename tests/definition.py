@@ -38,12 +38,33 @@ def score(a, b, kernel):
     return s if kernel.softcap is None else kernel.softcap * math.tanh(s / kernel.softcap)
 
 
+def pair_score(q, k, t, j, kernel):
+    """The score of query q_t on key k_j; beyond reach, as if the key stood there: both turned to where they would."""
+    spec, rotation = kernel.spec, kernel.rotation
+    if spec.reach and rotation is not None and t - j > spec.reach:
+        k = turn(k, t - spec.reach - j, rotation, t, j)
+    return score(q, k, kernel)
+
+
+def turn(k, by, rotation, t, j):
+    """k turned on by so many positions; the angle of each position is a float32, as in models."""
+    out = k.clone()
+    R = len(rotation.frequencies)
+    for i in range(R):
+        f = rotation.frequencies[i].float()
+        angle = sum(sign * float(torch.tensor(float(p)) * f) for sign, p in ((1, t), (-1, j), (-1, t - j - by)))
+        a, b = (2 * i, 2 * i + 1) if rotation.interleaved else (i, R + i)
+        out[a] = k[a] * math.cos(angle) - k[b] * math.sin(angle)
+        out[b] = k[a] * math.sin(angle) + k[b] * math.cos(angle)
+    return out
+
+
 def mix(q, k, v, history, t, head, h, phi_q, phi_k, rates, scores, kernel):
     """The quotient of the architecture; history: for each block up to t's, what holds a slot, a share."""
     spec, slots = kernel.spec, history[-1]
     gone = [j for j in range(t + 1) if left(j, t, spec)]
     window = [j for j in range(t + 1) if j not in gone]
-    weights = {j: math.exp(score(q, k[j], kernel)) for j in [*window, *itertools.chain(*slots)]}
+    weights = {j: math.exp(pair_score(q, k[j], t, j, kernel)) for j in [*window, *itertools.chain(*slots)]}
     for s, (name, _) in enumerate(spec.shares):
         for j in slots[s] if name == "learned" else ():
             weights[j] /= 1 + math.exp(-scores[s][j])  # sigmoid(score)
@@ -150,7 +171,7 @@ def mass(q, k, kernel):
     for g in range(q.shape[0]):
         for t in range(T):
             local = [j for j in range(t + 1) if not left(j, t, spec)]
-            weights = {j: math.exp(score(q[g, t], k[j], kernel)) for j in local}
+            weights = {j: math.exp(pair_score(q[g, t], k[j], t, j, kernel)) for j in local}
             norm = sum(weights.values())
             for j in local:
                 if block(j, spec) < block(t, spec):

@@ -16,6 +16,7 @@ from tolerances import GRADIENT_TOLERANCE, assert_same
 from kernelize.runtime import chunked, fused, fused_memory, fused_select, fused_step, reference
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError
+from kernelize.runtime.state import Rotation
 
 FULL, HALF = torch.float32, torch.bfloat16
 SIZES = (4, 2, 8)  # heads, key heads, head size
@@ -31,10 +32,14 @@ SPECS = (
     KernelSpec(**{**SMALL, "policy": "attention+forecast", "aging": 32}),
 )
 SOME = SPECS[:1]
+FAR = (  # beyond reach, by neighbouring pairs of channels, or by halves of some of them
+    (SPECS[0].replace(reach=SPECS[0].least_reach), Rotation(torch.tensor([1.0, 0.3, 0.1, 0.02]), True)),
+    (SPECS[5].replace(reach=SPECS[5].least_reach), Rotation(torch.tensor([1.0, 0.3]), False)),
+)
 
 
-def kernel_of(spec: KernelSpec, dtype=FULL, **heads):
-    return contract.layer(spec, dtype, SIZES).kernel(0.5, **heads)
+def kernel_of(spec: KernelSpec, dtype=FULL, rotation: Rotation | None = None, **heads):
+    return contract.layer(spec, dtype, SIZES).kernel(0.5, **heads)._replace(rotation=rotation)
 
 
 def same_output(got, expected, what: str) -> None:
@@ -83,7 +88,29 @@ def streams() -> None:
         same_state(got[0][1], got[1][1], "split")
 
 
-def derivatives(implementation, spec: KernelSpec, lengths: list[int]) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def far() -> None:
+    """Beyond reach: fused = chunked, whole and in pieces, and it matters."""
+    length = 330
+    for spec, rotation in FAR:
+        kernel, (q, k, v) = kernel_of(spec, rotation=rotation), contract.tokens(1, length, FULL, sizes=SIZES)
+        out, state = fused.attend(q, k, v, kernel)
+        expected, after = chunked.attend(q, k, v, kernel)
+        same_output(out, expected, contract.name_of(spec))
+        same_state(state, after, contract.name_of(spec))
+        near = fused.attend(q, k, v, kernel._replace(rotation=None))[0]
+        assert not torch.allclose(near.y[:, :, spec.reach + 8 :], out.y[:, :, spec.reach + 8 :])
+        parts, state = [], None
+        for piece in zip(*(x.split([190, 1, 139], 2) for x in (q, k, v)), strict=True):
+            part, state = fused.attend(*piece, kernel, state)
+            parts.append(part.y)
+        assert_same(torch.cat(parts, 2), expected.y, "pieces")
+        same_state(state, after, "pieces")
+
+
+def derivatives(
+    implementation, spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None
+) -> dict[str, torch.Tensor]:
     """Gradients of something that depends on every branch and on the state at the end."""
     attention, generator = contract.layer(spec, FULL, SIZES), torch.Generator().manual_seed(5)
     leaves = dict(
@@ -91,6 +118,7 @@ def derivatives(implementation, spec: KernelSpec, lengths: list[int]) -> dict[st
     )
     sink = torch.linspace(-1, 2, SIZES[0]).requires_grad_()
     kernel, state, loss = attention.kernel(0.5, softcap=4.0, sink_logits=sink), None, torch.zeros(())
+    kernel = kernel._replace(rotation=rotation)
     for piece in zip(*(x.split(lengths, 2) for x in leaves.values()), strict=True):
         out, state = implementation.attend(*piece, kernel, state)
         finite = torch.where(out.memory_lse > -torch.inf, out.memory_lse, 0.0)
@@ -105,10 +133,20 @@ def gradients() -> None:
     """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
     fused_memory.PROGRAMS = 4  # segments of more than one tile
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
-        expected = derivatives(chunked, spec, lengths)
-        for name, got in derivatives(fused, spec, lengths).items():
-            what = f"{contract.name_of(spec)}: gradient of {name}"
-            assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
+        same_gradients(spec, lengths)
+
+
+def far_gradients() -> None:
+    """The same beyond reach."""
+    spec, rotation = FAR[0]
+    same_gradients(spec, [spec.reach + 40], rotation)
+
+
+def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None) -> None:
+    expected = derivatives(chunked, spec, lengths, rotation)
+    for name, got in derivatives(fused, spec, lengths, rotation).items():
+        what = f"{contract.name_of(spec)}: gradient of {name}"
+        assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
 
 
 @torch.no_grad()
@@ -184,6 +222,24 @@ def steps() -> None:
 
 
 @torch.no_grad()
+def far_steps() -> None:
+    """The same beyond reach, from a state that was read before."""
+    for spec, rotation in FAR:
+        kernel, length = kernel_of(spec, rotation=rotation), spec.reach + 6
+        q, k, v = contract.tokens(1, length, FULL, sizes=SIZES)
+        before = spec.reach - 6
+        state = chunked.attend(*(x[:, :, :before] for x in (q, k, v)), kernel)[1]
+        mine = state.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+        for t in range(before, length):
+            now = [x[:, :, t : t + 1] for x in (q, k, v)]
+            got, mine = fused_step.step(*now, kernel, mine, in_place=True)
+            expected, state = reference.step(*now, kernel, state)
+            assert_same(got.y, expected.y, f"{contract.name_of(spec)}, token {t}")
+            for name, a, b in zip(state._fields, in_order(spec, mine), in_order(spec, state), strict=True):
+                assert_same(a.float(), b.float(), f"{contract.name_of(spec)}, token {t}: {name}")
+
+
+@torch.no_grad()
 def steps_in_low_precision() -> None:
     """16-bit states stay near the reference on the same state, with a head size that is no power of two."""
     for dtype, sizes in ((HALF, (3, 1, 24)), (torch.float16, (2, 1, 16))):
@@ -253,6 +309,7 @@ def choice() -> None:
 
 LAWS = (
     forward, streams, gradients, lifetimes, low_precision, mixed_precision, choice, steps, steps_in_low_precision,
+    far, far_gradients, far_steps,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import tiny_student
 from tiny import byte_tokenizer, tiny_llama
+from tolerances import assert_same
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kernelize.cli import main
 from kernelize.convert import convert, load, save, stretch
 from kernelize.errors import InputError
 from kernelize.plan import ConversionPlan
-from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.modeling import kernelized_layers, rotary_context, supported
+from kernelize.runtime.spec import KernelSpec, SpecError
 
+TABLED = ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt")
 SPEC = KernelSpec(feature_dim=16, window=9, sinks=1, slots=4, block=4)
 
 
@@ -61,3 +65,76 @@ def test_convert_stretches_and_records_it(tmp_path):
     assert main(["convert", str(tmp_path / "source"), "-o", str(out), "--context", "1k", *kernel]) == 0
     assert load(str(out))[0].config.max_position_embeddings == 1024
     assert "context: 1024" in next(out.glob("*.yaml")).read_text()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", supported())
+def test_a_key_can_be_moved_as_the_model_itself_would(name):
+    """Keys of the same text read 100 positions later are the same once both are moved to where a text begins."""
+    spec = SPEC.replace(window=40)  # of the whole text: what a layer passes on then knows no positions
+    student = tiny_student(name, spec.replace(reach=spec.least_reach)).double()
+    layers = [layer.kernelize for layer in kernelized_layers(student).values()]
+    assert any(layer.rotary for layer in layers) == (name not in TABLED)
+    keys = []
+    for start in (0, 100):
+        pos, seen = torch.arange(start, start + 30), {}
+        for layer in layers:
+            layer.probe = Keeps(seen)
+        student(torch.arange(1, 31)[None], position_ids=pos[None], use_cache=False)
+        keys.append({i: move(layer, seen[layer], pos) for i, layer in enumerate(layers) if layer.rotary})
+    for i, key in keys[0].items():
+        assert_same(keys[1][i].float(), key.float(), f"layer {i}")
+
+
+class Keeps:
+    """A probe that keeps each layer's keys."""
+
+    wants_output = True
+
+    def __init__(self, seen: dict):
+        self.seen = seen
+
+    def __call__(self, layer, seen, output):
+        self.seen[layer] = seen.key
+        return output.y
+
+
+def move(layer, key, pos):
+    rotation = layer.kernel(0.5).rotation
+    moved = rotation.turn(key, pos, 0)
+    assert not torch.allclose(moved, key, atol=1e-3)
+    return moved
+
+
+@torch.no_grad()
+def test_a_recipe_may_reach_as_far_as_the_model_has_positions(tmp_path):
+    """Within them nothing changes; beyond, the loaded model does as the converted one, and unlike one with none."""
+    tiny_llama().save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    flags = ["--window", "9", "--block", "4", "--slots", "8", "--feature-dim", "16"]
+    for name, more in (("reaching", ()), ("plain", ("--reach", "0"))):
+        assert main(["convert", str(tmp_path / "source"), "-o", str(tmp_path / name), *flags, *more]) == 0
+    reaching, plain = (load(str(tmp_path / name))[0] for name in ("reaching", "plain"))
+    assert {spec["reach"] for spec in reaching.config.kernelize["layers"]} == {256}
+    assert "reach: context" in (tmp_path / "reaching/recipe.yaml").read_text()
+    ids = torch.randint(1, 257, (1, 400), generator=torch.Generator().manual_seed(0))
+    one, other = reaching(ids).logits, plain(ids).logits
+    torch.testing.assert_close(one[:, :256], other[:, :256], rtol=0, atol=1e-4)
+    assert (one[:, 256:] - other[:, 256:]).abs().max() > 1e-2
+    whole = reaching(ids, use_cache=True).past_key_values
+    first = reaching(ids[:, :300], use_cache=True).past_key_values
+    pieces = [reaching(ids[:, t : t + 1], past_key_values=first).logits for t in range(300, 330)]
+    torch.testing.assert_close(torch.cat(pieces, 1), one[:, 300:330], rtol=0, atol=1e-3)
+    assert whole.get_seq_length() == 400
+
+
+def test_frequencies_that_change_with_the_length_cannot_be_moved():
+    model = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert rotary_context(model.config) is None
+    with pytest.raises(SpecError, match="positions of this 'llama' change with the length; allowed: reach=0"):
+        convert(model, ConversionPlan.uniform(SPEC.replace(reach=500), 2))
+
+
+def test_a_reach_within_the_window_is_refused():
+    with pytest.raises(SpecError, match=f"reach=30 is neither 0 nor at least {SPEC.least_reach}"):
+        SPEC.replace(reach=30)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import MEMORY_FACTOR
 
+from kernelize.runtime import chunked
+from kernelize.runtime import spec as spec_module
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
-from kernelize.runtime.state import unpacked
+from kernelize.runtime.state import Rotation, unpacked
 
 CORE, MAPS, FEW = contract.core_specs(), contract.map_specs(), contract.few_specs()
 
@@ -35,6 +37,45 @@ def test_definition_with_softcap_and_sink_logits():
 
 HOLES = torch.rand(3, contract.LENGTH, generator=torch.Generator().manual_seed(3)) > 0.3
 HOLES[0], HOLES[1, :17] = True, False
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A reach that a few tokens exceed: it may be no shorter than what is read together."""
+    for module in (spec_module, chunked):
+        monkeypatch.setattr(module, "TILE", 4)
+
+
+def reaching(exact: dict) -> KernelSpec:
+    spec = KernelSpec(feature_dim=8, **exact)
+    return spec.replace(reach=spec.least_reach)
+
+
+def rotation(interleaved: bool) -> Rotation:
+    """Of the first two of a head's four channels, or of all."""
+    return Rotation(torch.tensor([1.3, 0.2])[: 1 + interleaved], interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("exact", contract.EXACT_SETS)
+def test_sinks_and_slots_beyond_reach_are_seen_at_reach(small_tiles, exact, interleaved):
+    spec = reaching(exact)
+    contract.law_definition(spec, rotation=rotation(interleaved))
+    plain, moved = (
+        chunked.attend(*contract.tokens(1, contract.LENGTH), contract.kernel_of(contract.layer(spec), **heads))[0].y
+        for heads in ({}, {"rotation": rotation(interleaved)})
+    )
+    assert torch.equal(plain[:, :, : spec.reach], moved[:, :, : spec.reach])
+    assert not torch.allclose(plain[:, :, spec.reach + spec.block :], moved[:, :, spec.reach + spec.block :])
+
+
+@pytest.mark.parametrize("exact", contract.EXACT_SETS)
+def test_any_split_of_a_padded_batch_beyond_reach(small_tiles, exact):
+    contract.law_streams(reaching(exact), [7, 1, 1, 20, 12], HOLES, rotation=rotation(True))
+
+
+def test_gradients_beyond_reach(small_tiles):
+    contract.law_gradients(reaching(contract.EXACT_SETS[0]), [18, 1, 22], rotation=rotation(False))
 
 
 @over(list(dict.fromkeys(CORE + MAPS)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
 from .layout import Layout, gather_documents, scatter_documents
 from .ops import attend
 from .spec import KernelSpec, SpecError
-from .state import AttentionOutput, Kernel, Seen, State
+from .state import AttentionOutput, Kernel, Rotation, Seen, State
 
 ATTENTION = "kernelize"  # its name in AttentionInterface
 INITIAL_LOG_GATE = -4.0  # an untrained memory must not hurt
@@ -41,6 +42,18 @@ class Probe(Protocol):
 Instead = Callable[[Tensor, Tensor, Tensor, Kernel], Tensor]  # q [B, H, T, D], k and v [B, Hk, T, D] -> like q
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Where a layer's rotary positions stand: a buffer of the model's own module, which loading may fill later."""
+
+    module: nn.Module
+    buffer: str = "inv_freq"
+    interleaved: bool = False
+
+    def rotation(self) -> Rotation:
+        return Rotation(self.module.get_buffer(self.buffer), self.interleaved)
+
+
 class KernelAttention(nn.Module):
     """What one layer adds to its attention: two feature maps, a gate a query head, a decay a key head.
 
@@ -59,6 +72,7 @@ class KernelAttention(nn.Module):
         self.window_dropout = 0.0  # probability, in training, that a forward sees but one block as its window
         self.probe: Probe | None = None  # training looks in here; it may replace the output
         self.watch: Callable[..., None] | None = None  # see Kernel.watch
+        self.rotary: Rotary | None = None  # the model's positions, if they are rotary
         self.instead: Instead | None = None  # an audit computes whole rows with this, not with the layer's own
         if spec.has_memory:
             kind = FEATURE_MAPS[spec.feature_map]
@@ -118,6 +132,8 @@ class KernelAttention(nn.Module):
             mine = self.sink_logit
             sink_logits = mine if sink_logits is None else torch.logaddexp(mine, sink_logits.to(mine.dtype))
         kernel = Kernel(spec, scaling, None, None, None, None, softcap, sink_logits)
+        if spec.reach and self.rotary is not None:
+            kernel = kernel._replace(rotation=self.rotary.rotation())
         if spec.has_memory:
             decay = None if spec.decay == "none" else -self.log_rate.exp()
             kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k, log_decay=decay)

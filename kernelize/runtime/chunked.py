@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .reference import self_recall, take
-from .spec import KernelSpec
+from .spec import TILE, KernelSpec
 from .state import (
     EMPTY,
     AttentionOutput,
@@ -30,6 +30,7 @@ from .state import (
     betas,
     by_head,
     empty_state,
+    far_logits,
     features,
     log_decays,
     logits,
@@ -41,10 +42,10 @@ from .state import (
     weigh_answers,
     wide,
     with_ones,
+    within_reach,
 )
 
 SEGMENT = 2048  # tokens: what is held at once
-TILE = 64  # tokens: the side of the largest score matrix
 
 
 @by_head
@@ -53,6 +54,7 @@ def attend(
 ) -> tuple[AttentionOutput, State]:
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
     fresh = state is None
+    kernel = within_reach(kernel, state, q.shape[2])
     state = empty_state(kernel.spec, k, v) if state is None else state
     aligned = fresh and valid is None and SEGMENT % tile_of(kernel.spec) == 0
     whole = Whole(q.shape[2])
@@ -218,6 +220,7 @@ class Local(NamedTuple):
     """Scores of every tile's queries on the sinks and on the positions that their windows reach."""
 
     query: Tensor  # [B, Hk, n, G·tile, D]
+    pos: Tensor  # [B, 1, n, G·tile] of the queries
     sinks: Tensor  # [B, Hk, n, G·tile, sinks], −inf where not visible
     window: Tensor  # [B, Hk, n, G·tile, reach], not masked
     inside: Tensor  # [B, 1, n, tile/block, block, reach] visible through the window
@@ -282,9 +285,16 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
     inside = (key_pos != EMPTY) & (key_pos <= at) & (at // spec.block - key_pos // spec.block <= spec.back)
     sink_pos = grid.sink_pos[:, None, None]
     seen = grouped((sink_pos != EMPTY) & (sink_pos <= at), query.shape[3])
-    sinks = logits(query, grid.sink_k.to(acc)[:, :, None], kernel).masked_fill(~seen[:, None], -torch.inf)
+    rows = query_pos.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
+    sinks = scores_on(query, rows, grid.sink_k.to(acc)[:, :, None], sink_pos, kernel)
+    sinks = sinks.masked_fill(~seen[:, None], -torch.inf)
     inside = inside.unflatten(2, (-1, spec.block))[:, None]
-    return Local(query, sinks, logits(query, keys, kernel), inside, reach)
+    return Local(query, rows, sinks, logits(query, keys, kernel), inside, reach)
+
+
+def scores_on(query: Tensor, pos: Tensor, keys: Tensor, key_pos: Tensor, kernel: Kernel) -> Tensor:
+    """Scores [B, Hk, n, R, X] of queries [B, Hk, n, R, D] at `pos` on keys [B, Hk, 1 or n, X, D] out of the window."""
+    return far_logits(logits(query, keys, kernel), query, keys, pos, key_pos, kernel)
 
 
 @torch.no_grad()
@@ -518,7 +528,8 @@ def slot_attention(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tupl
     index = table(holder, spec.slots)  # [B, Hk, n, slots]
     death = pick(life.death, index, EMPTY)[:, :, :, None]
     alive = death > query_blocks(grid, spec)[..., :: spec.block, None]  # [B, Hk, n, tile/block, slots]
-    scores = logits(local.query, pick(life.key, index).to(acc), kernel)
+    key, pos = pick(life.key, index).to(acc), pick(life.pos, index, EMPTY)
+    scores = scores_on(local.query, local.pos, key, pos, kernel)
     if spec.learned_share is not None:
         scores = scores + grouped(slot_bias(grid, life, index, spec), scores.shape[3])
     return hide(scores, alive[:, :, :, :, None], spec.block), pick(life.value, index).to(acc)

@@ -26,7 +26,17 @@ from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
 from .spec import KernelSpec
-from .state import EMPTY, AttentionOutput, Kernel, State, add_sink_logits, empty_state, log_decays, scores_from
+from .state import (
+    EMPTY,
+    AttentionOutput,
+    Kernel,
+    State,
+    add_sink_logits,
+    empty_state,
+    log_decays,
+    scores_from,
+    within_reach,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
@@ -99,12 +109,15 @@ def attend_plainly(
     keep: bool,
 ) -> tuple[AttentionOutput, State]:  # fmt: skip
     """`attend` outside of autocast."""
+    kernel = within_reach(kernel, state, q.shape[2])
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
     phi_q, phi_k = feature_maps(store, kernel)
     clock, clock_end = clocks(store, kernel)
-    lives, scores = select(store, kernel, phi_k, clock, clock_end)
-    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, kernel.scaling, kernel.softcap)
-    exact, lse = ExactFunction.apply(store.q, store.k, store.v, given)
+    far = turned(store, kernel)
+    lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
+    heads = kernel.scaling, kernel.softcap
+    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos)
+    exact, lse = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
     exact, lse = add_sink_logits(exact, lse, kernel)
     exact = exact.to(q.dtype)
     if not kernel.spec.has_memory:
@@ -244,10 +257,36 @@ def feature_maps(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
     phi_q = mapped(kernel, kernel.map_q, store.q, at[:, None], dtype)
     if store.grid is None:
         return phi_q, mapped(kernel, kernel.map_k, store.k, store.pos, dtype)
-    slots = slice(kernel.spec.positions - store.old, kernel.spec.positions)
+    return phi_q, mapped(kernel, kernel.map_k, store.k, key_positions(store, kernel.spec), dtype)
+
+
+def key_positions(store: Store, spec: KernelSpec) -> Tensor:
+    """[B, Hk, X] positions of a resumed store's keys; empty places have any."""
+    slots = slice(spec.positions - store.old, spec.positions)
     pos = store.pos.expand(-1, store.k.shape[1], -1).clone()
-    pos[:, :, kernel.spec.sinks : kernel.spec.sinks + store.old] = store.state.pos[:, :, slots]
-    return phi_q, mapped(kernel, kernel.map_k, store.k, pos, dtype)
+    pos[:, :, : spec.sinks] = torch.arange(spec.sinks, device=pos.device)
+    pos[:, :, spec.sinks : spec.sinks + store.old] = store.state.pos[:, :, slots]
+    return pos
+
+
+class Far(NamedTuple):
+    """Queries and keys as sinks and slots are seen from beyond reach; without `pos`, no key is so far back."""
+
+    q: Tensor  # [B, H, W, D], all at position `reach`; or [..., 0]
+    k: Tensor  # [B, Hk, X, D], all at position 0; or [..., 0]
+    pos: Tensor | None  # [R, X] int32, where the keys really stand
+
+
+def turned(store: Store, kernel: Kernel) -> Far:
+    if kernel.rotation is None or not kernel.spec.reach:
+        return Far(store.q[..., :0], store.k[..., :0], None)
+    (B, Hk, X, _), base = store.k.shape, store.bounds[:, 3:].long()
+    q_pos = base + torch.arange(store.q.shape[2], device=base.device)
+    fresh_pos = torch.arange(X, device=base.device).expand(B, Hk, -1)
+    k_pos = fresh_pos if store.grid is None else key_positions(store, kernel.spec)
+    q = kernel.rotation.turn(store.q, q_pos[:, None], kernel.spec.reach)
+    k = kernel.rotation.turn(store.k, k_pos, 0)
+    return Far(q.contiguous(), k.contiguous(), k_pos.flatten(0, 1).int().contiguous())
 
 
 def decays(store: Store, kernel: Kernel) -> bool:
@@ -297,13 +336,15 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def select(store: Store, kernel: Kernel, phi_k: Tensor, clock: Tensor, clock_end: Tensor) -> tuple[Lives, Scores]:
+def select(
+    store: Store, kernel: Kernel, far: Far, phi_k: Tensor, clock: Tensor, clock_end: Tensor
+) -> tuple[Lives, Scores]:
     spec, applicants = kernel.spec, store.applicants(kernel.spec)
     if not spec.slots:
         return lifetimes(spec, applicants, [], applicants[:, :0]), Scores([], None)
     found = {}
     if spec.measures("attention"):
-        found["attention"] = mass_of(store, kernel)
+        found["attention"] = mass_of(store, kernel, far)
     if spec.measures("recall"):
         found["recall"] = errors_of(store, kernel, applicants, phi_k, clock, clock_end)
     if spec.measures("value"):
@@ -337,8 +378,8 @@ def old_slots(store: Store, spec: KernelSpec) -> Tensor:
     return torch.where(pos == EMPTY, EMPTY, index).int()
 
 
-def mass_of(store: Store, kernel: Kernel) -> Tensor:
-    mass = received(kernel, store.q, store.k, store.bounds, store.front)
+def mass_of(store: Store, kernel: Kernel, far: Far) -> Tensor:
+    mass = received(kernel, store.q, store.k, store.bounds, store.front, None if far.pos is None else (far.q, far.k))
     if store.grid is not None:
         mass[:, :, store.front - store.grid.front :] += store.grid.mass
     return mass

@@ -59,11 +59,12 @@ def window_scores(
 
 @jit
 def mass_kernel(
-    Q, K, Bounds, Out,
+    Q, K, Bounds, QFar, KFar, Out,
     sqb, sqh, sqt, skb, skh, skt,
-    scaling, softcap, W, X, front, n, kv_heads,
+    scaling, softcap, W, X, front, n, kv_heads, limit,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
-    REACH: constexpr, KEYS: constexpr, SINKS: constexpr, SP: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+    REACH: constexpr, KEYS: constexpr, SINKS: constexpr, SP: constexpr, SOFTCAP: constexpr, FAR: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """Probability that a tile's queries of later blocks give to the keys in reach, under sinks and window alone."""
     tile, row = tl.program_id(0), tl.program_id(1)
@@ -90,6 +91,13 @@ def mass_kernel(
         wide = ((i < SINKS) & (i < X))[:, None] & (d < D)[None, :]
         sinks = tl.load(key + i[:, None] * skt + d[None, :], mask=wide, other=0.0)
         first = scaled_scores(q, sinks, scaling, softcap, SOFTCAP, PRECISION)
+        if FAR:
+            where_far = ((b * kv_heads * G + h * G + head).to(tl.int64) * W + at)[:, None] * D
+            far_q = tl.load(QFar + where_far + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+            where_far = ((b * kv_heads + h).to(tl.int64) * X + i)[:, None] * D
+            far_k = tl.load(KFar + where_far + d[None, :], mask=wide, other=0.0)
+            away = (base + at)[:, None] - i[None, :] > limit
+            first = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), first)
         first = tl.where((i < SINKS)[None, :] & (i[None, :] <= (base + at)[:, None]), first, float("-inf"))
         m = tl.maximum(m, tl.max(first, 1))
         l = tl.sum(tl.exp2(first - m[:, None]), 1)
@@ -324,20 +332,25 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     return lives._replace(order=rejected, holders=torch.cat(holders, 1))
 
 
-def received(kernel: Kernel, q: Tensor, k: Tensor, bounds: Tensor, front: int) -> Tensor:
-    """Attention mass [B, Hk, X] that the store k [B, Hk, X, D] receives from the queries q [B, H, W, D]."""
+def received(
+    kernel: Kernel, q: Tensor, k: Tensor, bounds: Tensor, front: int, far: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Attention mass [B, Hk, X] that the store k [B, Hk, X, D] receives from the queries q [B, H, W, D].
+
+    `far` are both as sinks are seen from beyond reach, contiguous; None where nothing is so far back.
+    """
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
     G, n = H // Hk, -(-W // TILE)
     HP = min(power_of_two(G, 1), 2 if q.dtype != torch.float32 else 1)
     parts, reach = -(-G // HP), -(-spec.back * spec.block // TILE) + 1
     out = torch.empty(B, Hk, parts, n, reach, TILE, device=q.device, dtype=torch.float32)
     mass_kernel[(n, B * Hk * parts)](
-        q, k, bounds, out, *q.stride()[:3], *k.stride()[:3],
-        kernel.scaling, kernel.softcap or 0.0, W, X, front, n, Hk,
+        q, k, bounds, *(far or (q, k)), out, *q.stride()[:3], *k.stride()[:3],
+        kernel.scaling, kernel.softcap or 0.0, W, X, front, n, Hk, spec.reach,
         G=G, HP=HP, D=D, DP=power_of_two(D), TILE=TILE, BLOCK=spec.block, BACK=spec.back, REACH=reach,
         KEYS=TILE * (1 if reach % 2 else 2),
         SINKS=spec.sinks, SP=power_of_two(spec.sinks), SOFTCAP=kernel.softcap is not None,
-        PRECISION=precision(q.dtype), num_warps=4 * HP,
+        FAR=far is not None, PRECISION=precision(q.dtype), num_warps=4 * HP,
     )  # fmt: skip
     piece = out[:, :, 0] if parts == 1 else out.sum(2)
     mass = out.new_zeros(B, Hk, max(0, (reach - 1) * TILE - front) + max(X, front + n * TILE))

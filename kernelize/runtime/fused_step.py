@@ -302,13 +302,40 @@ def product(p, v):
 
 
 @jit
+def turned(x, other, start, end, Frequencies, d, WIDTH: constexpr, NEIGHBOURS: constexpr):
+    """Channels x [rows, D] moved from positions `start` [rows] to `end`; `other` are those of `partner_of`."""
+    second = d % 2 == 1 if NEIGHBOURS else d >= WIDTH // 2
+    pair = d // 2 if NEIGHBOURS else d % (WIDTH // 2)
+    frequency = tl.load(Frequencies + pair, mask=d < WIDTH, other=0.0)[None, :]
+    here, there = start.to(tl.float32)[:, None] * frequency, end * frequency
+    # by addition theorems: what the model turned by a coarse angle is turned back by the same
+    cos = tl.cos(here) * tl.cos(there) + tl.sin(here) * tl.sin(there)
+    sin = tl.cos(here) * tl.sin(there) - tl.sin(here) * tl.cos(there)
+    return x * cos + tl.where(second[None, :], other, -other) * sin
+
+
+@jit
+def partner_of(d, WIDTH: constexpr, NEIGHBOURS: constexpr):
+    """The channel that each of the first WIDTH turns with; any other is its own."""
+    partner = d + 1 - 2 * (d % 2) if NEIGHBOURS else (d + WIDTH // 2) % WIDTH
+    return tl.where(d < WIDTH, partner, d)
+
+
+@jit
 def tile_scores(q, Keys, Pos, base, t, limit, entry, seen, new_key, d, scaling, softcap,
-                D: constexpr, SOFTCAP: constexpr):  # fmt: skip
+                far_q, Frequencies, reach, D: constexpr, SOFTCAP: constexpr, FAR: constexpr, WIDTH: constexpr,
+                NEIGHBOURS: constexpr):  # fmt: skip
     """(scores [heads, keys], −inf where there is no token, positions [keys]); the token itself stands at `entry`."""
     here = t < limit
     key = tl.where((t == entry)[:, None], new_key[None, :], rows_at(Keys, base + t, here, d, D))
     pos = tl.where(t == entry, seen, tl.load(Pos + base + t, mask=here, other=-1))
     s = tl.dot(q, tl.trans(key), input_precision="ieee") * scaling
+    if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
+        if seen > reach:
+            other = rows_at(Keys, base + t, here, partner_of(d, WIDTH, NEIGHBOURS), D).to(tl.float32)
+            far_k = turned(key.to(tl.float32), other, pos, 0.0, Frequencies, d, WIDTH, NEIGHBOURS)
+            far = tl.dot(far_q, tl.trans(far_k), input_precision="ieee") * scaling
+            s = tl.where((seen - pos > reach)[None, :], far, s)
     if SOFTCAP:
         s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
     return tl.where((here & (pos >= 0))[None, :], s, float("-inf")), pos
@@ -360,11 +387,11 @@ def softplus(x):
 @jit
 def read_kernel(
     Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogDecay, DecayWeight, SinkLogit,
-    q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, kv_heads,
+    Frequencies, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
     HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
     G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, SLOTS: constexpr, BLOCK: constexpr, TILE: constexpr, COUNT: constexpr,
-    UNIT: constexpr,
+    UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -396,21 +423,27 @@ def read_kernel(
 
     # window and sinks, then slots: one softmax
     head = h * G
-    at = Q + b * q_row + (head + g)[:, None] * q_head + d[None, :]
-    q = tl.load(at, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    at, there = Q + b * q_row + (head + g)[:, None] * q_head, (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(at + d[None, :], mask=there, other=0.0)
+    far_q = q.to(tl.float32)
+    if FAR:
+        other = tl.load(at + partner_of(d, WIDTH, NEIGHBOURS)[None, :], mask=there, other=0.0).to(tl.float32)
+        far_q = turned(far_q, other, seen + 0 * g, reach + 0.0, Frequencies, d, WIDTH, NEIGHBOURS)
     m = tl.full([GP], -1e30, tl.float32)
     l = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     LOCAL: constexpr = SINKS + RING
     for first in range(0, LOCAL, TILE):
         t = first + tl.arange(0, TILE)
-        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
         old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
         m, l, acc = absorb(s, old, m, l, acc)
     local_m, local_l = m, l
     for first in range(LOCAL, LOCAL + SLOTS, TILE):
         t = first + tl.arange(0, TILE)
-        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL + SLOTS, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL + SLOTS, entry, seen, key, d, scaling, softcap,
+                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
         m, l, acc = absorb(s, rows_at(Values, base + t, t < LOCAL + SLOTS, d, D), m, l, acc)
     filled = l > 0.0
     lse = tl.where(filled, m + tl.log(tl.where(filled, l, 1.0)), -1e30)
@@ -437,7 +470,8 @@ def read_kernel(
     if MASS:
         for first in range(0, LOCAL, TILE):
             t = first + tl.arange(0, TILE)
-            s, pos = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap, D, SOFTCAP)
+            s, pos = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
             p = tl.exp(s - local_m[:, None]) / tl.where(local_l > 0.0, local_l, 1.0)[:, None]
             got = tl.sum(tl.where((g < G)[:, None], p, 0.0), 0)
             ring = (t >= SINKS) & (t < LOCAL) & (valid != 0)
@@ -508,13 +542,17 @@ def read(
     weight = kernel.map_q.weight.contiguous() if isinstance(kernel.map_q, Hedgehog) else nothing
     rate = 0 if kernel.log_decay is None else 1 if kernel.decay_weight is None else 2
     group = q.shape[1] // k.shape[1]
+    rotation = kernel.rotation if spec.reach else None
     optional = (kernel.log_gate, kernel.log_decay, kernel.decay_weight, kernel.sink_logits)
     read_kernel[grid](
         q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
+        nothing if rotation is None else rotation.frequencies.float().contiguous(),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
-        kernel.softcap or 1.0, state.pos.shape[1],
+        kernel.softcap or 1.0, spec.reach, state.pos.shape[1],
         **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),
         SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
-        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, num_warps=8,
+        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None,
+        WIDTH=2 if rotation is None else 2 * len(rotation.frequencies),
+        NEIGHBOURS=rotation is not None and rotation.interleaved, num_warps=8,
     )  # fmt: skip

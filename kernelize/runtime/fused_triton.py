@@ -15,7 +15,7 @@ except ImportError:
     triton = tl = constexpr = None
 
 LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
-           "capacity", "width", "chunks")  # fmt: skip
+           "capacity", "width", "chunks", "limit")  # fmt: skip
 
 
 def jit(function: Any) -> Any:

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .attention import ATTENTION, KernelAttention, attention_function
+from .attention import ATTENTION, KernelAttention, Rotary, attention_function
 from .cache import CACHE, RELEASE, KernelState, adopt_cache, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
@@ -144,6 +144,33 @@ def configured(attention: Any, config: PreTrainedConfig) -> tuple[int, int, int]
     return config.num_attention_heads, kv_heads_of(config), head_dim_of(config)
 
 
+Positions = Callable[[Any, Any], Rotary | None]  # (model, attention) -> its rotary positions, if it has them
+
+
+def rotary_at(path: str, interleaved: bool = False) -> Positions:
+    """Rotary positions in every layer, by the module at `path`."""
+    return lambda model, _: Rotary(model.get_submodule(path), interleaved=interleaved)
+
+
+rotary_of_model = rotary_at("model.rotary_emb")
+
+
+def rotary_where_used(interleaved: bool) -> Positions:
+    """The same but for layers without positions."""
+    return lambda model, attention: (
+        Rotary(model.model.rotary_emb, interleaved=interleaved) if attention.use_rope else None
+    )
+
+
+def rotary_of_type(model: Any, attention: Any) -> Rotary:
+    """Layers of different types have frequencies of their own."""
+    return Rotary(model.model.rotary_emb, f"{attention.layer_type}_inv_freq")
+
+
+def tabled_positions(model: Any, attention: Any) -> None:
+    """Positions stand in a table (learned ones, and GPT-J's) that ends with the context: nothing is further back."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Where a model type keeps its decoder layers, how a layer calls its self-attention, and what is odd."""
@@ -153,52 +180,62 @@ class Family:
     note: str = ""
     shape: Callable[[Any, PreTrainedConfig], tuple[int, int, int]] = projected
     mixin: type = KernelizedAttentionMixin
+    rotary: Positions = rotary_of_model
     refused: str = ""  # why it is not supported
     lacks: str = ""  # what Transformers' own attention of the layers that are kept cannot do, one of LACKS
 
 
+CHANGING = {"dynamic", "longrope"}  # rotary positions whose frequencies depend on the length of the text
 LACKS = ("packing", "static cache", "sdpa")
 LOCAL = "layers with a native sliding window keep it"
 FAMILIES: dict[str, Family] = {
     "bloom": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
-    "cohere": Family(note="q/k norm where the config has it; parallel residual"),
+    "cohere": Family(
+        note="q/k norm where the config has it; parallel residual",
+        rotary=rotary_at("model.rotary_emb", interleaved=True),
+    ),
     "falcon": Family(
         "transformer.h", "self_attention", "its own forward; grouped heads; without ALiBi", configured,
-        FalconAttentionMixin,
+        FalconAttentionMixin, rotary_at("transformer.rotary_emb"),
     ),
     "gemma": Family(),
     "gemma2": Family(note=f"{LOCAL}; soft-capped scores, in the window as in the slots; no sdpa", lacks="sdpa"),
-    "gemma3_text": Family(note=f"{LOCAL}; q/k norm"),
-    "gpt2": Family("transformer.h", "attn", "learned positions", configured),
-    "gpt_bigcode": Family("transformer.h", "attn", "learned positions; one key-value head", configured),
+    "gemma3_text": Family(note=f"{LOCAL}; q/k norm", rotary=rotary_of_type),
+    "gpt2": Family("transformer.h", "attn", "learned positions", configured, rotary=tabled_positions),
+    "gpt_bigcode": Family(
+        "transformer.h", "attn", "learned positions; one key-value head", configured, rotary=tabled_positions
+    ),
     "gpt_neo": Family(
         "transformer.h", "attn.attention", f"{LOCAL}; learned positions; scores are not scaled; no sdpa", configured,
-        UnscaledDirectAttentionMixin, lacks="static cache",
+        UnscaledDirectAttentionMixin, tabled_positions, lacks="static cache",
     ),
-    "gpt_neox": Family("gpt_neox.layers", "attention", "partial RoPE", configured),
+    "gpt_neox": Family(
+        "gpt_neox.layers", "attention", "partial RoPE", configured, rotary=rotary_at("gpt_neox.rotary_emb")
+    ),
     "gpt_oss": Family(note=f"{LOCAL}; its learned sinks stay in the normaliser", lacks="packing"),
     "gptj": Family(
         "transformer.h", "attn", "partial RoPE; no sdpa before 5.24", configured,
-        DirectAttentionMixin if RELEASE < (5, 24) else KernelizedAttentionMixin,
+        DirectAttentionMixin if RELEASE < (5, 24) else KernelizedAttentionMixin, tabled_positions,
     ),
     "granite": Family(note="its own scaling"),
     "llama": Family(),
     "llama4_text": Family(
         note="chunked layers stay as they are; NoPE layers", mixin=OffsetAttentionMixin,
+        rotary=rotary_where_used(interleaved=True),
         lacks="packing" if RELEASE < (5, 23) else "",
     ),
     "mistral": Family(note=LOCAL),
     "mixtral": Family(note=LOCAL),
     "mpt": Family(refused="ALiBi biases every score by the distance, which a memory of constant size cannot hold"),
     "olmo2": Family(note="q/k norm over all heads"),
-    "opt": Family("model.decoder.layers", note="learned positions, offset by two"),
+    "opt": Family("model.decoder.layers", note="learned positions, offset by two", rotary=tabled_positions),
     "phi": Family(note="partial RoPE"),
     "phi3": Family(note=f"partial RoPE; {LOCAL}", shape=configured),
     "qwen2": Family(note=LOCAL),
     "qwen2_moe": Family(note=LOCAL),
     "qwen3": Family(note=f"q/k norm; {LOCAL}"),
     "qwen3_moe": Family(note=f"q/k norm; {LOCAL}"),
-    "smollm3": Family(note=f"NoPE layers; {LOCAL}"),
+    "smollm3": Family(note=f"NoPE layers; {LOCAL}", rotary=rotary_where_used(interleaved=False)),
     "starcoder2": Family(note=LOCAL),
 }  # fmt: skip
 
@@ -229,6 +266,14 @@ def native_windows(config: PreTrainedConfig) -> set[int]:
     return set(range(config.num_hidden_layers)) if local else set()
 
 
+def rotary_context(config: PreTrainedConfig) -> int | None:
+    """The positions that a model has, where keys can be moved among them: its frequencies must be the same at all
+    lengths. None where they are not."""
+    parameters = config.to_dict().get("rope_parameters") or {}
+    kinds = {parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, dict))}
+    return None if kinds & CHANGING else config.max_position_embeddings
+
+
 def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
     """Raises SpecError for what would not be right: a family, a layer with a native window, an odd config."""
     base, data = config.model_type, config.to_dict()
@@ -245,6 +290,8 @@ def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
             f"attn_implementation={config._attn_implementation!r} leaves out what {base!r} does with its scores; "
             "load the model with attn_implementation='eager'"
         )
+    if rotary_context(config) is None and any(spec is not None and spec.reach for spec in layers):
+        raise SpecError(f"reach: the rotary positions of this {base!r} change with the length; allowed: reach=0")
     local = sorted(i for i in native_windows(config) if i < len(layers) and layers[i] is not None)
     if local:
         raise SpecError(
@@ -474,6 +521,7 @@ def install(model: Any, layers: list[KernelSpec | None]) -> None:
         weight = next(attention.parameters())
         with torch.device(weight.device):
             attention.kernelize = KernelAttention(spec, *family.shape(attention, config)).float()
+            attention.kernelize.rotary = family.rotary(model, attention)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from .state import (
     betas,
     by_head,
     empty_state,
+    far_logits,
     features,
     log_decays,
     logits,
@@ -29,6 +30,7 @@ from .state import (
     weigh_answers,
     wide,
     with_ones,
+    within_reach,
 )
 
 
@@ -54,6 +56,7 @@ def step(
 
     With `in_place` the tensors of `state` may be overwritten, which saves copies.
     """
+    kernel = within_reach(kernel, state, 1)
     state = evict(kernel, state, valid)
     state = write(k, v, kernel, state, valid, in_place)
     out, mass = read(q, kernel, state, valid, in_place)
@@ -292,9 +295,7 @@ def read(
     spec, (B, H, _, D) = kernel.spec, q.shape
     Hk, acc = state.pos.shape[1], wide(q.dtype)
     query = q.to(acc).view(B, Hk, H // Hk, D)  # the queries of a group share a key head
-    s = logits(query, state.keys.to(acc), kernel).masked_fill(
-        (state.pos == EMPTY)[:, :, None], -torch.inf
-    )  # [B, Hk, G, P]
+    s = exact_scores(query, kernel, state)  # [B, Hk, G, P]
     joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None]
     exact = joined.softmax(-1) @ state.values.to(acc)
     exact, lse = add_sink_logits(exact.view(B, H, 1, -1), joined.logsumexp(-1).view(B, H, 1), kernel)
@@ -309,6 +310,13 @@ def read(
     if spec.measures("attention"):
         mass = receive(s.detach(), spec, state, valid, in_place)
     return AttentionOutput(out.y.to(q.dtype), *out[1:]), mass
+
+
+def exact_scores(query: Tensor, kernel: Kernel, state: State) -> Tensor:
+    """Scores [B, Hk, G, P] of one token's queries [B, Hk, G, D] on what the state holds, −inf where that is nothing."""
+    keys, at = state.keys.to(query.dtype), state.seen[:, None, None].expand(query.shape[:3])
+    scores = far_logits(logits(query, keys, kernel), query, keys, at, state.pos, kernel)
+    return scores.masked_fill((state.pos == EMPTY)[:, :, None], -torch.inf)
 
 
 def slot_bias(spec: KernelSpec, state: State) -> Tensor:

@@ -14,6 +14,7 @@ SCORES = (*STATISTICS, *TRAINED)
 POLICIES = (*SCORES, "mixed")  # and any two scores, "attention+value"
 MIXED = "attention+recall"
 NO_MEMORY = "none"
+TILE = 64  # tokens: what the parallel implementations take together, the side of their score matrices
 
 
 class SpecError(ValueError):
@@ -50,6 +51,9 @@ class KernelSpec:
 
     Of the trained scores "learned" weighs what its slots hold, so that a model's own loss trains it; "forecast" is
     fitted by itself, to the attention that softmax pays to a token once it has left the window.
+
+    With a `reach`, sinks and slots that stand further back than so many tokens are seen as if they stood there: where
+    positions are rotary, no query meets a distance that the original was never trained for. 0: true distances.
     """
 
     feature_map: str = "hedgehog"
@@ -65,16 +69,19 @@ class KernelSpec:
     sink_logits: bool = False
     aging: int = 0
     head_slots: tuple[int, ...] = ()
+    reach: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("feature_dim", "window", "sinks", "slots", "block", "aging"):
+        for field in ("feature_dim", "window", "sinks", "slots", "block", "aging", "reach"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise SpecError(f"{field}={value!r} is not a whole number")
-        least = {"feature_dim": 1, "window": 1, "sinks": 0, "slots": 0, "block": 1, "aging": 0}
+        least = {"feature_dim": 1, "window": 1, "sinks": 0, "slots": 0, "block": 1, "aging": 0, "reach": 0}
         for field, low in least.items():
             if getattr(self, field) < low:
                 raise SpecError(f"{field}={getattr(self, field)} is below {low}")
+        if 0 < self.reach < self.least_reach:
+            raise SpecError(f"reach={self.reach} is neither 0 nor at least {self.least_reach}: the window is not moved")
         choose("rule", self.rule, RULES)
         choose("decay", self.decay, DECAYS)
         if self.feature_map != NO_MEMORY:
@@ -159,6 +166,11 @@ class KernelSpec:
     def positions(self) -> int:
         """Key-value pairs held exactly, a KV head: ring + sinks + slots. What a state budget counts."""
         return self.ring + self.sinks + self.slots
+
+    @property
+    def least_reach(self) -> int:
+        """Distance at which kernels that read whole tiles of queries take no token for one of the window any more."""
+        return self.back * self.block + 2 * max(self.block, TILE)
 
     @property
     def shares(self) -> tuple[tuple[str, int], ...]:

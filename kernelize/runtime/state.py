@@ -19,6 +19,32 @@ UNIT_SOFTPLUS = math.log(math.e - 1)  # softplus of this is 1
 TINY = 1e-6  # keeps the logarithm of a statistic finite
 
 
+class Rotation(NamedTuple):
+    """Rotary positions: channel pair i of a query or key at position p is turned by p · frequencies[i]."""
+
+    frequencies: Tensor  # [R]; the first 2R channels are turned
+    interleaved: bool  # pairs are neighbours (GPT-J); else channel i goes with channel R + i
+
+    def turn(self, x: Tensor, pos: Tensor, to: float) -> Tensor:
+        """x [..., T, D] that stands at `pos` [..., T] as it would be at position `to`."""
+        at = torch.tensor(to, device=pos.device)
+        here, there = (angles(p, self.frequencies.to(pos.device), wide(x.dtype)) for p in (pos, at))
+        # by addition theorems, so that what the model turned by a coarse angle is turned back by the same
+        cos = here.cos() * there.cos() + here.sin() * there.sin()
+        sin = here.cos() * there.sin() - here.sin() * there.cos()
+        width = 2 * len(self.frequencies)
+        turning, rest = x[..., :width], x[..., width:]
+        a, b = (turning[..., ::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, -1)
+        pairs = a * cos - b * sin, a * sin + b * cos
+        turned = torch.stack(pairs, -1).flatten(-2) if self.interleaved else torch.cat(pairs, -1)
+        return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def angles(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., R] of positions [...]; products in float32, as models have them."""
+    return (pos[..., None].float() * frequencies.float()).to(dtype)
+
+
 class Kernel(NamedTuple):
     """One layer's arithmetic: the spec and the tensors it works with."""
 
@@ -38,6 +64,7 @@ class Kernel(NamedTuple):
     forecast_skip: Tensor | None = None  # [Hk, I], read-out of the forecast's inputs: S statistics, 1, key, value
     forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
+    rotation: Rotation | None = None  # how keys carry their positions, if by rotation
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
 
@@ -140,6 +167,30 @@ def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
     """Scaled, capped scores [..., X, Y] of q [..., X, D] and k [..., Y, D]."""
     s = (q * kernel.scaling) @ k.transpose(-1, -2)  # q is smaller than the scores
     return capped(s, kernel.softcap)
+
+
+def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, kernel: Kernel) -> Tensor:
+    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there.
+
+    All keys turned to position 0 and all queries to position `reach` have that distance, whatever theirs was.
+    """
+    reach = kernel.spec.reach
+    if not reach or kernel.rotation is None:
+        return near
+    q, k = kernel.rotation.turn(q, q_pos, reach), kernel.rotation.turn(k, k_pos, 0)
+    return torch.where(q_pos[..., :, None] - k_pos[..., None, :] > reach, logits(q, k, kernel), near)
+
+
+def within_reach(kernel: Kernel, state: State | None, length: int) -> Kernel:
+    """The kernel for `length` more tokens; without the rotation where the host sees that nothing is beyond reach."""
+    if kernel.rotation is None:
+        return kernel
+    seen = 0
+    if state is not None:
+        if state.seen.device.type != "cpu" or torch.compiler.is_compiling():
+            return kernel  # a look would be a sync
+        seen = int(state.seen.max())
+    return kernel if seen + length > kernel.spec.reach > 0 else kernel._replace(rotation=None)
 
 
 def capped(s: Tensor, softcap: float | None) -> Tensor:
