@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -13,10 +14,22 @@ import typer
 from kernelize.errors import KernelizeError
 from kernelize.runtime.spec import SpecError
 
-from . import benchmark, checkpoint, demonstration, evaluation, generation, inspection, publication, training
+from . import (
+    benchmark,
+    checkpoint,
+    demonstration,
+    evaluation,
+    generation,
+    inspection,
+    publication,
+    quantization,
+    serving,
+    training,
+)
 from .codes import BAD_INPUT, FAILURE, INTERRUPTED
 
 DEBUG = "--debug"
+CHATTY = ("torchao", "torch.utils._pytree")  # at import torchao lists the GPU libraries that a CPU has no use for
 
 app = typer.Typer(
     help="Replace softmax attention of a pretrained decoder by kernelized attention: linear time, constant state.",
@@ -35,6 +48,8 @@ for command in (
     evaluation.overlap,
     benchmark.bench,
     generation.generate,
+    serving.serve,
+    quantization.quantize,
     publication.push,
     checkpoint.info,
     evaluation.report,
@@ -69,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.stderr.isatty():  # Transformers' own bars are for terminals
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app([a for a in given if a != DEBUG], prog_name="kernelize", standalone_mode=False) or 0
     except Exception as error:

@@ -64,7 +64,7 @@ not needed. Where it is installed, its own copy is used instead.
 
 {{ audit }}
 
-## Memory
+{{ quantisation }}## Memory
 
 {{ memory }}
 
@@ -134,10 +134,11 @@ class CardFacts:
     commands: tuple[str, ...] = ()
     audit: Mapping[str, Any] | None = None  # what `audit.Audit.to_dict` gives
     speed: Mapping[str, Any] | None = None  # rows of `bench`, which implementation ran (model → text), and the machine
+    quantisation: Mapping[str, Any] | None = None  # what `quantize.Quantised.to_dict` gives
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-RECORDED = ("source", "tokens", "rows", "commands", "audit", "speed")
+RECORDED = ("source", "tokens", "rows", "commands", "audit", "speed", "quantisation")
 
 
 # --- facts ---
@@ -188,6 +189,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         commands=tuple(recorded.get("commands", ())),
         audit=recorded.get("audit"),
         speed=recorded.get("speed"),
+        quantisation=recorded.get("quantisation"),
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runtime_files(folder)},
     )
 
@@ -271,6 +273,7 @@ def model_card(about: str | Path | CardFacts, name: str | None = None) -> str:
         summary=_summary(facts),
         quality=_quality(facts),
         audit=_audit(facts),
+        quantisation=_quantisation(facts),
         memory=_memory(facts),
         speed=_speed(facts),
         plan=_plan(facts),
@@ -340,6 +343,22 @@ def _audit(facts: CardFacts) -> str:
         f"Each layer's share of the attention, mean over queries and heads; below {UNUSED:.0%} a part is unused:",
         _table(("layer", *sources, "verdict"), layers),
     ))  # fmt: skip
+
+
+def _quantisation(facts: CardFacts) -> str:
+    """Nothing where the weights are whole."""
+    made = facts.quantisation
+    if made is None:
+        return ""
+    share, before, after = made["weights"] / made["parameters"], made["bytes_before"], made["bytes_after"]
+    said = (
+        f"{share:.0%} of {made['parameters']:,} parameters are integers: {made['scheme']}. What kernelize added, "
+        f"embeddings, norms and the state are not. Files of weights: {_bytes(before)} before, {_bytes(after)} now. "
+        "Loading needs `pip install torchao`. Quality and audit above were measured before; this is what was lost:"
+    )
+    models = list(dict.fromkeys(row["model"] for row in made["rows"]))
+    table = _table(("suite", "metric", "length", "depth", *models), _quality_lines(made["rows"], models))
+    return f"## Quantisation\n\n{said}\n\n{table}\n\n"
 
 
 def _origin(facts: CardFacts) -> str:

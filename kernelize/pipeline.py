@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .card import CardFacts
     from .evaluate import Row
     from .plan import ConversionPlan, PlanReport
+    from .quantize import Quantised
     from .recipe import Recipe
     from .train import TrainResult
 
@@ -271,6 +272,33 @@ def evaluate_sources(
     return rows
 
 
+def quantize_source(
+    source: str, bits: int, output: str | Path, *, device: str | None = None, dtype: str | None = None, **options: Any
+) -> Quantised:
+    """`quantize.quantize`, by default on a GPU if there is one; InputError where torchao is not installed."""
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("torchao") is None:
+        raise InputError("quantisation needs torchao; run: pip install 'kernelize[quantize]'")
+    from .quantize import quantize
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return quantize(source, bits, output, device=chosen, dtype=dtype or "auto", **options)
+
+
+def serve_source(source: str, **options: Any) -> None:
+    """`serve.serve`; InputError where what it needs is not installed."""
+    from transformers.utils.import_utils import is_fastapi_available, is_uvicorn_available
+
+    if not (is_fastapi_available() and is_uvicorn_available()):
+        raise InputError("serving needs fastapi, uvicorn and openai; run: pip install 'kernelize[serve]'")
+    from .serve import serve
+
+    serve(source, **options)
+
+
 def audit_source(
     source: str,
     teacher: str,
@@ -360,6 +388,10 @@ def finetune_source(
     before = read_facts(source) if Path(source).is_dir() else None
     recipe = _with_kernels(recipe, before, teacher)
     model, tokenizer = load(source, dtype=dtype or "auto")
+    if "quantization_config" in model.config.to_dict():
+        raise InputError(
+            f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
+        )
     documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output))
     return finetune(
         model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event, document=documented

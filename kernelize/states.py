@@ -19,6 +19,7 @@ from .files import write_file
 from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
 from .runtime.modeling import unwrapped
 from .runtime.state import State
+from .weights import plain
 
 FORMAT = "kernelize state 2"
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
@@ -116,7 +117,7 @@ def fingerprint(model: nn.Module) -> str:
     InputError for weights that are offloaded.
     """
     sums = {}
-    for name, weight in model.named_parameters():
+    for name, weight in plain(model.named_parameters()):
         if weight.is_meta:
             raise InputError(f"weight {name!r} is offloaded; a state needs a model whose weights are in memory")
         bits = weight.detach().contiguous().view(INTEGER[weight.element_size()])

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from .errors import InputError
 from .runtime.cache import CACHE
+from .weights import plain
 
 log = logging.getLogger("kernelize")
 
@@ -38,7 +39,7 @@ def fingerprint(model) -> str:
     """A hash of configuration and weights; of a large tensor, 65536 evenly spaced entries and its shape."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in plain(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         part = flat[:: max(1, flat.numel() // 65536)].contiguous().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

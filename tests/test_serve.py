@@ -1,0 +1,110 @@
+"""A converted checkpoint behind `transformers serve`: the official client streams what `generate` gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from tiny import byte_tokenizer, tiny_llama
+
+from kernelize.cli import main
+from kernelize.cli.codes import DONE, INTERRUPTED
+from kernelize.convert import convert, load, save
+from kernelize.errors import InputError
+from kernelize.plan import ConversionPlan
+from kernelize.runtime.spec import KernelSpec
+from kernelize.serve import serve
+
+SPEC = KernelSpec(feature_map="hedgehog", feature_dim=16, window=16, sinks=2, slots=8, block=8)
+MESSAGES = [{"role": "user", "content": "Hello there, who is it? " * 8}]
+TOKENS, PATIENCE = 12, 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Its answers are longer than its window."""
+    model = convert(tiny_llama(max_position_embeddings=512, eos_token_id=None), ConversionPlan.uniform(SPEC, 2))
+    return save(model, byte_tokenizer(chat=True), tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "kernelize.cli", "serve", folder, "--port", port, "--device", "cpu"]
+    server = subprocess.Popen(list(map(str, command)), env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE) in (DONE, INTERRUPTED)
+
+
+def wait_for(address: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing answers at {address}"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def client(url):
+    with OpenAI(base_url=url, api_key="none", timeout=PATIENCE, max_retries=0) as client:
+        yield client
+
+
+def expected(folder: Path) -> str:
+    model, tokenizer = load(folder)
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        out = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
+    return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def plain(text: str) -> str:
+    """Without the bytes that are no text: random weights write some, and a stream holds half a letter back."""
+    return text.replace("\ufffd", "")
+
+
+def test_the_official_client_streams_what_generate_gives(client, folder):
+    stream = client.chat.completions.create(
+        model=str(folder), messages=MESSAGES, stream=True, max_tokens=TOKENS, temperature=0
+    )
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len([part for part in parts if part]) > 1
+    assert plain("".join(parts)) == plain(expected(folder))
+
+
+def test_and_completes_at_once(client, folder):
+    answer = client.chat.completions.create(model=str(folder), messages=MESSAGES, max_tokens=TOKENS, temperature=0)
+    assert plain(answer.choices[0].message.content) == plain(expected(folder))
+    assert answer.usage.completion_tokens == TOKENS
+
+
+def test_continuous_batching_is_refused(folder):
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        load(folder)[0].init_continuous_batching()
+
+
+def test_what_is_not_converted_is_refused(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match="no kernelized checkpoint; `transformers serve` serves a llama"):
+        serve(str(tmp_path / "plain"))
+    assert main(["serve", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
