@@ -242,6 +242,19 @@ def test_heads_that_share_slots_unequally_take_no_more_bytes_and_each_uses_its_o
     assert states[10, 1].nbytes == states[()].nbytes
 
 
+def test_heads_without_any_slot_and_learning_after_inference():
+    fields = {"window": 4, "block": 2, "sinks": 1, "feature_dim": 8}
+    for slots, heads in ((0, (0, 0)), (6, (9, 2))):
+        kernel = contract.kernel_of(contract.layer(KernelSpec(**fields, slots=slots, head_slots=heads)))
+        with torch.inference_mode():
+            _, state = attend(*contract.tokens(2, contract.LENGTH), kernel)
+        assert state.score.shape[2] == slots
+        q, k, v = (x.requires_grad_() for x in contract.tokens(2, contract.LENGTH))
+        attend(q, k, v, kernel)[0].y.sum().backward()
+        assert k.grad.isfinite().all()
+        assert k.grad.any()
+
+
 def test_a_layer_refuses_budgets_for_other_heads_than_it_has():
     with pytest.raises(SpecError, match="3 numbers for 2 KV heads"):
         contract.layer(KernelSpec(slots=4, head_slots=(4, 4, 4)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from functools import lru_cache
 
 RULES = ("additive", "delta", "gated_delta")
 DECAYS = ("none", "fixed", "gated")
@@ -196,7 +197,7 @@ class KernelSpec:
     @property
     def spread(self) -> Spread:
         """The same choice with room for the largest budget in every head: what an implementation works with."""
-        return Spread(**{**vars(self), "slots": max(self.head_slots)})
+        return spread(self)
 
     def statistics(self, score: str) -> tuple[str, ...]:
         """What a trained score reads, besides keys and values: what streams, and for the forecast in any kernel."""
@@ -245,6 +246,11 @@ class Spread(KernelSpec):
 
     def _check_heads(self) -> None:
         pass
+
+
+@lru_cache(maxsize=64)
+def spread(spec: KernelSpec) -> Spread:
+    return Spread(**{**vars(spec), "slots": max(spec.head_slots)})
 
 
 def mean_slots(head_slots: tuple[int, ...] | list[int]) -> int:

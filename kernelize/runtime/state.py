@@ -222,33 +222,35 @@ def quota(spec: KernelSpec, share: int, like: Tensor) -> Tensor | int:
     return torch.tensor(heads, device=like.device)[:, None]
 
 
-@lru_cache(maxsize=64)
-def cells(spec: KernelSpec) -> tuple[Tensor, Tensor]:
+Cells = list[list[int]]  # [Hk, slots]
+
+
+@lru_cache(maxsize=64)  # numbers, not tensors: those would belong to the mode and device of whoever came first
+def cells(spec: KernelSpec) -> tuple[Cells, Cells]:
     """Where a packed spec's slots lie: (in the packed state, for each of the `spread` one's; the other way round).
 
-    Both are indices into slots counted through the rows of all heads, [Hk, slots]; one past the last: nowhere.
+    Both count slots through the rows of all heads; one past the last: nowhere.
     """
     wide, heads = spec.spread, len(spec.head_slots)
-    packed = torch.full((heads, wide.slots), heads * spec.slots)
-    spread = torch.full((heads * spec.slots,), heads * wide.slots)
-    place = 0
+    packed = [[heads * spec.slots] * wide.slots for _ in range(heads)]
+    spread: list[int] = []
     for head in range(heads):
         start = 0
         for (_, room), (_, own) in zip(wide.shares, spec.shares_of(head), strict=True):
-            packed[head, start : start + own] = torch.arange(place, place + own)
-            spread[place : place + own] = head * wide.slots + torch.arange(start, start + own)
-            place, start = place + own, start + room
-    return packed, spread.view(heads, spec.slots)
+            packed[head][start : start + own] = range(len(spread), len(spread) + own)
+            spread += range(head * wide.slots + start, head * wide.slots + start + own)
+            start += room
+    spread += [heads * wide.slots] * (heads * spec.slots - len(spread))
+    return packed, [spread[head * spec.slots :][: spec.slots] for head in range(heads)]
 
 
-def moved(state: State, spec: KernelSpec, index: Tensor) -> State:
-    """The state with its slots at `index` [Hk, slots] of those it has, counted through the rows of all heads."""
-    first = spec.sinks + spec.ring
-    index = index.to(state.pos.device)
+def moved(state: State, spec: KernelSpec, places: Cells) -> State:
+    """The state with its slots from `places` among those it has, counted through the rows of all heads."""
+    first, index = spec.sinks + spec.ring, torch.tensor(places, dtype=torch.int64, device=state.pos.device)
 
     def move(x: Tensor, start: int, blank: float = 0.0) -> Tensor:  # x [B, Hk, start + slots, ...]
         flat = x[:, :, start:].flatten(1, 2)
-        flat = torch.cat([flat, torch.full_like(flat[:, :1], blank)], 1)
+        flat = torch.cat([flat, torch.full_like(flat[:, :1], blank)], 1) if flat.shape[1] else flat
         return torch.cat([x[:, :, :start], flat[:, index]], 2)
 
     return state._replace(
