@@ -121,7 +121,7 @@ def dense(q, k, v, kernel, death, rows):
 def lives_of(q, k, v, kernel):
     """(death [B, Hk, T], scores a share [B, Hk, T], applicants) as the fused kernels find them."""
     store = fused.fresh(q, k, v, kernel)
-    _, phi_k = fused.feature_maps(store, kernel)
+    phi_k = fused.key_features(store, kernel)
     clock, end = fused.clocks(store, kernel)
     lives, scores = fused.select(store, kernel, phi_k, clock, end)
     return lives.death.view(k.shape[0], -1, lives.death.shape[1]), [s.view(k.shape[:3]) for s in scores.of_share]

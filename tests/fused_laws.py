@@ -13,7 +13,7 @@ import pytest
 import torch
 from tolerances import GRADIENT_TOLERANCE, assert_same
 
-from kernelize.runtime import chunked, fused, fused_memory, fused_select, fused_step, reference
+from kernelize.runtime import chunked, fused, fused_memory, fused_read, fused_select, fused_step, reference
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError
 from kernelize.runtime.state import Rotation
@@ -89,6 +89,27 @@ def streams() -> None:
 
 
 @torch.no_grad()
+def prefill() -> None:
+    """Without branches y is one kernel's, and equals chunked's; also in pieces, with softcap, sinks and odd groups."""
+    cases = (
+        (SPECS[0], SIZES, {"softcap": 3.0, "sink_logits": torch.linspace(-1, 2, 4)}, [70, 33]),
+        (SPECS[2], (3, 1, 8), {}, [103]),
+        (KernelSpec(**{**SMALL, "feature_dim": 12, "policy": "attention", "decay": "none"}), (5, 1, 8), {}, [103]),
+        (SPECS[4], SIZES, {}, [103]),
+    )
+    for spec, sizes, heads, lengths in cases:
+        kernel = contract.layer(spec, FULL, sizes).kernel(0.5, **heads)
+        assert fused_read.serves(kernel, contract.tokens(1, 1, FULL, sizes=sizes)[0])
+        got, state, after = [], None, None
+        for piece in zip(*(x.split(lengths, 2) for x in contract.tokens(1, 103, FULL, sizes=sizes)), strict=True):
+            out, state = fused.attend(*piece, kernel, state, branches=False)
+            expected, after = chunked.attend(*piece, kernel, after)
+            assert out.exact.numel() == 0
+            assert_same(out.y, expected.y, f"{contract.name_of(spec)} {sizes}")
+            got.append(out.y)
+        same_state(state, after, contract.name_of(spec))
+
+
 def far() -> None:
     """Beyond reach: fused = chunked, whole and in pieces, and it matters."""
     length = 330
@@ -151,9 +172,10 @@ def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | No
 
 @torch.no_grad()
 def lifetimes() -> None:
-    """The same deaths as chunked's, also with ties, for any capacities and several segments."""
+    """The same deaths as chunked's, also with ties, for any capacities, several segments and groups of them."""
     fused_select.SEGMENT = 64
-    for slots, policy in ((1, "mixed"), (5, "value"), (12, "mixed"), (40, "mixed")):
+    for slots, policy, alone in ((1, "mixed", 12), (5, "value", 1), (12, "mixed", 12), (40, "mixed", 2)):
+        fused_select.ALONE = alone
         spec = KernelSpec(feature_dim=8, sinks=0, slots=slots, policy=policy, block=8, window=1)
         n, X = 192, 192 - 8
         score = torch.randint(0, 9, (2, X, len(spec.shares))).float()
@@ -308,8 +330,8 @@ def choice() -> None:
 
 
 LAWS = (
-    forward, streams, gradients, lifetimes, low_precision, mixed_precision, choice, steps, steps_in_low_precision,
-    far, far_gradients, far_steps,
+    forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
+    steps_in_low_precision, far, far_gradients, far_steps,
 )  # fmt: skip
 
 if __name__ == "__main__":

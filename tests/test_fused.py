@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 LAWS = (
-    "forward", "streams", "gradients", "lifetimes", "low_precision", "mixed_precision", "choice", "steps",
+    "forward", "streams", "prefill", "gradients", "lifetimes", "low_precision", "mixed_precision", "choice", "steps",
     "steps_in_low_precision", "far", "far_gradients", "far_steps",
 )  # fmt: skip
 

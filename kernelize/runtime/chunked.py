@@ -394,7 +394,8 @@ def store_scores(grid: Grid, life: Life, mass: Tensor, kernel: Kernel) -> Tensor
         if spec.measures("keydiff"):
             blocks = key.unflatten(2, (-1, spec.block))
             found["keydiff"] = novelty(blocks, key_sums(grid, spec)[:, :, :-1, None]).flatten(2)
-    return torch.cat([grid.state.score, scores_from(kernel, found, key, value, life.pos[:, :, spec.slots :])], 2)
+    new = scores_from(kernel, found, key, value, life.pos[:, :, spec.slots :])
+    return torch.cat([grid.state.score, torch.stack(new, -1)], 2)
 
 
 def key_sums(grid: Grid, spec: KernelSpec) -> Tensor:

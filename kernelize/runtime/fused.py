@@ -5,7 +5,9 @@ The stages are those of chunked.py, each over the whole length at once:
 1. rows on their own block grid: nothing to do for a new sequence without padding (`fresh`), else `chunked.align`;
 2. scores of the tokens that leave, and from them every token's lifetime (fused_select.py);
 3. the exact branch over sinks, window and slot holders (fused_exact.py);
-4. the memory over the tokens in the order of their deaths, merged with it (fused_memory.py).
+4. the memory over the tokens in the order of their deaths, merged with it (fused_memory.py);
+
+where nobody asks for the branches and a hedgehog map is small enough, 3 and 4 are one kernel (fused_read.py).
 
 `supports` says what the kernels cannot do; `ops` then takes chunked.py.
 """
@@ -22,6 +24,7 @@ from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction
 from .fused_map import mapped
 from .fused_memory import MemoryFunction, order_of, recall_errors
+from .fused_read import read, serves
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
@@ -96,7 +99,7 @@ def attend(
 ) -> tuple[AttentionOutput, State]:
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
 
-    Without `branches`, and outside of training, the output's `memory` and `memory_lse` are empty. Without `keep` the
+    Without `branches`, and outside of training, all but the output's `y` may be empty. Without `keep` the
     state is not computed: the one before the call comes back.
     """
     # what is added up over a sequence stays float32; Triton launches on the current device
@@ -111,22 +114,43 @@ def attend_plainly(
     """`attend` outside of autocast."""
     kernel = within_reach(kernel, state, q.shape[2])
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
-    phi_q, phi_k = feature_maps(store, kernel)
+    phi_k = key_features(store, kernel)
     clock, clock_end = clocks(store, kernel)
     far = turned(store, kernel)
     lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
     heads = kernel.scaling, kernel.softcap
     given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos)
-    exact, lse = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
-    exact, lse = add_sink_logits(exact, lse, kernel)
-    exact = exact.to(q.dtype)
-    if not kernel.spec.has_memory:
-        out = AttentionOutput(exact, exact, lse, torch.zeros_like(exact), torch.full_like(lse, -torch.inf))
-        total = store.state.memory
+    if not branches and not torch.is_grad_enabled() and far.pos is None and serves(kernel, q):
+        out, total = read_whole(store, kernel, given, lives, phi_k, clock, clock_end)
     else:
-        out, total = read_memory(store, kernel, lives, phi_q, phi_k, clock, clock_end, exact, lse, branches)
+        out, total = read_branches(store, kernel, given, far, lives, phi_k, clock, clock_end, branches)
     state = final_state(store, kernel, lives, scores, clock, clock_end, total) if keep else store.state
     return store.unalign(out), state
+
+
+def read_whole(
+    store: Store, kernel: Kernel, given: Exact, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor
+) -> tuple[AttentionOutput, Tensor]:
+    """(y alone, the memory at the end)."""
+    order = order_of(lives.order, kernel.spec.block, decays(store, kernel))
+    y, total = read(store.q, store.k, store.v, kernel, given, order, phi_k, clock, clock_end, store.state.memory)
+    nothing = y.new_empty(0)
+    return AttentionOutput(y, nothing, nothing, nothing, nothing), total
+
+
+def read_branches(
+    store: Store, kernel: Kernel, given: Exact, far: Far, lives: Lives, phi_k: Tensor, clock: Tensor,
+    clock_end: Tensor, branches: bool,
+) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
+    """(the output with its parts, the memory at the end)."""
+    exact, lse = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
+    exact, lse = add_sink_logits(exact, lse, kernel)
+    exact = exact.to(store.q.dtype)
+    if not kernel.spec.has_memory:
+        empty = torch.zeros_like(exact), torch.full_like(lse, -torch.inf)
+        return AttentionOutput(exact, exact, lse, *empty), store.state.memory
+    phi_q = query_features(store, kernel)
+    return read_memory(store, kernel, lives, phi_q, phi_k, clock, clock_end, exact, lse, branches)
 
 
 def read_memory(
@@ -198,6 +222,21 @@ def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -
         return bounds.to(device), last.to(device), seen.to(device)
 
 
+@lru_cache(maxsize=64)
+def fresh_slots(rows: int, device: torch.device) -> Tensor:
+    """No holders at the start: [rows, 0] int32."""
+    with torch.inference_mode(False):
+        return torch.empty(rows, 0, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=8)
+def nothing_seen(spec: KernelSpec, B: int, kv_heads: int, D: int, dtype: torch.dtype, device: torch.device) -> State:
+    """The state before new sequences. It is shared and only read: what a call keeps, it makes anew."""
+    with torch.inference_mode(False):
+        x = torch.empty(B, kv_heads, 0, D, dtype=dtype, device=device)
+        return empty_state(spec, x, x)
+
+
 def folded_tokens(
     bounds: Tensor, last: Tensor, spec: KernelSpec, X: int, front: int, blocks: int
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +268,8 @@ def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:
     spec = kernel.spec
     bounds, last, seen = fresh_bounds(q.shape[0], spec.sinks, q.shape[2], spec.block, q.device)
     q, k, v = (rows_first(x) for x in (q, k, v))
-    return Store(q, k, v, bounds, last, seen, 0, 0, empty_state(spec, k, v), None)
+    state = nothing_seen(spec, k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device)
+    return Store(q, k, v, bounds, last, seen, 0, 0, state, None)
 
 
 def resumed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None, valid: Tensor | None) -> Store:
@@ -248,16 +288,32 @@ def resumed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None
     return Store(grid.q.contiguous(), key, value, bounds, grid.last, grid.seen, front, spec.slots, state, grid)
 
 
-def feature_maps(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """phi of all queries [B, H, W, F] and of the store [B, Hk, X, F]; without a memory, nothing."""
-    if kernel.map_q is None or kernel.map_k is None:
-        return store.q[..., :0], store.k[..., :0]
-    dtype = torch.float32 if store.q.dtype == torch.float32 else torch.bfloat16  # features outgrow float16
-    at = store.bounds[:, 3:].long() + torch.arange(store.q.shape[2], device=store.q.device)
-    phi_q = mapped(kernel, kernel.map_q, store.q, at[:, None], dtype)
+def feature_dtype(store: Store) -> torch.dtype:
+    return torch.float32 if store.q.dtype == torch.float32 else torch.bfloat16  # features outgrow float16
+
+
+def query_features(store: Store, kernel: Kernel) -> Tensor:
+    """phi of all queries [B, H, W, F]."""
+    assert kernel.map_q is not None
+
+    def at() -> Tensor:
+        return (store.bounds[:, 3:].long() + torch.arange(store.q.shape[2], device=store.q.device))[:, None]
+
+    return mapped(kernel, kernel.map_q, store.q, at, feature_dtype(store))
+
+
+def key_features(store: Store, kernel: Kernel) -> Tensor:
+    """phi of the store [B, Hk, X, F]; without a memory, nothing."""
+    if kernel.map_k is None:
+        return store.k[..., :0]
+    return mapped(kernel, kernel.map_k, store.k, lambda: store_pos(store, kernel.spec), feature_dtype(store))
+
+
+def store_pos(store: Store, spec: KernelSpec) -> Tensor:
+    """Positions [B, 1 or Hk, X] of all tokens of the store, as far as the feature maps need them."""
     if store.grid is None:
-        return phi_q, mapped(kernel, kernel.map_k, store.k, store.pos, dtype)
-    return phi_q, mapped(kernel, kernel.map_k, store.k, key_positions(store, kernel.spec), dtype)
+        return store.pos
+    return key_positions(store, spec)
 
 
 def key_positions(store: Store, spec: KernelSpec) -> Tensor:
@@ -349,8 +405,10 @@ def select(
         found["recall"] = errors_of(store, kernel, applicants, phi_k, clock, clock_end)
     if spec.measures("value"):
         found["value"] = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
-    pos = store.pos if kernel.watch is None else leaving_pos(store, applicants)
-    new = scores_from(kernel, found, store.k, store.v, pos).unbind(-1)
+    pos = None
+    if spec.aging or kernel.watch is not None:
+        pos = store.pos if kernel.watch is None else leaving_pos(store, applicants)
+    new = scores_from(kernel, found, store.k, store.v, pos)
     scores = [with_holders(x, share, store, spec).flatten(0, 1).contiguous() for share, x in enumerate(new)]
     return lifetimes(spec, applicants, scores, old_slots(store, spec)), Scores(scores, found.get("attention"))
 
@@ -373,6 +431,8 @@ def with_holders(new: Tensor, share: int, store: Store, spec: KernelSpec) -> Ten
 
 def old_slots(store: Store, spec: KernelSpec) -> Tensor:
     """[R, old] int32: where the store has the state's slot holders, −1 for an empty slot."""
+    if not store.old:
+        return fresh_slots(store.k.shape[0] * store.k.shape[1], store.k.device)
     pos = store.state.pos[:, :, spec.positions - store.old :].flatten(0, 1)
     index = spec.sinks + torch.arange(store.old, device=pos.device)
     return torch.where(pos == EMPTY, EMPTY, index).int()

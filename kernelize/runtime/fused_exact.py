@@ -2,7 +2,8 @@
 
 The rows of a program are the queries of a tile, those of several heads of a group under each other. All keys stand in
 one store [B, Hk, X, D]: coordinate c at front + c, sinks at 0 … sinks − 1. Gradients of keys and values are added up
-in float32 with atomics, since a holder is read by many tiles.
+in float32: those of the window are summed by one program each, and the holders' come on top with atomics, since a
+holder is read by many tiles.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_select import TILE, scaled_scores
-from .fused_triton import constexpr, jit, power_of_two, precision, tl
+from .fused_select import TILE, capped, scaled_scores
+from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 from .spec import KernelSpec
 
-CHUNK = 64  # holders that are read together
-HEADS = 2  # of a group that one program takes, where they fit
+LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
+    "exact": Launch(heads=2, chunk=32, warps=4, stages=3, registers=128),
+    "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
+    "window_grad": Launch(heads=1, chunk=64, warps=8, stages=2),
+    "held_grad": Launch(heads=1, chunk=32, warps=8, stages=2, registers=128),
+}
+WIDE = Launch(heads=1, chunk=64, warps=8, stages=1)  # all others
 
 
 @jit
@@ -29,59 +35,94 @@ def rows_of(tile, part, HP: constexpr, G: constexpr, TILE: constexpr, W):
 
 
 @jit
-def keys_of(
-    step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-    SINKS: constexpr, SP: constexpr, SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr,
-    BLOCK: constexpr, BACK: constexpr, KIND: constexpr,
-):  # fmt: skip
-    """(index in the store, whether there is a key, which rows see it) of one chunk of keys: KIND 0 sinks, 1 window,
-    2 holders."""
-    block = at // BLOCK
-    if KIND == 0:
-        index = tl.arange(0, SP)
-        base = tl.load(Bounds + b * 4 + 3)
-        here = (index < SINKS) & (index < X)
-        visible = here[None, :] & (index[None, :] <= (base + at)[:, None])
-    elif KIND == 1:
-        lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
-        c = (tile + 1 - REACH + step) * TILE + tl.arange(0, TILE)
-        here = (c >= lo) & (c < hi)
-        # a token is seen until it leaves the window, or if it leaves inside this tile, until it loses its slot;
-        # those that left before stand in the table
-        until = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
-        index = front + c
-        if SLOTS:
-            late = here & (until > tile * (TILE // BLOCK))
-            until = tl.load(Death + row.to(tl.int64) * X + index, mask=late, other=0)
-        until = tl.where(here, until, 0)
-        visible = (c[None, :] <= at[:, None]) & (block[:, None] < until[None, :])
+def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
+                 REACH: constexpr):  # fmt: skip
+    """(index in the store or −1, block from which it is not seen) of the window keys at the coordinates c."""
+    # c may be negative. Who left before the tile stands in the table, if it holds a slot
+    leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1
+    here = (c >= lo) & (c < hi) & (leaves > tile * (TILE // BLOCK))
+    index = tl.where(here, front + c, -1)
+    if SLOTS:
+        return index, tl.load(death + index, mask=here, other=0)
     else:
-        i = step * CHUNK + tl.arange(0, CHUNK)
-        index = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
-        here = index >= 0
-        until = tl.load(Death + row.to(tl.int64) * X + index, mask=here, other=0)
-        visible = block[:, None] < until[None, :]
-    return index, here, visible
+        return index, tl.where(here, leaves, 0)
 
 
 @jit
-def far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D: constexpr):
+def seen_by(at, low, until, BLOCK: constexpr):
+    """[rows, keys]: low <= at < until · BLOCK, as one comparison."""
+    size = tl.maximum(until * BLOCK - low, 0)
+    return (at[:, None] - low[None, :]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[None, :]
+
+
+@jit
+def chunk_of(
+    step, tile, table, death, lo, hi, at, front, width,
+    SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """(index in the store or −1, which rows see it) of one chunk of the window's keys and then the holders."""
+    i = step * CHUNK + tl.arange(0, CHUNK)
+    c = (tile + 1 - REACH) * TILE + i
+    if SLOTS:
+        # who leaves inside this tile is seen until it loses its slot
+        leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1
+        near = (i < REACH * TILE) & (c >= lo) & (c < hi) & (leaves > tile * (TILE // BLOCK))
+        holder = i - REACH * TILE
+        held = tl.load(table + holder, mask=(holder >= 0) & (holder < width), other=-1)
+        index = tl.where(near, front + c, held)
+        until = tl.load(death + index, mask=index >= 0, other=0)
+        visible = seen_by(at, tl.where(near, c, -1073741824), until, BLOCK)
+    else:
+        index, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        visible = seen_by(at, c, until, BLOCK)
+    return index, visible
+
+
+@jit
+def sink_keys(b, at, Bounds, X, SINKS: constexpr, SP: constexpr):
+    """The same of the sinks."""
+    index = tl.arange(0, SP)
+    index = tl.where((index < SINKS) & (index < X), index, -1)
+    base = tl.load(Bounds + b * 4 + 3)
+    return index, (index >= 0)[None, :] & (index[None, :] <= (base + at)[:, None])
+
+
+@jit
+def rows_at(pointer, index, stride, d, D: constexpr):
+    """Rows of the store [keys, D] at the indices, zero where there is none."""
+    at = pointer + index.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(at, mask=(index >= 0)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def scores_on(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """Scores [rows, keys], in units of scaling where nothing caps them."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        s = capped(s * scaling, softcap)
+    return s
+
+
+@jit
+def far_keys(KFar, Pos, row, X, index, at, base, limit, d, D: constexpr):
     """(keys turned to position 0, which rows see them from beyond the reach)."""
-    at_store = row.to(tl.int64) * X + index.to(tl.int64)
-    k = tl.load(KFar + at_store[:, None] * D + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
-    there = tl.load(Pos + at_store, mask=here, other=0)
+    there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
+    k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
     return k, (base + at)[:, None] - there[None, :] > limit
 
 
 @jit
-def absorb(s, v, visible, m, l, acc, PRECISION: constexpr):
-    """One step of an online softmax."""
+def absorb(s, v, visible, m, l, acc, scaling, SOFTCAP: constexpr, PRECISION: constexpr):
+    """One step of an online softmax over `scores_on`; scaling > 0."""
+    unit = 1.4426950408889634
+    if not SOFTCAP:
+        unit = scaling * 1.4426950408889634
     s = tl.where(visible, s, float("-inf"))
-    new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - new[:, None])
+    new = tl.maximum(m, tl.max(s, 1) * unit)
+    p = tl.exp2(s * unit - new[:, None])
     shrink = tl.exp2(m - new)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return new, l * shrink + tl.sum(p, 1), acc
+    acc = acc * shrink[:, None]
+    return new, l * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
 
 @jit
@@ -104,54 +145,44 @@ def exact_kernel(
     beyond = base + (tile + 1) * TILE > limit  # whether any query of the tile looks so far
     far_q = q
     if FAR:
-        where_far = ((row * G + head).to(tl.int64) * W + at)[:, None] * D
-        far_q = tl.load(QFar + where_far + d[None, :], mask=live[:, None] & wide, other=0.0)
+        far = ((row * G + head).to(tl.int64) * W + at)[:, None] * D
+        far_q = tl.load(QFar + far + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
+    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
-    for step in range(REACH):
-        index, here, visible = keys_of(
-            step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 1,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        m, l, acc = absorb(s, v, visible, m, l, acc, PRECISION)
     for step in tl.range(chunks):
-        index, here, visible = keys_of(
-            step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 2,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        index, visible = chunk_of(
+            step, tile, table, death, lo, hi, at, front, width, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
+        )
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
             if beyond:
-                far_k, away = far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D)
-                s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        m, l, acc = absorb(s, v, visible, m, l, acc, PRECISION)
+                far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
+                s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
+        m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SINKS:
-        index, here, visible = keys_of(
-            0, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 0,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
             if beyond:
-                far_k, away = far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D)
-                s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        m, l, acc = absorb(s, v, visible, m, l, acc, PRECISION)
+                far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
+                s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
+        m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
     seen = l > 0  # rows of padding see nothing
-    acc = acc / tl.where(seen, l, 1.0)[:, None]
+    acc = acc * tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)[:, None]
     lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * 0.6931471805599453, 0.0)
     out = (row * G + head).to(tl.int64) * W + at
     tl.store(Out + out[:, None] * D + d[None, :], acc.to(Out.dtype.element_ty), mask=live[:, None] & wide)
     tl.store(Lse + out, lse, mask=live)
+
+
+# --- backward -----------------------------------------------------------------------------------------------
 
 
 @jit
@@ -193,109 +224,77 @@ def query_grad_kernel(
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
+    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
-    for step in range(REACH):
-        index, here, visible = keys_of(
-            step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 1,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     for step in tl.range(chunks):
-        index, here, visible = keys_of(
-            step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 2,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_k, away = far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D)
-            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_acc += tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, input_precision=PRECISION)
-            ds = tl.where(away, 0.0, ds)
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    if SINKS:
-        index, here, visible = keys_of(
-            0, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-            SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, 0,
-        )  # fmt: skip
-        k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_k, away = far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D)
-            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_acc += tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, input_precision=PRECISION)
-            ds = tl.where(away, 0.0, ds)
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    tl.store(GradQ + out[:, None] * D + d[None, :], acc.to(GradQ.dtype.element_ty), mask=live[:, None] & wide)
-    if FAR:
-        tl.store(
-            GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=live[:, None] & wide
+        index, visible = chunk_of(
+            step, tile, table, death, lo, hi, at, front, width, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
         )
-
-
-@jit
-def key_grad_chunk(
-    Q, Lse, Grad, Delta, GradK, GradV, Table, Death, Bounds, key, value, QFar, KFar, Pos, GradKFar,
-    step, tile, row, b, h, sqb, sqh, sqt, skt, svt,
-    scaling, softcap, W, X, front, n, width, limit,
-    G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr, KIND: constexpr, SIZE: constexpr,
-):  # fmt: skip
-    """Adds what one tile's queries of all heads of a group say about one chunk of keys."""
-    d = tl.arange(0, DP)
-    wide = (d < D)[None, :]
-    _, at, _ = rows_of(tile, 0, HP, G, TILE, W)
-    index, here, visible = keys_of(
-        step, tile, row, Table, Death, Bounds, b, at, X, n, front, width,
-        SINKS, SP, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK, KIND,
-    )  # fmt: skip
-    k = tl.load(key + index.to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & wide, other=0.0)
-    v = tl.load(value + index.to(tl.int64)[:, None] * svt + d[None, :], mask=here[:, None] & wide, other=0.0)
-    grad_k, grad_v = tl.zeros([SIZE, DP], tl.float32), tl.zeros([SIZE, DP], tl.float32)
-    grad_far = grad_k
-    if FAR:
-        base = tl.load(Bounds + b * 4 + 3)
-        grad_far = tl.zeros([SIZE, DP], tl.float32)
-    for part in range((G + HP - 1) // HP):
-        head, at, live = rows_of(tile, part, HP, G, TILE, W)
-        where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64)[:, None] * sqh + at.to(tl.int64)[:, None] * sqt
-        q = tl.load(Q + where_q + d[None, :], mask=live[:, None] & wide, other=0.0)
-        out = (row * G + head).to(tl.int64) * W + at
-        g = tl.load(Grad + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-        delta = tl.load(Delta + out, mask=live, other=0.0)
-        lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
         s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:
-            far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-            far_k, away = far_keys(KFar, Pos, row, X, index, here, at, base, limit, d, D)
+            far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        p, ds = grad_scores(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
-        grad_v += tl.dot(tl.trans(p).to(g.dtype), g, input_precision=PRECISION)
+        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:
-            far_ds = tl.where(away, ds, 0.0)
-            grad_far += tl.dot(tl.trans(far_ds).to(q.dtype), far_q, input_precision=PRECISION)
+            far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
-        grad_k += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision=PRECISION)
-    to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
-    tl.atomic_add(GradK + to, grad_k, mask=here[:, None] & wide, sem="relaxed")
-    tl.atomic_add(GradV + to, grad_v, mask=here[:, None] & wide, sem="relaxed")
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    if SINKS:
+        index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        if FAR:
+            far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
+            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
+        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
+        if FAR:
+            far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            ds = tl.where(away, 0.0, ds)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    keep = live[:, None] & wide
+    tl.store(GradQ + out[:, None] * D + d[None, :], acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
-        tl.atomic_add(GradKFar + to, grad_far, mask=here[:, None] & wide, sem="relaxed")
+        tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
 
 
 @jit
-def key_grad_kernel(
+def add_key_grads(
+    grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+    sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
+    G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
+
+    FAR: far_k are those as they are seen from beyond the reach, `there` where they really stand.
+    """
+    at = tile * TILE + tl.arange(0, TILE)
+    live = (at < W) & (tile >= 0)
+    wide = live[:, None] & (d < D)[None, :]
+    where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64)[:, None] * sqt
+    q = tl.load(Q + where_q + d[None, :], mask=wide, other=0.0)
+    out = (row * G + head).to(tl.int64) * W + at
+    g = tl.load(Grad + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+    delta = tl.load(Delta + out, mask=live, other=0.0)
+    lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
+    s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    if FAR:
+        far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+        away = (base + at)[:, None] - there[None, :] > limit
+        s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
+    p, ds = grad_scores(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
+    grad_v = tl.dot(tl.trans(p).to(g.dtype), g, grad_v, input_precision=PRECISION)
+    if FAR:
+        far_ds = tl.trans(tl.where(away, ds, 0.0)).to(q.dtype)
+        grad_far = tl.dot(far_ds, far_q, grad_far, input_precision=PRECISION)
+        ds = tl.where(away, 0.0, ds)
+    grad_k = tl.dot(tl.trans(ds).to(q.dtype), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v, grad_far
+
+
+@jit
+def window_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
@@ -303,28 +302,78 @@ def key_grad_kernel(
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Gradients of a tile of keys from all queries that reach them through the window."""
+    first, row = tl.program_id(0) - tl.cdiv(front, TILE), tl.program_id(1)  # the tile of keys
     b, h = row // kv_heads, row % kv_heads
+    d = tl.arange(0, DP)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    if step < REACH:
-        key_grad_chunk(
-            Q, Lse, Grad, Delta, GradK, GradV, Table, Death, Bounds, key, value, QFar, KFar, Pos, GradKFar,
-            step, tile, row, b, h, sqb, sqh, sqt, skt, svt, scaling, softcap, W, X, front, n, width, limit,
-            G, HP, D, DP, TILE, CHUNK, BLOCK, BACK, REACH, SINKS, SP, SLOTS, SOFTCAP, False, PRECISION, 1, TILE,
+    death = Death + row.to(tl.int64) * X
+    lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
+    c = first * TILE + tl.arange(0, TILE)
+    index = tl.where((c >= lo) & (c < hi), front + c, -1)
+    k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    grad_k, grad_v = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
+    for step in tl.range(REACH * G):
+        tile = first + step // G
+        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        visible = seen_by(tile * TILE + tl.arange(0, TILE), c, until, BLOCK)
+        grad_k, grad_v, _ = add_key_grads(
+            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
+            sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
         )  # fmt: skip
-    elif step < REACH + chunks:
-        key_grad_chunk(
-            Q, Lse, Grad, Delta, GradK, GradV, Table, Death, Bounds, key, value, QFar, KFar, Pos, GradKFar,
-            step - REACH, tile, row, b, h, sqb, sqh, sqt, skt, svt, scaling, softcap, W, X, front, n, width, limit,
-            G, HP, D, DP, TILE, CHUNK, BLOCK, BACK, REACH, SINKS, SP, SLOTS, SOFTCAP, FAR, PRECISION, 2, CHUNK,
-        )  # fmt: skip
+    to = (row.to(tl.int64) * X + front + c)[:, None] * D + d[None, :]
+    mine = ((front + c >= 0) & (front + c < X))[:, None] & (d < D)[None, :]
+    tl.store(GradK + to, grad_k, mask=mine)
+    tl.store(GradV + to, grad_v, mask=mine)
+
+
+@jit
+def held_grad_kernel(
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
+    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
+    G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Adds the gradients of a chunk of a tile's holders, or of the sinks."""
+    tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = row // kv_heads, row % kv_heads
+    d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
+    i = step * CHUNK + tl.arange(0, CHUNK)
+    key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
+    value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
+    if SINKS:
+        sink = i - (tl.cdiv(width, CHUNK) * CHUNK if SLOTS else 0)  # they are the last chunks
+        index = tl.where((sink >= 0) & (sink < SINKS) & (sink < X), sink, -1)
+        low = index - tl.load(Bounds + b * 4 + 3)
     else:
-        key_grad_chunk(
-            Q, Lse, Grad, Delta, GradK, GradV, Table, Death, Bounds, key, value, QFar, KFar, Pos, GradKFar,
-            0, tile, row, b, h, sqb, sqh, sqt, skt, svt, scaling, softcap, W, X, front, n, width, limit,
-            G, HP, D, DP, TILE, CHUNK, BLOCK, BACK, REACH, SINKS, SP, SLOTS, SOFTCAP, FAR, PRECISION, 0, SP,
+        index, low = tl.full([CHUNK], -1, tl.int32), tl.zeros([CHUNK], tl.int32)
+    until = tl.where(index >= 0, 1 << 24, 0)
+    if SLOTS:
+        held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
+        until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
+        index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
+    visible = seen_by(at, low, until, BLOCK)
+    k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
+    if FAR:
+        far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
+        there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
+        grad_far = tl.zeros([CHUNK, DP], tl.float32)
+    for head in tl.range(G):
+        grad_k, grad_v, grad_far = add_key_grads(
+            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+            sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
         )  # fmt: skip
+    to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
+    mine = (index >= 0)[:, None] & (d < D)[None, :]
+    tl.atomic_add(GradK + to, grad_k, mask=mine, sem="relaxed")
+    tl.atomic_add(GradV + to, grad_v, mask=mine, sem="relaxed")
+    if FAR:
+        tl.atomic_add(GradKFar + to, grad_far, mask=mine, sem="relaxed")
 
 
 class Exact(NamedTuple):
@@ -340,37 +389,30 @@ class Exact(NamedTuple):
     pos: Tensor | None  # [R, X] int32, of the keys; None: no key is further back than the spec's reach
 
 
-def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, heads: int) -> tuple[list, dict]:
+def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> tuple[list, dict]:
     """The kernels' common arguments: strides and scalars, and their compile-time constants."""
     spec, (_, H, W, D), (_, Hk, X, _) = given.spec, q.shape, k.shape
-    scalars = [
-        given.scaling,
-        given.softcap or 0.0,
-        W,
-        X,
-        given.front,
-        -(-W // TILE),
-        Hk,
-        max(spec.slots, 1),
-        spec.reach,
-    ]
+    reach = -(-spec.back * spec.block // TILE) + 1
+    scalars = [given.scaling, given.softcap or 0.0, W, X, given.front, -(-W // TILE), Hk, max(spec.slots, 1)]
+    scalars.append(spec.reach)
     sizes = {
-        "G": H // Hk, "HP": heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": CHUNK, "BLOCK": spec.block,
-        "BACK": spec.back, "REACH": -(-spec.back * spec.block // TILE) + 1, "SINKS": spec.sinks,
-        "SP": power_of_two(spec.sinks), "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // CHUNK),
+        "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": launch.chunk,
+        "BLOCK": spec.block, "BACK": spec.back, "REACH": reach, "SINKS": spec.sinks, "SP": power_of_two(spec.sinks),
+        "SLOTS": spec.slots > 0, "chunks": -(-(reach * TILE + spec.slots) // launch.chunk),
         "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None, "PRECISION": precision(q.dtype),
+        **launch.options,
     }  # fmt: skip
     return [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scalars], sizes
 
 
-def heads_of(q: Tensor, group: int) -> int:
-    """Heads of a group that one program takes: more share what they read, but fewer registers are left."""
-    narrow = q.shape[-1] <= 128 and q.dtype != torch.float32
-    return min(power_of_two(group, 1), HEADS if narrow else 1)
-
-
-def stages(q: Tensor, given: Exact) -> int:
-    return 2 if q.shape[-1] <= 128 and q.dtype != torch.float32 and given.pos is None else 1
+def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
+    """How the kernel is launched for such queries and `group` heads a key head."""
+    if q.shape[-1] > 128 or q.dtype == torch.float32:
+        return WIDE
+    launch = LAUNCH[name]
+    heads = min(power_of_two(group, 1), launch.heads)
+    launch = launch._replace(heads=heads, warps=launch.warps * heads)
+    return launch if given.pos is None else launch._replace(stages=1, registers=None)
 
 
 class ExactFunction(torch.autograd.Function):
@@ -387,13 +429,11 @@ class ExactFunction(torch.autograd.Function):
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
-        heads = heads_of(q, H // Hk)
-        scalars, sizes = arguments(q, k, v, given, heads)
-        grid = (-(-W // TILE), -(-(H // Hk) // heads), B * Hk)
-        exact_kernel[grid](
-            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, **sizes, num_warps=4 * heads,
-            num_stages=stages(q, given),
-        )  # fmt: skip
+        launch = launch_of("exact", q, H // Hk, given)
+        scalars, sizes = arguments(q, k, v, given, launch)
+        exact_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
+            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, **sizes
+        )
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         return out, lse
@@ -401,27 +441,37 @@ class ExactFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
-        given = ctx.given
-        (B, H, W, D), Hk = q.shape, k.shape[1]
+        given: Exact = ctx.given
+        (B, H, W, _), Hk = q.shape, k.shape[1]
         tensors = inputs(q, k, v, far_q, far_k, given)
-        grad, grad_lse, n = grad.contiguous(), grad_lse.contiguous(), -(-W // TILE)
-        delta, grad_q = torch.empty_like(lse), torch.empty_like(out)
-        grad_far_q = torch.empty_like(far_q)
-        heads = heads_of(q, H // Hk)
-        scalars, sizes = arguments(q, k, v, given, heads)
-        query_grad_kernel[(n, -(-(H // Hk) // heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, grad_q, grad_far_q, *scalars, **sizes, num_warps=8,
-            num_stages=stages(q, given),
-        )  # fmt: skip
-        grad_k, grad_far_k = (torch.zeros(x.shape, device=q.device, dtype=torch.float32) for x in (k, far_k))
-        grad_v = torch.zeros_like(grad_k)
-        scalars, sizes = arguments(q, k, v, given, 1)
-        chunks = sizes["REACH"] + sizes["chunks"] + (given.spec.sinks > 0)
-        key_grad_kernel[(n, chunks, B * Hk)](
-            *tensors, lse, grad, delta, grad_k, grad_v, grad_far_k, *scalars, **sizes,
-            num_warps=8 if D > 64 else 4, num_stages=1,
-        )  # fmt: skip
+        grad, grad_lse = grad.contiguous(), grad_lse.contiguous()
+        delta, grad_q, grad_far_q = torch.empty_like(lse), torch.empty_like(out), torch.empty_like(far_q)
+        launch = launch_of("query_grad", q, H // Hk, given)
+        scalars, sizes = arguments(q, k, v, given, launch)
+        query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
+            *tensors, out, lse, grad, grad_lse, delta, grad_q, grad_far_q, *scalars, **sizes
+        )
+        grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta))
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_far_q, grad_far_k.to(k.dtype), None
+
+
+def key_grads(
+    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of k, v and far_k in float32: those through the window, on top of them those of holders and sinks."""
+    rows, n = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE)
+    make = torch.zeros if given.front else torch.empty  # a store without a front consists of tiles of new tokens
+    grad_k, grad_v = (make(k.shape, device=q.device, dtype=torch.float32) for _ in range(2))
+    grad_far_k = grad_k[..., :0] if given.pos is None else torch.zeros_like(grad_k)
+    tensors = (*tensors, grad_k, grad_v, grad_far_k)
+    scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
+    window_grad_kernel[(n + -(-given.front // TILE), rows)](*tensors, *scalars, **sizes)
+    launch = launch_of("held_grad", q, 1, given)
+    scalars, sizes = arguments(q, k, v, given, launch)
+    held = sum(-(-count // launch.chunk) for count in (given.spec.slots, given.spec.sinks))
+    if held:
+        held_grad_kernel[(n, held, rows)](*tensors, *scalars, **sizes)
+    return grad_k, grad_v, grad_far_k
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact) -> tuple[Tensor, ...]:

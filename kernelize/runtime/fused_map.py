@@ -18,9 +18,9 @@ LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
 @jit
-def projected(x, W, h, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
+def projected(x, Weight, h, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
     """x [rows, D] by the head's float32 matrix; a 16-bit x takes it as the sum of two 16-bit matrices."""
-    w = tl.load(W + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
+    w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
     if x.dtype == tl.float32:
         return tl.dot(x, w, input_precision=PRECISION)
     high = w.to(x.dtype)
@@ -35,15 +35,15 @@ def softmax_rows(z):
 
 @jit
 def hedgehog_kernel(
-    X, W, Out, sxb, sxh, sxt, scale, T, heads,
+    Input, Weight, Out, sxb, sxh, sxt, scale, T, heads,
     D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
     b, h = row // heads, row % heads
     t, d, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, CP)
-    at = X + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
+    at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
     x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    z = projected(x, W, h, d, c, D, C, PRECISION) * scale
+    z = projected(x, Weight, h, d, c, D, C, PRECISION) * scale
     out = Out + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * C) + c[None, :]
     keep = (t < T)[:, None] & (c < C)[None, :]
     tl.store(out, softmax_rows(tl.where((c < C)[None, :], z, float("-inf"))).to(Out.dtype.element_ty), mask=keep)
@@ -52,20 +52,20 @@ def hedgehog_kernel(
 
 @jit
 def hedgehog_grad_kernel(
-    X, W, Grad, GradX, GradW, sxb, sxh, sxt, scale, T, heads, splits,
+    Input, Weight, Grad, GradX, GradW, sxb, sxh, sxt, scale, T, heads, splits,
     D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, STEPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of x, and of W summed over this program's tokens."""
     row, split = tl.program_id(1), tl.program_id(0)
     b, h = row // heads, row % heads
     d, c = tl.arange(0, DP), tl.arange(0, CP)
-    w = tl.load(W + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
+    w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
     total = tl.zeros([DP, CP], tl.float32)
     for step in range(STEPS):
         t = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = X + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
+        at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
         x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        z = projected(x, W, h, d, c, D, C, PRECISION) * scale
+        z = projected(x, Weight, h, d, c, D, C, PRECISION) * scale
         up = softmax_rows(tl.where((c < C)[None, :], z, float("-inf")))
         down = softmax_rows(tl.where((c < C)[None, :], -z, float("-inf")))
         keep = (t < T)[:, None] & (c < C)[None, :]
@@ -113,9 +113,13 @@ class HedgehogFunction(torch.autograd.Function):
 
 
 def mapped(
-    kernel: Kernel, mapping: Callable[[Tensor, Tensor], Tensor], x: Tensor, pos: Tensor, dtype: torch.dtype
+    kernel: Kernel,
+    mapping: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    pos: Callable[[], Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """phi of x [B, H, T, D] at pos [B, 1 or H, T] -> [B, H, T, F] of `dtype`; hedgehog in one pass, others in torch."""
+    """phi of x [B, H, T, D] at pos() [B, 1 or H, T] -> [B, H, T, F] of `dtype`; a hedgehog map in one pass."""
     if type(mapping) is Hedgehog and power_of_two(mapping.columns) * power_of_two(mapping.head_dim) <= LARGEST:
         return HedgehogFunction.apply(rows_first(x), mapping.weight.float().contiguous(), kernel.scaling**0.5, dtype)
-    return features(kernel, mapping, x, pos).to(dtype).contiguous()
+    return features(kernel, mapping, x, pos()).to(dtype).contiguous()

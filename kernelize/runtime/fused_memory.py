@@ -4,7 +4,7 @@ Entry j of the order died at block j // block, and is seen from that block on. T
 tiles. One pass writes down the memory before every tile as if its segment had begun with none; a scan over the few
 segments gives what each begins with; then all tiles are read at once. The backward does the same from the end.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
-folded, edge(i) is clock_end of the block before tile i, and M stands at edge.
+folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
 
 from __future__ import annotations
@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 
 from .fused_select import TILE
-from .fused_triton import constexpr, jit, power_of_two, precision, tl
+from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
-STATE = {torch.bfloat16: 16384, torch.float32: 4096}  # entries of M that one program reads
-WARPS = 4  # of a program that reads a tile
-WALKED = {torch.bfloat16: 8192, torch.float32: 4096}  # entries of M that one program holds in registers
+LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
+    "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
+    "recall": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "memory": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
+    "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
+}
+WIDE = Launch(heads=1, chunk=4096, warps=4, stages=2)  # features in float32
+
+
+def launch_of(name: str, phi: Tensor) -> Launch:
+    return WIDE if phi.dtype == torch.float32 else LAUNCH[name]
 
 
 @jit
@@ -43,10 +54,10 @@ def entries(
 
 @jit
 def states_kernel(
-    Order, Phi, V, Clock, Edge, Local, LocalNorm, Out,
+    Order, Phi, V, Clock, ClockEnd, Local, LocalNorm, Gain, GainNorm,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
-    F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, DECAY: constexpr, PRECISION: constexpr,
-    STORE: constexpr,
+    F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """The memory before every tile of a segment that begins with none, and at the segment's end."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -55,49 +66,94 @@ def states_kernel(
     wide = (f < F)[:, None] & (d < D)[None, :]
     acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
     for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        if STORE:
-            to = (row * n + tile) * F + f
-            tl.store(Local + to[:, None] * D + d[None, :], acc.to(Local.dtype.element_ty), mask=wide)
-            tl.store(LocalNorm + to, norm, mask=(f < F) & (part == 0))
+        to = (row * n + tile) * F + f
+        tl.store(Local + to[:, None] * D + d[None, :], acc.to(Local.dtype.element_ty), mask=wide)
+        tl.store(LocalNorm + to, norm, mask=(f < F) & (part == 0))
         _, here, phi, v, clock = entries(
             Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
         )
         if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            before = edge_at(ClockEnd, row, tile, n, TILE // BLOCK)
+            after = edge_at(ClockEnd, row, tile + 1, n, TILE // BLOCK)
             shrink = tl.exp(after - before)
             acc, norm = acc * shrink, norm * shrink
             phi = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
         acc += tl.dot(tl.trans(phi), v, input_precision=PRECISION)
         norm += tl.sum(phi.to(tl.float32), 0)
-    out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
-    tl.store(out[:, None] + d[None, :], acc, mask=wide)
-    tl.store(out + D, norm, mask=(f < F) & (part == 0))
+    out = (row * segments + segment) * F + f
+    tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
+    tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
 
 
 @jit
-def memory_at(Local, LocalNorm, Start, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr):
+def edge_at(ClockEnd, row, tile, n, PER: constexpr):
+    """The clock before a tile of PER blocks; n tiles a row."""
+    return tl.load(ClockEnd + row * n * PER + tile * PER - 1, mask=tile > 0, other=0.0)
+
+
+@jit
+def walk_kernel(
+    Memory, Gain, GainNorm, ClockEnd, Start, StartNorm, End, n, segments, tiles,
+    F: constexpr, D: constexpr, SIZE: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """The memory at every segment's border, from the one at the start; BACK: its gradient, from the one at the end.
+
+    The last programs do the normaliser, which is the last column of Memory and End [F, D + 1].
+    """
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    parts = (F * D + SIZE - 1) // SIZE
+    if part < parts:
+        i = part * SIZE + tl.arange(0, SIZE)
+        here, place = i < F * D, i // D * (D + 1) + i % D
+        gain, start, width = Gain + i, Start + i, F * D
+    else:
+        i = (part - parts) * SIZE + tl.arange(0, SIZE)
+        here, place = i < F, i * (D + 1) + D
+        gain, start, width = GainNorm + i, StartNorm + i, F
+    memory = tl.load(Memory + row * F * (D + 1) + place, mask=here, other=0.0)
+    gain += row * segments * width
+    start += row * (segments + 1) * width
+    for step in tl.range(segments, num_stages=3):
+        border = step
+        if BACK:
+            border = segments - 1 - step
+        more = tl.load(gain + border * width, mask=here, other=0.0)
+        tl.store(start + (border + (1 if BACK else 0)) * width, memory, mask=here)
+        if DECAY:
+            end = edge_at(ClockEnd, row, tl.minimum((border + 1) * tiles, n), n, PER)
+            memory = memory * tl.exp(end - edge_at(ClockEnd, row, border * tiles, n, PER))
+        memory += more
+    tl.store(start + (0 if BACK else segments) * width, memory, mask=here)
+    tl.store(End + row * F * (D + 1) + place, memory, mask=here)
+
+
+@jit
+def memory_at(
+    Local, LocalNorm, Start, StartNorm, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr
+):
     """(M [features f, channels d], its normaliser): what the tile's segment begins with, shrunk, plus its own."""
-    start = Start + (row * (segments + 1) + begin) * F * (D + 1) + f * (D + 1)
-    local = (row * n + tile) * F + f
+    start, local = (row * (segments + 1) + begin) * F + f, (row * n + tile) * F + f
     wide = (f < F)[:, None] & (d < D)[None, :]
-    acc = tl.load(start[:, None] + d[None, :], mask=wide, other=0.0) * shrink
+    acc = tl.load(Start + start[:, None] * D + d[None, :], mask=wide, other=0.0) * shrink
     acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
-    norm = tl.load(start + D, mask=f < F, other=0.0) * shrink + tl.load(LocalNorm + local, mask=f < F, other=0.0)
-    return acc, norm
+    norm = tl.load(StartNorm + start, mask=f < F, other=0.0) * shrink
+    return acc, norm + tl.load(LocalNorm + local, mask=f < F, other=0.0)
 
 
 @jit
-def clocks_of(ClockEnd, Edge, row, tile, block, n, blocks, tiles, TILE: constexpr, DECAY: constexpr, STRICT: constexpr):
+def clocks_of(
+    ClockEnd, row, tile, block, n, tiles, ROWS: constexpr, PER: constexpr, DECAY: constexpr, STRICT: constexpr
+):
     """(the rows' clock, decay from the tile's start to them, decay from the segment's start to the tile's)."""
-    now = tl.zeros([TILE], tl.float32)
+    now = tl.zeros([ROWS], tl.float32)
     far, shrink = now + 1.0, 1.0
     if DECAY:
-        before = tl.load(Edge + row * (n + 1) + tile)
-        shrink = tl.exp(before - tl.load(Edge + row * (n + 1) + tile // tiles * tiles))
+        before = edge_at(ClockEnd, row, tile, n, PER)
+        shrink = tl.exp(before - edge_at(ClockEnd, row, tile // tiles * tiles, n, PER))
         if STRICT:
-            now = tl.load(ClockEnd + row * blocks + block - 1, mask=block > 0, other=0.0)
+            now = tl.load(ClockEnd + row * n * PER + block - 1, mask=block > 0, other=0.0)
         else:
-            now = tl.load(ClockEnd + row * blocks + block)
+            now = tl.load(ClockEnd + row * n * PER + block)
         far = tl.exp(tl.minimum(now - before, 0.0))
     return now, far, shrink
 
@@ -121,7 +177,7 @@ def near_weights(
 
 @jit
 def recall_kernel(
-    Order, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Out,
+    Order, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Out,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
     PRECISION: constexpr,
@@ -132,8 +188,8 @@ def recall_kernel(
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     first = tile * (TILE // BLOCK)
     block = first + tl.arange(0, TILE) // BLOCK
-    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, True)
-    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, True)
+    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -150,7 +206,7 @@ def recall_kernel(
 
 @jit
 def memory_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Exact, Lse, Gate, Y, Branch, BranchLse,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
@@ -162,8 +218,8 @@ def memory_kernel(
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
     wide = live[:, None] & (d < D)[None, :]
-    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, False)
-    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, False)
+    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -227,7 +283,7 @@ def merge_grad_kernel(
 
 @jit
 def phi_q_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradPhiQ, GradClock,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhiQ, GradClock,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
@@ -238,8 +294,8 @@ def phi_q_grad_kernel(
     f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
-    now, far, shrink = clocks_of(ClockEnd, Edge, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY, False)
-    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, False)
+    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -275,7 +331,7 @@ def queries(PhiQ, Down, Row, row, g, at, W, f, d, G: constexpr, F: constexpr, D:
 
 @jit
 def reverse_states_kernel(
-    PhiQ, ClockEnd, Edge, Down, Row, Local, LocalNorm, Out,
+    PhiQ, ClockEnd, Down, Row, Local, LocalNorm, Gain, GainNorm,
     W, n, segments, tiles,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
@@ -295,7 +351,8 @@ def reverse_states_kernel(
         at = tile * TILE + tl.arange(0, TILE)
         far = tl.zeros([TILE], tl.float32) + 1.0
         if DECAY:
-            before, after = tl.load(Edge + row * (n + 1) + tile), tl.load(Edge + row * (n + 1) + tile + 1)
+            before = edge_at(ClockEnd, row, tile, n, TILE // BLOCK)
+            after = edge_at(ClockEnd, row, tile + 1, n, TILE // BLOCK)
             acc, norm = acc * tl.exp(after - before), norm * tl.exp(after - before)
             far = tl.exp(tl.minimum(tl.load(ClockEnd + row * blocks + at // BLOCK) - before, 0.0))
         for g in range(G):
@@ -304,28 +361,28 @@ def reverse_states_kernel(
                 phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
             acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
             norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
-    out = Out + (row * segments + segment) * F * (D + 1) + f * (D + 1)
-    tl.store(out[:, None] + d[None, :], acc, mask=wide)
-    tl.store(out + D, norm, mask=(f < F) & (part == 0))
+    out = (row * segments + segment) * F + f
+    tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
+    tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
 
 
 @jit
-def clocks_after(ClockEnd, Edge, clock, row, tile, block, n, blocks, tiles, TILE: constexpr, DECAY: constexpr):
+def clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE: constexpr, PER: constexpr, DECAY: constexpr):
     """(the rows' clock, decay from the entries to the tile's end, from there to the segment's end)."""
     now = tl.zeros([TILE], tl.float32)
     late, shrink = now + 1.0, 1.0
     if DECAY:
-        after = tl.load(Edge + row * (n + 1) + tile + 1)
+        after = edge_at(ClockEnd, row, tile + 1, n, PER)
         end = tl.minimum((tile // tiles + 1) * tiles, n)
-        shrink = tl.exp(tl.load(Edge + row * (n + 1) + end) - after)
-        now = tl.load(ClockEnd + row * blocks + block)
+        shrink = tl.exp(edge_at(ClockEnd, row, end, n, PER) - after)
+        now = tl.load(ClockEnd + row * n * PER + block)
         late = tl.exp(tl.minimum(after - clock, 0.0))
     return now, late, shrink
 
 
 @jit
 def phi_k_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradPhi,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhi,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
@@ -339,10 +396,10 @@ def phi_k_grad_kernel(
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
-    now, late, shrink = clocks_after(
-        ClockEnd, Edge, clock, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY
+    now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
+    acc, norm = memory_at(
+        Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
-    acc, norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D)
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
     for g in range(G):
@@ -355,7 +412,7 @@ def phi_k_grad_kernel(
 
 @jit
 def value_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Edge, Local, LocalNorm, Start, Down, Row, GradV,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradV,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
@@ -369,10 +426,10 @@ def value_grad_kernel(
     index, here, phi, _v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
-    now, late, shrink = clocks_after(
-        ClockEnd, Edge, clock, row, tile, block, n, n * (TILE // BLOCK), tiles, TILE, DECAY
+    now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
+    acc, _norm = memory_at(
+        Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
-    acc, _norm = memory_at(Local, LocalNorm, Start, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D)
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
     for g in range(G):
@@ -407,32 +464,24 @@ def order_of(index: Tensor, block: int, decays: bool) -> Order:
     return Order(index, block, -(-n // tiles), tiles, decays)
 
 
-def edges(clock_end: Tensor, order: Order) -> Tensor:
-    """[R, n + 1]: the clock before each tile, and after the last."""
-    per = TILE // order.block
-    return torch.nn.functional.pad(clock_end.flatten(0, 1)[:, per - 1 :: per], (1, 0))
+def walk(memory: Tensor, gain: Tensor, gain_norm: Tensor, clock_end: Tensor, order: Order, back: bool) -> Walked:
+    """From the memory [B, Hk, F, D + 1] before the first token on; `back`: its gradient, from that of the last on."""
+    (R, S, F, D), SIZE = gain.shape, 256
+    start, start_norm = gain.new_empty(R, S + 1, F, D), gain.new_empty(R, S + 1, F)
+    end = torch.empty_like(memory, memory_format=torch.contiguous_format)
+    walk_kernel[(-(-F * D // SIZE) + -(-F // SIZE), R)](
+        memory.contiguous(), gain, gain_norm, clock_end, start, start_norm, end, order.n, S, order.tiles,
+        F=F, D=D, SIZE=SIZE, PER=TILE // order.block, DECAY=order.decays, BACK=back, num_warps=2,
+    )  # fmt: skip
+    return Walked(start, start_norm, end)
 
 
-def walk(start: Tensor, gain: Tensor, edge: Tensor, order: Order) -> Tensor:
-    """Memory at every segment's start and after the last: [R, segments + 1, F, D + 1]."""
-    steps = torch.cat([start[:, None], gain], 1)
-    if not order.decays:
-        return steps.cumsum(1)
-    return (decay_matrix(edge, order) @ steps.flatten(2)).view_as(steps)
+class Walked(NamedTuple):
+    """A memory, or its gradient, at every segment's start and after the last."""
 
-
-def walk_back(end: Tensor, gain: Tensor, edge: Tensor, order: Order) -> Tensor:
-    """The gradient of the memory at the same places, from that of the last."""
-    steps = torch.cat([gain, end[:, None]], 1)
-    if not order.decays:
-        return steps.flip(1).cumsum(1).flip(1)
-    return (decay_matrix(edge, order).mT @ steps.flatten(2)).view_as(steps)
-
-
-def decay_matrix(edge: Tensor, order: Order) -> Tensor:
-    """[R, segments + 1, segments + 1] lower triangular: decay from one segment's start to a later one's."""
-    at = torch.cat([edge[:, : -1 : order.tiles], edge[:, -1:]], 1)
-    return (at[:, :, None] - at[:, None]).clamp(max=0).exp().tril()
+    start: Tensor  # [R, segments + 1, F, D] float32
+    norm: Tensor  # [R, segments + 1, F] float32
+    end: Tensor  # [B, Hk, F, D + 1]: where the walk ended
 
 
 def split(size: int, other: int, most: int) -> tuple[int, int]:
@@ -447,23 +496,31 @@ class States(NamedTuple):
 
     local: Tensor  # [R, n, F, D] of phi's dtype
     norm: Tensor  # [R, n, F] float32
-    start: Tensor  # [R, segments + 1, F, D + 1] float32: at every segment's start, and after the last
+    start: Tensor  # [R, segments + 1, F, D] float32: at every segment's start, and after the last
+    start_norm: Tensor  # [R, segments + 1, F] float32
 
 
-def states_of(order: Order, phi: Tensor, v: Tensor, clock: Tensor, edge: Tensor, memory: Tensor) -> States:
-    """phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token."""
+def states_of(
+    order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor
+) -> tuple[States, Tensor]:
+    """(the states, the memory after the last token).
+
+    phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token.
+    """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    DV, parts = split(D, F, WALKED[phi.dtype])
+    launch = launch_of("states", phi)
+    DV, parts = split(D, F, launch.chunk)
     local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
     norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
-    gain = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
     states_kernel[(order.segments, parts, B * Hk)](
-        order.tokens, phi, v, clock, edge, local, norm, gain, *v.stride()[:3],
+        order.tokens, phi, v, clock, clock_end, local, norm, gain, gain_norm, *v.stride()[:3],
         X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
-        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, DECAY=order.decays, PRECISION=precision(phi.dtype),
-        STORE=True, num_warps=4, num_stages=3,
+        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
+        PRECISION=precision(phi.dtype), **launch.options,
     )  # fmt: skip
-    return States(local, norm, walk(memory.flatten(0, 1), gain, edge, order))
+    start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
+    return States(local, norm, start, start_norm), end
 
 
 def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor) -> Tensor:
@@ -472,15 +529,15 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory [B, Hk, F, D + 1].
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    edge = edges(clock_end, order)
-    states = states_of(order, phi, v, clock, edge, memory)
-    DV, parts = split(D, F, STATE[phi.dtype])
+    states, _ = states_of(order, phi, v, clock, clock_end, memory)
+    launch = launch_of("recall", phi)
+    DV, parts = split(D, F, launch.chunk)
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
     recall_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi, v, clock, clock_end, edge, *states, out, *v.stride()[:3],
+        order.tokens, phi, v, clock, clock_end, *states, out, *v.stride()[:3],
         X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-        PRECISION=precision(phi.dtype), num_warps=WARPS,
+        PRECISION=precision(phi.dtype), **launch.options,
     )  # fmt: skip
     return out.sum(0).sqrt()
 
@@ -500,37 +557,37 @@ class MemoryFunction(torch.autograd.Function):
         exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-        edge = edges(clock_end, order)
-        states = states_of(order, phi_k, v, clock, edge, memory)
-        DV, parts = split(D, F, STATE[phi_q.dtype])
+        states, end = states_of(order, phi_k, v, clock, clock_end, memory)
+        launch = launch_of("memory", phi_q)
+        DV, parts = split(D, F, launch.chunk)
         y = torch.empty_like(exact)
         branch = torch.empty_like(exact) if branches else exact.new_empty(0)
         branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
         memory_kernel[(order.n, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *states, exact, lse, gate, y, branch, branch_lse,
+            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse,
             *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            BRANCHES=branches, PRECISION=precision(phi_q.dtype), num_warps=WARPS, num_stages=2,
+            BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
-        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, edge, memory, exact, lse, gate, branch, branch_lse)
+        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, exact, lse, gate, branch, branch_lse)
         ctx.order = order
-        return y, branch, branch_lse, states.start[:, -1].view(B, Hk, F, D + 1)
+        return y, branch, branch_lse, end
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor, grad_end: Tensor
     ) -> tuple[Tensor | None, ...]:
-        phi_q, phi_k, v, clock, clock_end, edge, memory, *branches = ctx.saved_tensors
+        phi_q, phi_k, v, clock, clock_end, memory, *branches = ctx.saved_tensors
         order: Order = ctx.order
         exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
-        given = (order, phi_q, phi_k, v, clock, clock_end, edge)
-        states = states_of(order, phi_k, v, clock, edge, memory)
+        given = (order, phi_q, phi_k, v, clock, clock_end)
+        states, _ = states_of(order, phi_k, v, clock, clock_end, memory)
         g_phi_q, turn = phi_q_grad(*given, states, down, row)
-        back = reverse_states(*given, down, row, grad_end)
+        back, g_memory = reverse_states(*given, down, row, grad_end)
         g_phi_k, g_v = key_grads(*given, back, down, row)
         g_clock, g_clock_end = clock_grads(order, phi_k, g_phi_k, turn, states, back) if order.decays else (None, None)
         return (
-            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, back.start[:, 0].view_as(grad_end), exact, lse,
+            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, g_memory, exact, lse,
             g_gate.sum((0, 2)), None, None,
         )  # fmt: skip
 
@@ -548,7 +605,7 @@ def clock_grads(
     g_clock = -(phi_k.float() * g_phi_k.float()).sum(-1)
     turn = torch.nn.functional.pad(turn, (0, order.n * TILE - turn.shape[2]))
     g_end = turn.view(B, Hk, -1, turn.shape[2] // order.block, order.block).sum((2, 4)).flatten(0, 1)
-    crossing = (states.start * back.start).sum((2, 3))  # [R, segments + 1]
+    crossing = (states.start * back.start).sum((2, 3)) + (states.start_norm * back.start_norm).sum(2)
     folded = g_clock.flatten(0, 1).gather(1, order.tokens.clamp(min=0).long()) * (order.tokens >= 0)
     per = order.tiles * TILE // order.block
     net = by_segment(g_end, per) + by_segment(folded, order.tiles * TILE)
@@ -592,42 +649,45 @@ def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[lis
 
 
 def phi_q_grad(
-    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
     states: States, down: Tensor, row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of phi_q, and each query's part [B, H, W] of that of its block's clock)."""
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    FB, parts = split(F, D, STATE[phi_q.dtype])
+    launch = launch_of("phi_q_grad", phi_q)
+    FB, parts = split(F, D, launch.chunk)
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
     phi_q_grad_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *states, down, row, out, turn, *scalars,
-        **sizes, FB=FB, DP=power_of_two(D), num_warps=WARPS, num_stages=2,
+        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, down, row, out, turn, *scalars,
+        **sizes, FB=FB, DP=power_of_two(D), **launch.options,
     )  # fmt: skip
     return out, turn.sum(0)
 
 
 def reverse_states(
-    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
     down: Tensor, row: Tensor, end: Tensor,
-) -> States:  # fmt: skip
-    """The gradient of the memory after every tile; `end` [B, Hk, F, D + 1] is that of the last memory."""
+) -> tuple[States, Tensor]:  # fmt: skip
+    """The gradient of the memory after every tile, and before the first token; `end` is that of the last memory."""
     (B, _, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    DV, parts = split(D, F, WALKED[phi_q.dtype])
+    launch = launch_of("reverse_states", phi_q)
+    DV, parts = split(D, F, launch.chunk)
     _, sizes = sizes_of(order, phi_q, phi_k, v)
     local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi_q.dtype)
     norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
-    gain = torch.empty(B * Hk, order.segments, F, D + 1, device=v.device, dtype=torch.float32)
+    gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
     reverse_states_kernel[(order.segments, parts, B * Hk)](
-        phi_q, clock_end, edge, down, row, local, norm, gain, W, order.n, order.segments, order.tiles,
-        **sizes, FP=power_of_two(F), DV=DV, num_warps=4, num_stages=2,
+        phi_q, clock_end, down, row, local, norm, gain, gain_norm, W, order.n, order.segments, order.tiles,
+        **sizes, FP=power_of_two(F), DV=DV, **launch.options,
     )  # fmt: skip
-    return States(local, norm, walk_back(end.flatten(0, 1), gain, edge, order))
+    start, start_norm, begin = walk(end, gain, gain_norm, clock_end, order, back=True)
+    return States(local, norm, start, start_norm), begin
 
 
 def key_grads(
-    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, edge: Tensor,
+    order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
     back: States, down: Tensor, row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of phi_k [B, Hk, X, F] and of v [B, Hk, X, D]; zero for tokens that are not in the memory."""
@@ -635,13 +695,15 @@ def key_grads(
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     g_phi = torch.zeros_like(phi_k)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
-    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, edge, *back, down, row)
-    FB, parts = split(F, D, STATE[phi_q.dtype])
+    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back, down, row)
+    launch = launch_of("phi_k_grad", phi_q)
+    FB, parts = split(F, D, launch.chunk)
     phi_k_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), num_warps=WARPS, num_stages=2
+        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options
     )
-    DV, parts = split(D, F, STATE[phi_q.dtype])
+    launch = launch_of("value_grad", phi_q)
+    DV, parts = split(D, F, launch.chunk)
     value_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, num_warps=WARPS, num_stages=2
+        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch.options
     )
     return g_phi, g_v

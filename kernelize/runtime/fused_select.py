@@ -1,25 +1,31 @@
 """Who holds a slot, and when: attention received, recall error, lifetimes. Nothing here has a gradient.
 
 Lifetimes are found in parallel. A token is held while fewer than `capacity` of those that applied are better, so the
-best `capacity` of every segment, merged in log(segments) steps, tell each segment who stands when it begins; inside
+best `capacity` of every segment, merged in two levels of scans, tell each segment who stands when it begins; inside
 a segment it is counting. Those whom a share rejects are listed by the block of their rejection: this list is the
 next share's applicants, and that of the last share the order in which the memory takes tokens in.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fused_triton import constexpr, jit, power_of_two, precision, tl
+from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 from .spec import KernelSpec
 from .state import Kernel
 
 SEGMENT = 512  # applicants that one program takes in their order
 TILE = 64  # queries that are computed together
 LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every size is compiled by itself
+ALONE = 12  # lists that one program merges one after the other; more are cut into groups
+FOLDED = 512  # keys of one program that adds up their mass
+NONE = -0x8000000000000000  # the key of no token
+LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=4, stages=2, registers=128)}  # warps for one head, of 16-bit keys
+WIDE = Launch(heads=1, chunk=128, warps=4, stages=2)
 
 
 # --- attention received -------------------------------------------------------------------------------------
@@ -34,10 +40,11 @@ def capped(s, cap):
 @jit
 def scaled_scores(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
     """Scores of q [rows, D] on k [keys, D], in units of log 2."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
-        s = capped(s, softcap)
-    return s * 1.4426950408889634
+        return capped(s * scaling, softcap) * 1.4426950408889634
+    else:
+        return s * (scaling * 1.4426950408889634)
 
 
 @jit
@@ -125,117 +132,179 @@ def mass_kernel(
             tl.store(Out + place, p)
 
 
+@jit
+def fold_kernel(Pieces, Out, X, front, n, parts: constexpr, REACH: constexpr, TILE: constexpr, SIZE: constexpr):
+    """Adds up what the tiles of queries that reach a key, and the parts of its group, say about it."""
+    row = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    c = x - front + REACH * TILE  # never negative where a tile reaches
+    total = tl.zeros([SIZE], tl.float32)
+    for part in range(parts):
+        for step in range(REACH):
+            tile = c // TILE - 1 - step  # of queries, in whose reach the key's tile is number step
+            at = (((row * parts + part) * n + tile) * REACH + step) * TILE + c % TILE
+            total += tl.load(Pieces + at, mask=(c >= 0) & (tile >= 0) & (tile < n), other=0.0)
+    tl.store(Out + row * X + x, total, mask=x < X)
+
+
 # --- lifetimes ----------------------------------------------------------------------------------------------
 
 
 @jit
-def beats(score_a, index_a, score_b, index_b):
-    """Whether a is preferred to b: the better score, else the earlier token; a may be no token (−1)."""
-    return (index_a >= 0) & ((score_a > score_b) | ((score_a == score_b) & (index_a < index_b)))
+def keys_of(score, index):
+    """One int64 a token, larger for the better score, then for the earlier token; smaller than any for no token."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 is no worse than 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return tl.where(index >= 0, key, -0x8000000000000000)
+
+
+@jit
+def token_of(key):
+    """The token of a key, −1 for none."""
+    token = (0x7FFFFFFF - (key & 0x7FFFFFFF)).to(tl.int32)
+    return tl.where(key == -0x8000000000000000, -1, token)
 
 
 @jit
 def best_kernel(
-    Applicants, Score, Index, Best, X, length, lists, capacity, L: constexpr, CP: constexpr, CHUNK: constexpr
-):
-    """The best `capacity` applicants of one segment, in order, as list segment + 1."""
+    Applicants, Score, Keys, Best, X, length, lists, capacity,
+    L: constexpr, CP: constexpr, CHUNK: constexpr, EMPTY: constexpr,
+):  # fmt: skip
+    """The keys of a segment's applicants, and its best `capacity` in order as list segment + 1; list 0 if EMPTY."""
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = segment * L + tl.arange(0, L)
     index = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
-    score = tl.load(Score + row * X + index, mask=index >= 0, other=float("-inf"))
+    score = tl.load(Score + row * X + index, mask=index >= 0, other=0.0)
+    key = keys_of(score, index)
+    tl.store(Keys + row * length + at, key, mask=at < length)
     rank = tl.zeros([L], tl.int32)
     for start in range(0, L, CHUNK):
         near = segment * L + start + tl.arange(0, CHUNK)
         other = tl.load(Applicants + row * length + near, mask=near < length, other=-1)
-        theirs = tl.load(Score + row * X + other, mask=other >= 0, other=float("-inf"))
-        better = beats(theirs[None, :], other[None, :], score[:, None], index[:, None])
-        rank += tl.sum(better.to(tl.int32), 1)
+        theirs = keys_of(tl.load(Score + row * X + other, mask=other >= 0, other=0.0), other)
+        rank += tl.sum((theirs[None, :] > key[:, None]).to(tl.int32), 1)
     out = (row * lists + segment + 1) * CP
-    keep = (index >= 0) & (rank < capacity)
-    tl.store(Index + out + rank, index, mask=keep)
-    tl.store(Best + out + rank, score, mask=keep)
+    tl.store(Best + out + rank, key, mask=(index >= 0) & (rank < capacity))
     free = tl.arange(0, CP)
+    nothing = tl.full([CP], -0x8000000000000000, tl.int64)
     total = tl.minimum(tl.sum((index >= 0).to(tl.int32), 0), capacity)
-    tl.store(Index + out + free, tl.full([CP], -1, tl.int32), mask=free >= total)
+    tl.store(Best + out + free, nothing, mask=free >= total)
+    if EMPTY:
+        tl.store(Best + row * lists * CP + free, nothing, mask=(segment == 0) & (free < CP))
 
 
 @jit
-def merge_kernel(Index, Best, IndexOut, BestOut, lists, shift, capacity, CP: constexpr, CHUNK: constexpr):
-    """List i becomes the best of lists i and i − shift, which have no token in common."""
-    here, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    mine, theirs = (row * lists + here) * CP, (row * lists + here - shift) * CP
+def merge_lists(A, B, Out, capacity, CP: constexpr, CHUNK: constexpr):
+    """Writes the best `capacity` of two lists without a common token, in order; Out may be one of them."""
     i = tl.arange(0, CP)
-    a = tl.load(Index + mine + i)
-    b = tl.load(Index + theirs + i, mask=(here >= shift) & (i < CP), other=-1)
-    score_a = tl.load(Best + mine + i)  # of no token: anything, as `beats` looks at the index too
-    score_b = tl.load(Best + theirs + i, mask=(here >= shift) & (i < CP), other=0.0)
+    a, b = tl.load(A + i), tl.load(B + i)
     rank_a, rank_b = i, i
     for start in range(0, CP, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        x = tl.load(Index + mine + j)
-        score_x = tl.load(Best + mine + j)
-        y = tl.load(Index + theirs + j, mask=(here >= shift) & (j < CP), other=-1)
-        score_y = tl.load(Best + theirs + j, mask=(here >= shift) & (j < CP), other=0.0)
-        rank_a += tl.sum(beats(score_y[None, :], y[None, :], score_a[:, None], a[:, None]).to(tl.int32), 1)
-        rank_b += tl.sum(beats(score_x[None, :], x[None, :], score_b[:, None], b[:, None]).to(tl.int32), 1)
-    keep_a, keep_b = (a >= 0) & (rank_a < capacity), (b >= 0) & (rank_b < capacity)
-    tl.store(IndexOut + mine + rank_a, a, mask=keep_a)
-    tl.store(BestOut + mine + rank_a, score_a, mask=keep_a)
-    tl.store(IndexOut + mine + rank_b, b, mask=keep_b)
-    tl.store(BestOut + mine + rank_b, score_b, mask=keep_b)
-    total = tl.sum((a >= 0).to(tl.int32), 0) + tl.sum((b >= 0).to(tl.int32), 0)
-    tl.store(IndexOut + mine + i, tl.full([CP], -1, tl.int32), mask=i >= tl.minimum(total, capacity))
+        rank_a += tl.sum((tl.load(B + j)[None, :] > a[:, None]).to(tl.int32), 1)
+        rank_b += tl.sum((tl.load(A + j)[None, :] > b[:, None]).to(tl.int32), 1)
+    none = -0x8000000000000000
+    total = tl.sum((a != none).to(tl.int32), 0) + tl.sum((b != none).to(tl.int32), 0)
+    tl.debug_barrier()
+    tl.store(Out + rank_a, a, mask=(a != none) & (rank_a < capacity))
+    tl.store(Out + rank_b, b, mask=(b != none) & (rank_b < capacity))
+    tl.store(Out + i, tl.full([CP], none, tl.int64), mask=i >= tl.minimum(total, capacity))
+    tl.debug_barrier()
+
+
+@jit
+def scan_kernel(In, Out, in_row, in_step, items, per, capacity, CP: constexpr, CHUNK: constexpr):
+    """Within each group of `per` lists, list i becomes the best of the group's lists up to i."""
+    first, row = tl.program_id(0) * per, tl.program_id(1).to(tl.int64)
+    source, out = In + row * in_row, Out + row * items * CP
+    i = tl.arange(0, CP)
+    tl.store(out + first * CP + i, tl.load(source + first * in_step + i))
+    tl.debug_barrier()
+    for item in tl.range(first + 1, tl.minimum(first + per, items)):
+        merge_lists(out + (item - 1) * CP, source + item * in_step, out + item * CP, capacity, CP, CHUNK)
+
+
+@jit
+def lift_kernel(Lists, Start, lists, per, groups, capacity, CP: constexpr, CHUNK: constexpr):
+    """Adds to each list what all groups before its own have brought."""
+    item, row = tl.program_id(0) + per, tl.program_id(1).to(tl.int64)
+    mine = Lists + (row * lists + item) * CP
+    merge_lists(Start + (row * (groups - 1) + item // per - 1) * CP, mine, mine, capacity, CP, CHUNK)
 
 
 @jit
 def death_kernel(
-    Applicants, Score, Index, Best, Death, Rejected, Table,
-    X, length, lists, blocks, n, capacity, first, width,
-    L: constexpr, CP: constexpr, CHUNK: constexpr, BLOCK: constexpr, TILE: constexpr,
+    Applicants, Keys, Lists, Death, HolderDeath, EntrantDeath, Holders,
+    X, length, lists, capacity, first, width,
+    L: constexpr, CP: constexpr, CHUNK: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """Takes one segment's blocks in order: who is rejected when, and who holds a place when a tile begins."""
+    """When the holders at a segment's start and its own applicants lose their places, if in this segment.
+
+    HolderDeath and EntrantDeath hold the block, −1 where there is no token, 2³⁰ for who stays.
+    """
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, x = tl.arange(0, CP), tl.arange(0, L)
-    holder = tl.load(Index + (row * lists + segment) * CP + i)
-    holder_score = tl.load(Best + (row * lists + segment) * CP + i, mask=holder >= 0, other=float("-inf"))
-    mine = tl.load(Applicants + row * length + segment * L + x, mask=segment * L + x < length, other=-1)
-    score = tl.load(Score + row * X + mine, mask=mine >= 0, other=float("-inf"))
+    none = -0x8000000000000000
+    list_here = Lists + (row * lists + segment) * CP
+    holder = tl.load(list_here + i)
+    at = segment * L + x
+    mine = tl.load(Keys + row * length + at, mask=at < length, other=none)
     better_h, better_x = i, tl.zeros([L], tl.int32)
     for start in range(0, CP, CHUNK):
-        near = start + tl.arange(0, CHUNK)
-        other = tl.load(Index + (row * lists + segment) * CP + near)
-        theirs = tl.load(Best + (row * lists + segment) * CP + near, mask=other >= 0, other=float("-inf"))
-        better_x += tl.sum(beats(theirs[None, :], other[None, :], score[:, None], mine[:, None]).to(tl.int32), 1)
-    alive_h = holder >= 0
-    waits = mine >= 0
-    alive_x = waits & (x < 0)
-    death_h, death_x = tl.zeros([CP], tl.int32), tl.zeros([L], tl.int32)
+        theirs = tl.load(list_here + start + tl.arange(0, CHUNK))
+        better_x += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+    lasts_h, lasts_x = tl.zeros([CP], tl.int32), tl.zeros([L], tl.int32)  # blocks with fewer better than capacity
     for j in range(L // BLOCK):
-        block = segment * (L // BLOCK) + j
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        y = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
-        score_y = tl.load(Score + row * X + y, mask=y >= 0, other=float("-inf"))
-        better_h += tl.sum(beats(score_y[None, :], y[None, :], holder_score[:, None], holder[:, None]).to(tl.int32), 1)
-        better_x += tl.sum(beats(score_y[None, :], y[None, :], score[:, None], mine[:, None]).to(tl.int32), 1)
-        alive_x = alive_x | (waits & (x // BLOCK == j))
-        dies_h, dies_x = alive_h & (better_h >= capacity), alive_x & (better_x >= capacity)
-        death_h, death_x = tl.where(dies_h, block, death_h), tl.where(dies_x, block, death_x)
-        alive_h = alive_h & (better_h < capacity)
-        alive_x = alive_x & (better_x < capacity)
-        waits = waits & (x // BLOCK != j)
-        if block < blocks:
-            count_h, count_x = dies_h.to(tl.int32), dies_x.to(tl.int32)
-            place_h = tl.cumsum(count_h, 0) - 1
-            place_x = tl.cumsum(count_x, 0) - 1 + tl.sum(count_h, 0)
-            tl.store(Rejected + row * length + block * BLOCK + place_h, holder, mask=dies_h)
-            tl.store(Rejected + row * length + block * BLOCK + place_x, mine, mask=dies_x)
-            if (j % (TILE // BLOCK) == 0) & (capacity > 0):
-                count_h, count_x = alive_h.to(tl.int32), alive_x.to(tl.int32)
-                here = (row * n + block // (TILE // BLOCK)) * width + first
-                tl.store(Table + here + tl.cumsum(count_h, 0) - 1, holder, mask=alive_h)
-                tl.store(Table + here + tl.cumsum(count_x, 0) - 1 + tl.sum(count_h, 0), mine, mask=alive_x)
-    tl.store(Death + row * X + holder, death_h, mask=(holder >= 0) & ~alive_h)
-    tl.store(Death + row * X + mine, death_x, mask=(mine >= 0) & ~alive_x)
+        near = segment * L + j * BLOCK + tl.arange(0, BLOCK)
+        theirs = tl.load(Keys + row * length + near, mask=near < length, other=none)
+        better_h += tl.sum((theirs[None, :] > holder[:, None]).to(tl.int32), 1)
+        better_x += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+        lasts_h += (better_h < capacity).to(tl.int32)
+        lasts_x += (better_x < capacity).to(tl.int32)
+    lasts_x = tl.maximum(lasts_x, x // BLOCK)  # who is not good enough is rejected on arrival
+    begin = segment * (L // BLOCK)
+    death_h = tl.where(holder == none, -1, tl.where(lasts_h < L // BLOCK, begin + lasts_h, 1 << 30))
+    death_x = tl.where(mine == none, -1, tl.where(lasts_x < L // BLOCK, begin + lasts_x, 1 << 30))
+    tl.store(HolderDeath + (row * (lists - 1) + segment) * CP + i, death_h)
+    tl.store(EntrantDeath + row * length + at, death_x, mask=at < length)
+    tl.store(Death + row * X + token_of(holder), death_h, mask=(death_h >= 0) & (death_h < (1 << 30)))
+    tl.store(Death + row * X + token_of(mine), death_x, mask=(death_x >= 0) & (death_x < (1 << 30)))
+    if segment == 0:
+        last = tl.load(Lists + (row * lists + lists - 1) * CP + i)
+        tl.store(Holders + row * width + first + i, token_of(last), mask=i < capacity)
+
+
+@jit
+def place_kernel(
+    Applicants, Lists, HolderDeath, EntrantDeath, Rejected, Table,
+    length, lists, n, capacity, first, width,
+    L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
+):  # fmt: skip
+    """Of one tile: who holds a place at its first block, and whom each of its blocks rejects."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    segment, begin = tile * TILE // L, tile * (TILE // BLOCK)
+    i, x = tl.arange(0, CP), segment * L + tl.arange(0, L)
+    holder = token_of(tl.load(Lists + (row * lists + segment) * CP + i))
+    death_h = tl.load(HolderDeath + (row * (lists - 1) + segment) * CP + i)
+    mine = tl.load(Applicants + row * length + x, mask=x < length, other=-1)
+    death_x = tl.load(EntrantDeath + row * length + x, mask=x < length, other=-1)
+    holds_h, holds_x = (death_h > begin).to(tl.int32), ((death_x > begin) & (x // BLOCK <= begin)).to(tl.int32)
+    table = Table + (row * n + tile) * width + first
+    total = tl.sum(holds_h, 0)
+    tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
+    tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
+    total += tl.sum(holds_x, 0)
+    tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < capacity))
+    for j in range(TILE // BLOCK):
+        dies_h, dies_x = (death_h == begin + j).to(tl.int32), (death_x == begin + j).to(tl.int32)
+        out = Rejected + row * length + (begin + j) * BLOCK
+        total = tl.sum(dies_h, 0)
+        tl.store(out + tl.cumsum(dies_h, 0) - 1, holder, mask=dies_h > 0)
+        tl.store(out + tl.cumsum(dies_x, 0) - 1 + total, mine, mask=dies_x > 0)
+        total += tl.sum(dies_x, 0)
+        free = tl.arange(0, BLOCK)
+        tl.store(out + free, tl.full([BLOCK], -1, tl.int32), mask=free >= total)
 
 
 class Lives(NamedTuple):
@@ -248,61 +317,72 @@ class Lives(NamedTuple):
 
 
 def segment_best(applicants: Tensor, score: Tensor, first: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The lists of the best: entry 0 the holders at the start, entry i + 1 those of segment i alone."""
+    """(keys [R, length], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone."""
     R, length = applicants.shape
     CP, segments = power_of_two(capacity, LEAST_LIST), -(-length // SEGMENT)
-    index = applicants.new_full((R, segments + 1, CP), -1)
-    best = score.new_full((R, segments + 1, CP), -torch.inf)
+    best = torch.empty(R, segments + 1, CP, dtype=torch.int64, device=score.device)
+    keys = torch.empty(R, length, dtype=torch.int64, device=score.device)
     if first.shape[1]:
-        index[:, 0, : first.shape[1]], best[:, 0, : first.shape[1]] = ranked(first, score)
-    grid = (segments, R)
-    best_kernel[grid](
-        applicants,
-        score,
-        index,
-        best,
-        score.shape[1],
-        length,
-        segments + 1,
-        capacity,
-        L=SEGMENT,
-        CP=CP,
-        CHUNK=16,
-        num_warps=8,
-    )
-    return index, best
+        best[:, 0] = held_keys(first, score, CP)
+    best_kernel[(segments, R)](
+        applicants, score, keys, best, score.shape[1], length, segments + 1, capacity,
+        L=SEGMENT, CP=CP, CHUNK=16, EMPTY=not first.shape[1], num_warps=8,
+    )  # fmt: skip
+    return keys, best
 
 
-def ranked(index: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Holders [R, capacity] and their scores, best first, −1 last."""
-    mine = score.gather(1, index.clamp(min=0).long()).masked_fill(index < 0, -torch.inf)
-    order = mine.argsort(dim=1, descending=True, stable=True)
-    return index.gather(1, order), mine.gather(1, order)
+def held_keys(index: Tensor, score: Tensor, size: int) -> Tensor:
+    """Keys [R, size] of the holders `index` [R, capacity], best first; as `keys_of`."""
+    mine = score.gather(1, index.clamp(min=0).long())
+    bits = torch.where(mine == 0, 0.0, mine).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    keys = ((ordered << 32) | (0x7FFFFFFF - index).long()).masked_fill(index < 0, NONE)
+    keys = torch.nn.functional.pad(keys, (0, size - keys.shape[1]), value=NONE)
+    return keys.sort(dim=1, descending=True)[0]
+
+
+def prefixes(best: Tensor, capacity: int) -> Tensor:
+    """Lists [R, lists, CP]: the best of list i and all before it.
+
+    Short sequences go through them one by one. Longer ones in groups, then the groups, then each list once more.
+    """
+    R, lists, CP = best.shape
+    per = lists if lists <= ALONE else math.isqrt(lists - 1) + 1
+    groups, sizes = -(-lists // per), {"CP": CP, "CHUNK": min(CP, 16)}
+    out = torch.empty_like(best)
+    scan_kernel[(groups, R)](best, out, lists * CP, CP, lists, per, capacity, **sizes)
+    if groups > 1:
+        totals = out[:, per - 1 :: per][:, : groups - 1]
+        start = torch.empty(R, groups - 1, CP, dtype=torch.int64, device=best.device)
+        scan_kernel[(1, R)](totals, start, lists * CP, per * CP, groups - 1, groups - 1, capacity, **sizes)
+        lift_kernel[(lists - per, R)](out, start, lists, per, groups, capacity, **sizes)
+    return out
 
 
 def compete(
     spec: KernelSpec, applicants: Tensor, score: Tensor, first: Tensor, capacity: int, lives: Lives, start: int
-) -> tuple[Tensor, Tensor]:
-    """One share's competition -> (its rejected ones by block [R, n·tile], its holders at the end [R, capacity]).
+) -> Tensor:
+    """One share's competition -> its rejected ones by block [R, n·tile].
 
-    Writes the deaths, and its part of the slot tables from column `start` on.
+    Writes the deaths, and its part of slot tables and holders from column `start` on.
     """
     R, length = applicants.shape
-    index, best = segment_best(applicants, score, first, capacity)
-    lists, CP = index.shape[1:]
-    shift = 1
-    while shift < lists:
-        index_out, best_out = torch.empty_like(index), torch.zeros_like(best)
-        merge_kernel[(lists, R)](index, best, index_out, best_out, lists, shift, capacity, CP=CP, CHUNK=min(CP, 64))
-        index, best, shift = index_out, best_out, 2 * shift
-    rejected = torch.full_like(applicants, -1)
-    n, width = lives.table.shape[1:]
-    death_kernel[(lists - 1, R)](
-        applicants, score, index, best, lives.death, rejected, lives.table,
-        score.shape[1], length, lists, length // spec.block, n, capacity, start, width,
-        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, TILE=TILE, num_warps=8,
+    keys, best = segment_best(applicants, score, first, capacity)
+    lists = prefixes(best, capacity)
+    (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
+    holder_death = torch.empty(R, count - 1, CP, dtype=torch.int32, device=score.device)
+    entrant_death, rejected = torch.empty_like(applicants), torch.empty_like(applicants)
+    death_kernel[(count - 1, R)](
+        applicants, keys, lists, lives.death, holder_death, entrant_death, lives.holders,
+        score.shape[1], length, count, capacity, start, width,
+        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, num_warps=8,
     )  # fmt: skip
-    return rejected, index[:, -1, :capacity]
+    place_kernel[(n, R)](
+        applicants, lists, holder_death, entrant_death, rejected, lives.table,
+        length, count, n, capacity, start, width,
+        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
+    )  # fmt: skip
+    return rejected
 
 
 def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: Tensor) -> Lives:
@@ -312,24 +392,24 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     [R, slots] int32 the holders at the start (no columns: none).
     """
     R, length = applicants.shape
-    X = scores[0].shape[1] if scores else 1
+    X, blocks = scores[0].shape[1] if scores else 1, length // spec.block
     lives = Lives(
-        applicants.new_full((R, X), length // spec.block),
-        applicants.new_full((R, length // TILE, spec.slots), -1),
+        applicants.new_full((R, X), blocks),
+        applicants.new_empty(R, length // TILE, spec.slots),
         applicants,
-        applicants[:, :0],
+        applicants.new_empty(R, spec.slots),
     )
     if not spec.slots:
         return lives
-    holders, start, rejected = [], 0, applicants
+    start, rejected = 0, applicants
     for score, (_, capacity) in zip(scores, spec.shares, strict=True):
         if capacity:
-            lives.death.fill_(length // spec.block)  # whom an earlier share rejected may live on in this one
+            if start:
+                lives.death.fill_(blocks)  # whom an earlier share rejected may live on in this one
             first = old[:, start : start + capacity]
-            rejected, last = compete(spec, rejected, score, first, capacity, lives, start)
-            holders.append(last)
+            rejected = compete(spec, rejected, score, first, capacity, lives, start)
         start += capacity
-    return lives._replace(order=rejected, holders=torch.cat(holders, 1))
+    return lives._replace(order=rejected)
 
 
 def received(
@@ -341,21 +421,19 @@ def received(
     """
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
     G, n = H // Hk, -(-W // TILE)
-    HP = min(power_of_two(G, 1), 2 if q.dtype != torch.float32 else 1)
+    launch = WIDE if q.dtype == torch.float32 else LAUNCH["mass"]
+    HP = min(power_of_two(G, 1), launch.heads)
+    launch = launch._replace(warps=launch.warps * HP)
     parts, reach = -(-G // HP), -(-spec.back * spec.block // TILE) + 1
     out = torch.empty(B, Hk, parts, n, reach, TILE, device=q.device, dtype=torch.float32)
     mass_kernel[(n, B * Hk * parts)](
         q, k, bounds, *(far or (q, k)), out, *q.stride()[:3], *k.stride()[:3],
         kernel.scaling, kernel.softcap or 0.0, W, X, front, n, Hk, spec.reach,
         G=G, HP=HP, D=D, DP=power_of_two(D), TILE=TILE, BLOCK=spec.block, BACK=spec.back, REACH=reach,
-        KEYS=TILE * (1 if reach % 2 else 2),
+        KEYS=TILE if reach % 2 else min(2 * TILE, launch.chunk),
         SINKS=spec.sinks, SP=power_of_two(spec.sinks), SOFTCAP=kernel.softcap is not None,
-        FAR=far is not None, PRECISION=precision(q.dtype), num_warps=4 * HP,
+        FAR=far is not None, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
-    piece = out[:, :, 0] if parts == 1 else out.sum(2)
-    mass = out.new_zeros(B, Hk, max(0, (reach - 1) * TILE - front) + max(X, front + n * TILE))
-    first = max(0, (reach - 1) * TILE - front)
-    for part in range(reach):
-        start = first + front + (part - reach + 1) * TILE
-        mass[:, :, start : start + n * TILE] += piece[:, :, :, part].flatten(2)
-    return mass[:, :, first : first + X].contiguous()
+    mass = torch.empty(B, Hk, X, device=q.device, dtype=torch.float32)
+    fold_kernel[(-(-X // FOLDED), B * Hk)](out, mass, X, front, n, parts=parts, REACH=reach, TILE=TILE, SIZE=FOLDED)
+    return mass

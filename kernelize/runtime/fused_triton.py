@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ except ImportError:
     triton = tl = constexpr = None
 
 LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
-           "capacity", "width", "chunks", "limit")  # fmt: skip
+           "capacity", "width", "chunks", "limit", "items", "per", "groups", "in_row", "in_step")  # fmt: skip
 
 
 def jit(function: Any) -> Any:
@@ -41,3 +41,17 @@ def power_of_two(n: int, least: int = 16) -> int:
 def rows_first(x: Tensor) -> Tensor:
     """x with a contiguous last axis, as the kernels need it; a copy only where it has none."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched; `benchmarks/layer.py tune` tries others."""
+
+    heads: int  # of a group that one program takes
+    chunk: int  # keys, or entries, that are read together
+    warps: int
+    stages: int  # chunks that are on their way at once
+    registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}

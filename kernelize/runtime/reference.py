@@ -171,7 +171,7 @@ def scores(
     if spec.measures("keydiff"):
         found["keydiff"] = novelty(key, state.key_sum[:, :, None])
     held = torch.nn.functional.pad(state.score, (0, 0, 0, spec.block))
-    return torch.where(fresh[:, None], scores_from(kernel, found, key, value, pos), held)
+    return torch.where(fresh[:, None], torch.stack(scores_from(kernel, found, key, value, pos), -1), held)
 
 
 def recall_error(spec: KernelSpec, state: State, phi: Tensor, value: Tensor, pos: Tensor, decay: Tensor) -> Tensor:

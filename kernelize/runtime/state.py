@@ -388,19 +388,23 @@ def aged(mass: Tensor, pos: Tensor, spec: KernelSpec) -> Tensor:
     return (mass + TINY).log() + pos.clamp(min=0) / spec.aging if spec.aging else mass
 
 
-def scores_from(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> Tensor:
-    """[B, Hk, X, shares]: the score of every share, from what was measured of tokens [B, Hk, X].
+def scores_from(
+    kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor | None
+) -> list[Tensor]:
+    """Of every share the score [B, Hk, X], from what was measured of tokens [B, Hk, X].
 
-    Their positions `pos` are [B, 1 or Hk, X], EMPTY where no token leaves the window.
+    Their positions `pos` are [B, 1 or Hk, X], EMPTY where no token leaves the window; None where nobody asks for them.
     """
     if kernel.watch is not None:
+        assert pos is not None
         kernel.watch(statistics, key, value, pos)
     scores = {name: statistic.detach() for name, statistic in statistics.items()}
-    if "attention" in scores:
+    if "attention" in scores and kernel.spec.aging:
+        assert pos is not None
         scores["attention"] = aged(scores["attention"], pos, kernel.spec)
     if kernel.spec.learned_share is not None:
         scores["learned"] = learned_score(kernel, statistics, key, value)
     if kernel.spec.scores_by("forecast"):
         with torch.no_grad():
             scores["forecast"] = forecast(kernel, statistics, key, value)
-    return torch.stack([scores[name] for name, _ in kernel.spec.shares], -1)
+    return [scores[name] for name, _ in kernel.spec.shares]

@@ -1,0 +1,27 @@
+"""How much one layer launches: a count, so that it can be asserted without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from compiled import launches_of, layer_call
+
+SPEC = {"feature_dim": 16, "window": 64, "sinks": 4, "block": 16, "slots": 32}
+SHAPE = (1, 4, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "train", "kernels", "operations"),
+    [("attention", 2048, False, 10, 6), ("attention", 65536, False, 12, 6), ("mixed", 2048, False, 18, 9),
+     ("attention", 2048, True, 25, 57)],
+)  # fmt: skip
+def test_a_layer_launches_no_more_than_this(policy, length, train, kernels, operations):
+    """Triton kernels and torch operations of the second call; at any length the same, but for two levels of scans."""
+    launches, found = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, length, train))
+    assert len(launches) <= kernels, [launch.name for launch in launches]
+    assert sum(found.values()) <= operations, found
