@@ -335,7 +335,8 @@ class Far(NamedTuple):
 
 def turned(store: Store, kernel: Kernel) -> Far:
     if kernel.rotation is None or not kernel.spec.reach:
-        return Far(store.q[..., :0], store.k[..., :0], None)
+        nothing = store.q.detach()[..., :0]  # else its gradient would be a full tensor of zeros
+        return Far(nothing, nothing, None)
     (B, Hk, X, _), base = store.k.shape, store.bounds[:, 3:].long()
     q_pos = base + torch.arange(store.q.shape[2], device=base.device)
     fresh_pos = torch.arange(X, device=base.device).expand(B, Hk, -1)

@@ -452,7 +452,8 @@ class ExactFunction(torch.autograd.Function):
             *tensors, out, lse, grad, grad_lse, delta, grad_q, grad_far_q, *scalars, **sizes
         )
         grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta))
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_far_q, grad_far_k.to(k.dtype), None
+        far = (None, None) if given.pos is None else (grad_far_q, grad_far_k.to(k.dtype))
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *far, None
 
 
 def key_grads(
