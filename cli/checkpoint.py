@@ -11,7 +11,7 @@ import typer
 
 from .inspection import auto_recipe, show_measured
 from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
-from .output import say, show_plan, table, write_json
+from .output import say, show_plan, show_predictions, table, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ def plan(
     kernel: KernelFlags,
     lengths: Lengths = LENGTHS,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Predict the training too, on rtx4090, a100, h100 or h200.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="With --machine: how many of them.")] = 1,
+    engine: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="With --machine: whole models, or sharded.")] = "ddp",
     dtype: DType = None,
     device: Device = None,
     revision: Revision = None,
@@ -39,7 +44,7 @@ def plan(
     """
     from kernelize.evaluate import parse_lengths
     from kernelize.files import write_file
-    from kernelize.pipeline import plan_source
+    from kernelize.pipeline import plan_source, predict_stages
 
     with Progress("layers") as progress:
         recipe, report = plan_source(
@@ -54,10 +59,16 @@ def plan(
         )
     show_kept(recipe)
     show_plan(report)
+    found = []
+    if machine is not None:
+        loading = {"revision": revision, "trust_remote_code": trust}
+        found = predict_stages(source, recipe, machine, processes=processes, engine=engine, **loading)
+        show_predictions(found, f"{processes} x {machine}, {engine}")
     if output is not None:
         write_file(output.resolve(), recipe.to_yaml())
         say(f"wrote {output}; next: kernelize convert {source} --config {output}")
-    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
+    predicted = {"predictions": [prediction.to_dict() for prediction in found]}
+    write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs, **(predicted if found else {})})
 
 
 def show_kept(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kernelize.plan import LayerRow, LengthRow, PlanReport
+    from kernelize.predict import Prediction
 
 
 def write_json(path: Path | None, data: Any) -> None:
@@ -86,6 +87,27 @@ def show_plan(report: PlanReport) -> None:
     say(f"{report.new_parameters:,} new parameters; state {data_size(report.state_bytes)} a sequence at any length")
     say(f"cheaper than softmax from {report.break_even_bytes:,} tokens in memory, from {report.break_even_flops:,} "
         "in FLOPs of decoding")  # fmt: skip
+
+
+def show_predictions(found: Sequence[Prediction], where: str) -> None:
+    """Memory and time of every stage, as predicted."""
+    head = (
+        "stage",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "gathered, logits",
+        "memory",
+        "hours",
+        "stored",
+    )
+    table(f"Training, predicted for {where}", head, (
+        (p.stage, *map(data_size, map(round, (p.weights, p.gradients, p.optimizer, p.activations, p.gathered + p.logits,
+                                              p.memory))), f"{p.seconds / 3600:.2f}", data_size(round(p.stored_bytes)))
+        for p in found
+    ))  # fmt: skip
+    say("a prediction from shapes, not a measurement; docs/scaling.md says how far it was off where it was checked")
 
 
 def _length_cells(row: LengthRow) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ norm of a group's, not of all layers'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .calibrate import instead
 from .data import Row
 from .errors import KernelizeError
 from .objectives import Losses, Transfer
@@ -154,19 +155,7 @@ class BlockTransfer(Transfer):
         after = [(block, lambda *_, **__: left[-1]) for block in blocks[self.group.end :]]
         hook = last.register_forward_hook(lambda _, __, out: left.append(out))
         try:
-            with _silenced([*before, *after, (head, lambda hidden: hidden)]):
+            with instead([*before, *after, (head, lambda hidden: hidden)]):
                 yield left
         finally:
             hook.remove()
-
-
-@contextmanager
-def _silenced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within the context the modules' forwards are these."""
-    for module, forward in forwards:
-        vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, _ in forwards:
-            del vars(module)["forward"]

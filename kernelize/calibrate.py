@@ -8,10 +8,12 @@ the layer nearest to softmax. So an untrained memory never hurts on the calibrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .losses import LEAST_MASS, softmax_attention, softmax_weights
@@ -136,13 +138,30 @@ def run_probes(
     texts: Sequence[Tensor],
     on_text: Callable[[], None] = lambda: None,
 ) -> None:
-    """One forward a text with the layers' probes in place."""
+    """One forward a text with the layers' probes in place; nobody asks for logits."""
     for layer, probe in probes:
         layer.probe = probe
     try:
         for ids in texts:
-            model(input_ids=ids.to(reading_device(model)), use_cache=False, logits_to_keep=1)
+            with instead([(model.get_output_embeddings(), lambda hidden: hidden)]):
+                model(input_ids=ids.to(reading_device(model)), use_cache=False, logits_to_keep=1)
             on_text()
     finally:
         for layer, _ in probes:
             layer.probe = None
+
+
+@contextmanager
+def instead(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the context the modules compute these, and not what they are made for."""
+    before = [vars(module).get("forward") for module, _ in forwards]
+    for module, forward in forwards:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for (module, _), own in zip(forwards, before, strict=True):
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own

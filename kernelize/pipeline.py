@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .card import CardFacts
     from .evaluate import Row
     from .plan import ConversionPlan, PlanReport
+    from .predict import Prediction
     from .quantize import Quantised
     from .recipe import Recipe
     from .train import TrainResult
@@ -69,6 +70,18 @@ def plan_source(
         loading = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": options.get("dtype")}
         recipe = keep_chosen(source, recipe, device=device, on_progress=on_progress, **loading)
     return recipe, describe(plan_for(recipe, config), config, **options)
+
+
+def predict_stages(
+    source: str, recipe: Recipe, machine: str, *, processes: int = 1, engine: str = "ddp", **loading: Any
+) -> list[Prediction]:
+    """What each stage of a recipe takes on so many of a known machine; SpecError for one that is not known."""
+    from .convert import load_config
+    from .predict import machine_named, predict
+
+    chosen, config = machine_named(machine), load_config(source, **loading)
+    plan, sharded = plan_for(recipe, config), engine == "fsdp2"
+    return [predict(config, plan, stage, chosen, processes=processes, sharded=sharded) for stage in recipe.stages]
 
 
 def keep_chosen(

@@ -1,4 +1,4 @@
-"""Training where no process holds the whole model: FSDP2 and DeepSpeed ZeRO-3, as the launcher's environment says.
+"""Training where no process holds the whole model: FSDP2, as the launcher's environment says.
 
 A stage trains a sharded copy of the run's model. What it trains is gathered, whole, for a checkpoint and at the stage's
 end; so checkpoints and results are the same files whatever made them, and a run goes on with another number of
@@ -8,6 +8,7 @@ processes. Precision is the loop's own business: shards keep their dtype, the ar
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 def make_accelerator() -> Accelerator:
     """The engine that `accelerate launch` or torchrun asks for. InputError for one that is not supported."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError("training with DeepSpeed is not supported; FSDP2 (configs/accelerate/fsdp2.yaml) shards alike")
     on_gpu = torch.cuda.is_available()
     return Accelerator(
         cpu=not on_gpu,  # processes without a GPU find each other only if it is said
@@ -38,12 +41,12 @@ def make_accelerator() -> Accelerator:
 
 def _fsdp() -> FullyShardedDataParallelPlugin:
     """Shards by decoder layer. Compute dtype and reductions stay those of the parameters."""
-    plugin = FullyShardedDataParallelPlugin(
-        mixed_precision_policy=MixedPrecisionPolicy(), auto_wrap_policy="transformer_based_wrap"
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise InputError(f"fsdp_version={version} is not supported; allowed: 2")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(), auto_wrap_policy="transformer_based_wrap"
     )
-    if plugin.fsdp_version != 2:
-        raise InputError(f"fsdp_version={plugin.fsdp_version} is not supported; allowed: 2")
-    return plugin
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

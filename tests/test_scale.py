@@ -9,6 +9,9 @@ import pytest
 from launching import launch
 from test_train import ALL, LORA, TEXT, TRANSFER, losses_of, metric_of, recipe, run
 
+from kernelize.errors import InputError
+from kernelize.sharding import make_accelerator
+
 SCRIPT = """
 import json, sys
 from test_scale import stages
@@ -64,3 +67,17 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     shutil.rmtree(output / "checkpoints/2-all-3")
     _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
     assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1 is not supported"),
+    ],
+)
+def test_an_engine_that_is_not_supported_is_refused(monkeypatch, environment, message):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=message):
+        make_accelerator()
