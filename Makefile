@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest check format venv clean
+.PHONY: demo test test-slow test-oldest check format venv clean browser
 
 demo: $(BASE)
 	$(BIN)/kernelize demo --output demo-out --overwrite
@@ -29,6 +29,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# What the test of examples/web needs beyond Python: a browser, and the page's packages.
+browser: examples/web/node_modules/.package-lock.json
+
+examples/web/node_modules/.package-lock.json: examples/web/package-lock.json
+	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y chromium; } >/dev/null
+	@cd examples/web && npm ci --silent --no-audit --no-fund
+	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff format .

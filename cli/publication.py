@@ -22,13 +22,15 @@ def push(
 ) -> None:
     """Verify a checkpoint and upload it to the Hub.
 
-    It is reloaded in a clean process and compared before anything is sent, as one commit.
+    It is reloaded in a clean process and compared before anything is sent, as one commit. Sub-folders int8, int4, onnx,
+    onnx-fp16, onnx-int8 and onnx-int4 go with it.
     """
     from kernelize.hub import push as push_folder
 
     with doing(f"verifying {folder}") if dry_run else doing(f"verifying and sending {folder}"):
         sent = push_folder(folder, repo_id, private=private, revision=revision, dry_run=dry_run, on_progress=say)
-    table("Files", ("file", "size"), ((file.path, data_size(file.size)) for file in sent.files))
+    lines = ((file.path, data_size(file.size), file.sha256[:12]) for file in sent.files)
+    table(f"Files, {data_size(sent.size)} in all", ("file", "size", "sha256"), lines)
     say(f"reloaded without kernelize: logits differ by {sent.verified.difference:.1e}")
     say("dry run: nothing was sent" if dry_run else f"sent as {sent.commit} to {sent.url}")
     write_json(json, dataclasses.asdict(sent))

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,14 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 FACTS_NAME = "kernelize.json"
+EDGE_FACTS = "kernelize-edge.json"
 RECIPE_NAME = "recipe.yaml"
+ENVIRONMENT_NAME = "environment.txt"
+CHECKPOINT, EDGE = "checkpoint", "edge"
+VARIANTS = {  # sub-folders of a checkpoint that are sent with it
+    "int8": CHECKPOINT, "int4": CHECKPOINT, "onnx": EDGE, "onnx-fp16": EDGE, "onnx-int8": EDGE, "onnx-int4": EDGE,
+}  # fmt: skip
+LOCAL_PATH = re.compile(r"""(?<![\w/:.~-])~?(?:/[^\s/"'`,:;()<>|]+)+/(?=[^\s/"'`,;()<>|])""")  # up to the last name
 TAGS = ("kernelize", "linear-attention", "custom_code")
 MODEL_PREFIX = "kernelized_"
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -64,7 +74,7 @@ not needed. Where it is installed, its own copy is used instead.
 
 {{ audit }}
 
-{{ quantisation }}## Memory
+{{ quantisation }}{{ variants }}## Memory
 
 {{ memory }}
 
@@ -135,6 +145,8 @@ class CardFacts:
     audit: Mapping[str, Any] | None = None  # what `audit.Audit.to_dict` gives
     speed: Mapping[str, Any] | None = None  # rows of `bench`, which implementation ran (model → text), and the machine
     quantisation: Mapping[str, Any] | None = None  # what `quantize.Quantised.to_dict` gives
+    environment: str | None = None  # what `environment` gave when the checkpoint was made
+    variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # folder -> its facts
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -177,7 +189,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         raise InputError(f"{folder}: no kernelized checkpoint: config.json has no `kernelize`")
     plan = ConversionPlan.from_dict(config["kernelize"])
     recorded = _read_json(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else {}
-    source, recipe = recorded.get("source"), folder / RECIPE_NAME
+    source, recipe, versions = recorded.get("source"), folder / RECIPE_NAME, folder / ENVIRONMENT_NAME
     return CardFacts(
         name=name or folder.resolve().name,
         plan=plan,
@@ -190,8 +202,38 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         audit=recorded.get("audit"),
         speed=recorded.get("speed"),
         quantisation=recorded.get("quantisation"),
+        environment=versions.read_text("utf-8") if versions.is_file() else None,
+        variants={name: read_variant(folder / name) for name in variants(folder)},
         code={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in runtime_files(folder)},
     )
+
+
+def variants(folder: str | Path) -> list[str]:
+    """The sub-folders that are variants of the checkpoint in `folder`: quantised, or exported."""
+    return [name for name in VARIANTS if Path(folder, name).is_dir()]
+
+
+def read_variant(folder: Path) -> dict:
+    """What a variant says about itself: kernelize-edge.json of an exported one, kernelize.json of a quantised one."""
+    path = folder / (EDGE_FACTS if VARIANTS[folder.name] == EDGE else FACTS_NAME)
+    if not path.is_file():
+        raise InputError(f"{folder}: has no {path.name}; it is no variant that kernelize made: move it elsewhere")
+    return _read_json(path)
+
+
+def environment() -> str:
+    """The versions that are at work here: Python, kernelize, and what kernelize itself asks for."""
+    from packaging.requirements import Requirement
+
+    asked = [Requirement(line) for line in metadata.requires("kernelize") or ()]
+    names = sorted(r.name for r in asked if r.marker is None or r.marker.evaluate({"extra": ""}))
+    versions = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
+    return "\n".join([f"# kernelize {__version__}, Python {platform.python_version()}", *versions]) + "\n"
+
+
+def portable(text: str) -> str:
+    """`text` with the folders of this machine taken out of its paths: /home/me/model.gguf is model.gguf."""
+    return LOCAL_PATH.sub("", text)
 
 
 def _read_json(path: Path) -> dict:
@@ -274,6 +316,7 @@ def model_card(about: str | Path | CardFacts, name: str | None = None) -> str:
         quality=_quality(facts),
         audit=_audit(facts),
         quantisation=_quantisation(facts),
+        variants=_variants(facts),
         memory=_memory(facts),
         speed=_speed(facts),
         plan=_plan(facts),
@@ -288,7 +331,7 @@ def _metadata(facts: CardFacts):
     from huggingface_hub import ModelCardData
 
     source = facts.source or Source("unknown")
-    return ModelCardData(
+    data = ModelCardData(
         base_model=source.base_model,
         license=source.license,
         license_name=source.license_name,
@@ -296,8 +339,19 @@ def _metadata(facts: CardFacts):
         language=list(source.language) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=list(TAGS),
+        tags=_tags(facts),
     )
+    if facts.quantisation and source.base_model:
+        data["base_model_relation"] = "quantized"
+    return data
+
+
+def _tags(facts: CardFacts) -> list[str]:
+    bits = [facts.quantisation["bits"]] if facts.quantisation else []
+    bits += [v["quantisation"]["bits"] for name, v in facts.variants.items() if VARIANTS[name] == CHECKPOINT]
+    quantised = ["torchao", *sorted(f"{b}-bit" for b in bits)] if bits else []
+    exported = ["onnx"] if EDGE in map(VARIANTS.get, facts.variants) else []
+    return [*TAGS, *quantised, *exported]
 
 
 def _summary(facts: CardFacts) -> str:
@@ -359,6 +413,23 @@ def _quantisation(facts: CardFacts) -> str:
     models = list(dict.fromkeys(row["model"] for row in made["rows"]))
     table = _table(("suite", "metric", "length", "depth", *models), _quality_lines(made["rows"], models))
     return f"## Quantisation\n\n{said}\n\n{table}\n\n"
+
+
+def _variants(facts: CardFacts) -> str:
+    """Nothing where there are none."""
+    if not facts.variants:
+        return ""
+    lines = [(f"`{name}/`", *_variant(facts.name, name, about)) for name, about in facts.variants.items()]
+    return f"## Variants\n\n{_table(('folder', 'what', 'perplexity against the whole weights', 'use'), lines)}\n\n"
+
+
+def _variant(repo: str, name: str, about: Mapping[str, Any]) -> tuple[str, str, str]:
+    if VARIANTS[name] == EDGE:
+        return f"ONNX, {about['precision']}", "not measured here", "`kernelize.edge`, or ONNX Runtime in a browser"
+    made = about["quantisation"]
+    ratio = next(row["value"] for row in made["rows"] if row["metric"] == "ppl_ratio" and row["model"] == name)
+    use = f'`from_pretrained("{repo}", subfolder="{name}", trust_remote_code=True)`, with torchao'
+    return made["scheme"], f"×{ratio:.4f}", use
 
 
 def _origin(facts: CardFacts) -> str:
@@ -431,13 +502,14 @@ def _training(facts: CardFacts) -> str:
         )
     else:
         said = f"Tokens trained after the conversion: {facts.tokens:,}."
-    return f"{said}\n\nRecipe:\n\n```yaml\n{facts.recipe.rstrip()}\n```" if facts.recipe else said
+    return f"{said}\n\nRecipe:\n\n```yaml\n{portable(facts.recipe.rstrip())}\n```" if facts.recipe else said
 
 
 def _reproduce(facts: CardFacts) -> str:
     if not facts.commands:
         return "The commands that made this checkpoint were not recorded."
-    return "```bash\n" + "\n".join(facts.commands) + "\n```"
+    versions = f"\n\nMade with:\n\n```\n{facts.environment.rstrip()}\n```" if facts.environment else ""
+    return "```bash\n" + "\n".join(map(portable, facts.commands)) + "\n```" + versions
 
 
 def _code(facts: CardFacts) -> str:

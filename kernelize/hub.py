@@ -18,7 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .card import CARD_NAME, model_card, read_config, runtime_files
+from .card import (
+    CARD_NAME,
+    CHECKPOINT,
+    EDGE_FACTS,
+    ENVIRONMENT_NAME,
+    FACTS_NAME,
+    RECIPE_NAME,
+    VARIANTS,
+    model_card,
+    portable,
+    read_config,
+    read_variant,
+    runtime_files,
+    variants,
+)
 from .errors import InputError, KernelizeError
 
 if TYPE_CHECKING:
@@ -35,8 +49,11 @@ REFUSALS = {401: "the Hub does not accept the token: ", 403: "the token may not 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_ID_TOKEN")
 WEIGHTS = ("model*.safetensors",)
 LOADED = (*WEIGHTS, "model*.safetensors.index.json", "*.py")
+EDGE_FILES = (EDGE_FACTS, "model.onnx", "weights.bin", "leave.onnx", "tokenizer.json")  # docs/edge.md
+BINARY = (*WEIGHTS, "*.onnx", "weights.bin")
+SUMS_NAME = "SHA256SUMS"
 TEXTS = (
-    "*.json", "*.md", "*.yaml", "*.jinja", "LICENSE*", "NOTICE*",
+    ENVIRONMENT_NAME, "*.json", "*.md", "*.yaml", "*.jinja", "LICENSE*", "NOTICE*",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
@@ -155,27 +172,55 @@ def _clean_environment(scratch: str) -> dict[str, str]:
 
 
 def files_to_send(folder: str | Path, name: str | None = None) -> dict[str, Path | bytes]:
-    """The checkpoint as name -> file (or content, for a card that has yet to be written), in sending order.
+    """The checkpoint and its variants as path -> file (or content, for what is written anew), in sending order.
 
-    Only top-level files on the allow-list: safetensors weights, the runtime, tokenizer,
-    JSON, YAML and Markdown. Training state, logs, and pickles match nothing. A card that nobody edited is written
-    anew, for the Hub's `name` of the checkpoint. Raises InputError when a Python file is not this kernelize's
-    runtime, byte for byte.
+    Of the folder only files on the allow-list: safetensors weights, the runtime, tokenizer, JSON, YAML and Markdown; of
+    sub-folders only those that `card.VARIANTS` names. Training state, logs, and pickles match nothing. A card that
+    nobody edited is written anew, for the Hub's `name` of the checkpoint, and the record and the recipe without the
+    folders of this machine. SHA256SUMS, of all other files, comes last. Raises InputError when a Python file is not
+    this kernelize's runtime, byte for byte.
     """
     folder = _checkpoint(folder)
-    for path in runtime_files(folder):
-        _check_runtime(path)
-    sent: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _allowed(path.name)
-    }
+    sent = _files_of(folder, "*.py")
+    for variant in variants(folder):
+        sent |= {f"{variant}/{path}": content for path, content in _variant(folder / variant).items()}
     written = folder / CARD_NAME
     if not written.is_file() or written.read_text("utf-8") == model_card(folder):
         sent[CARD_NAME] = model_card(folder, name).encode()
-    return sent
+    sums = "".join(f"{file.sha256}  {file.path}\n" for file in _describe(sent))
+    return {**sent, SUMS_NAME: sums.encode()}
 
 
-def _allowed(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *TEXTS, "*.py"))
+def _files_of(folder: Path, *more: str) -> dict[str, Path | bytes]:
+    """Those of a checkpoint's files that the allow-list, and the patterns `more`, let through."""
+    for path in runtime_files(folder):
+        _check_runtime(path)
+    allowed = (*WEIGHTS, *TEXTS, *more)
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _matches(path.name, allowed)}
+    return {name: _without_folders(path) for name, path in found.items()}
+
+
+def _without_folders(path: Path) -> Path | bytes:
+    """The file; or its content where that named folders of this machine."""
+    if path.name not in (FACTS_NAME, RECIPE_NAME):
+        return path
+    text = path.read_text("utf-8")
+    return path if portable(text) == text else portable(text).encode()
+
+
+def _variant(folder: Path) -> dict[str, Path | bytes]:
+    """Of a quantised checkpoint all but the code, which the loader takes from above; of an export the files it has."""
+    if VARIANTS[folder.name] == CHECKPOINT:
+        return {name: file for name, file in _files_of(_checkpoint(folder)).items() if name != CARD_NAME}
+    read_variant(folder)
+    missing = [name for name in EDGE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder}: lacks {', '.join(missing)}; export it again")
+    return {name: folder / name for name in EDGE_FILES}
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _check_runtime(path: Path) -> None:
@@ -208,7 +253,7 @@ def _describe(sent: dict[str, Path | bytes]) -> tuple[SentFile, ...]:
 
 def _refuse_secrets(sent: dict[str, Path | bytes], token: str | None) -> None:
     for name, content in sent.items():
-        if any(fnmatch(name, pattern) for pattern in WEIGHTS):
+        if _matches(name.rpartition("/")[2], BINARY):
             continue
         text = content if isinstance(content, bytes) else content.read_bytes()
         if SECRET.search(text) or (token and token.encode() in text):
@@ -246,6 +291,10 @@ def push(
     _refuse_secrets(sent, token)
     say("reloading in a clean process")
     verified = verify(folder)
+    for variant in variants(folder):
+        if VARIANTS[variant] == CHECKPOINT:
+            say(f"reloading {variant} in a clean process")
+            verify(folder / variant)
     files = _describe(sent)
     plan = PushResult(repo_id, revision or "main", dry_run, files, verified)
     if token is None:
@@ -305,8 +354,11 @@ def _stale(api: HfApi, repo_id: str, revision: str, sent: Collection[str]) -> li
     instead of ours (model.safetensors goes before shards)."""
     from huggingface_hub import CommitOperationDelete
 
-    there = api.list_repo_files(repo_id, revision=revision)
-    replaced = [name for name in there if any(fnmatch(name, p) for p in LOADED) and "/" not in name]
+    folders = {name.rpartition("/")[0] for name in sent}  # a variant that is not sent stays as it is
+    there = [name.rpartition("/") for name in api.list_repo_files(repo_id, revision=revision)]
+    replaced = [
+        f"{folder}{slash}{name}" for folder, slash, name in there if folder in folders and _matches(name, LOADED)
+    ]
     return [CommitOperationDelete(name) for name in replaced if name not in sent]
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import CARD_NAME, RECIPE_NAME, model_card, read_facts, read_source, record
+from .card import CARD_NAME, ENVIRONMENT_NAME, RECIPE_NAME, environment, model_card, read_facts, read_source, record
 from .errors import InputError
 from .files import check_output, write_file
 from .runtime.spec import KernelSpec
@@ -145,7 +145,7 @@ def convert_source(
     run = _convert_streamed if stream else _convert_in_memory
     model, save_to = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
-    command = _command("convert", source, "--output", output, "--config", f"{output}/{RECIPE_NAME}")
+    command = _command("convert", source, output)
     origin = read_source(source, loading.get("revision"))
     save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, commands=[command]))
     return report
@@ -251,6 +251,7 @@ def document(output: str | Path, *, recipe: Recipe | None = None, name: str | No
     if recipe is not None:
         write_file(folder / RECIPE_NAME, recipe.to_yaml())
     record(folder, **facts)
+    write_file(folder / ENVIRONMENT_NAME, environment())
     write_file(folder / CARD_NAME, model_card(folder, name))
 
 
@@ -425,18 +426,19 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None)
 
 def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """What `document` keeps of a training."""
-    words = [source, "--config", f"{output}/{RECIPE_NAME}", "--output", output]
     trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
     return {
         "recipe": recipe,
         "source": read_source(source),
         "tokens": trained + ((before.tokens or 0) if before else 0),
-        "commands": [*(before.commands if before else ()), _command("finetune", *words)],
+        "commands": [*(before.commands if before else ()), _command("finetune", source, output)],
     }
 
 
-def _command(name: str, *words: object) -> str:
-    return shlex.join(["kernelize", name, *map(str, words)])
+def _command(name: str, source: str, output: str | Path) -> str:
+    """The command as it is recorded: of what lies on this machine only the name; the recipe stands beside the card."""
+    named = Path(source).name if Path(source).exists() else source
+    return shlex.join(["kernelize", name, named, "--config", RECIPE_NAME, "--output", _name(output)])
 
 
 def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:

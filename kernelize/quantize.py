@@ -109,7 +109,7 @@ def quantize_model(model: PreTrainedModel, bits: int) -> int:
     """Makes integers of the linear weights of a converted model, in place; how many. InputError for what cannot be."""
     if bits not in SCHEMES:
         raise InputError(f"bits={bits} is not one of {', '.join(map(str, SCHEMES))}")
-    linear = _linear(model, bits)
+    linear = linear_layers(model, bits)
     scheme, count = SCHEMES[bits], 0
     for module in linear.values():
         count += module.weight.numel()
@@ -120,7 +120,8 @@ def quantize_model(model: PreTrainedModel, bits: int) -> int:
     return count
 
 
-def _linear(model: PreTrainedModel, bits: int) -> dict[str, nn.Linear]:
+def linear_layers(model: PreTrainedModel, bits: int) -> dict[str, nn.Linear]:
+    """Name -> layer, of all whose weights become integers; InputError for what cannot be."""
     kind = model.config.model_type
     if model.config.to_dict().get("quantization_config"):
         raise InputError("the model is quantised already; start from the checkpoint with full weights")

@@ -54,8 +54,9 @@ def main(folder: str, target: str, options: str) -> None:
     settings = json.loads(options)
     torch.set_num_threads(settings["threads"])
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=settings["trust_remote_code"], use_safetensors=True
-    )
+        folder, dtype="auto", trust_remote_code=settings["trust_remote_code"], use_safetensors=True,
+        subfolder=settings.get("subfolder", ""),
+    )  # fmt: skip
     save_file(answer(model.eval()), target)
 
 

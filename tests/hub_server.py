@@ -21,7 +21,7 @@ import yaml
 
 USER = "tester"
 TOKEN = "hf_" + "t0ken" * 7
-LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model")
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".model", ".onnx")
 
 
 class RefusedError(Exception):
@@ -68,7 +68,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}  # sha256 -> content
         self.requests: list[Request] = []
-        self.faults: list[list] = []  # [method, part of the path, status, times left]
+        self.faults: list[list] = []  # [method, part of the path, status, times left, passing before]
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
@@ -86,9 +86,9 @@ class HubServer:
 
     # --- what tests ask ---
 
-    def fail(self, method: str, part: str, *, status: int = 500, times: int = 1) -> None:
-        """The next `times` requests of `method` whose path contains `part` get `status`."""
-        self.faults.append([method, part, status, times])
+    def fail(self, method: str, part: str, *, status: int = 500, times: int = 1, after: int = 0) -> None:
+        """Of the requests of `method` whose path contains `part`, `after` pass, and the next `times` get `status`."""
+        self.faults.append([method, part, status, times, after])
 
     def seen(self, method: str, part: str) -> list[Request]:
         return [r for r in self.requests if r.method == method and part in r.path]
@@ -115,10 +115,14 @@ class HubServer:
 
     def _inject(self, request: Request) -> None:
         for fault in self.faults:
-            method, part, status, left = fault
-            if left and method == request.method and part in request.path:
-                fault[3] -= 1
-                raise RefusedError(status, "injected fault")
+            method, part, status, left, passing = fault
+            if not left or method != request.method or part not in request.path:
+                continue
+            if passing:
+                fault[4] -= 1
+                continue
+            fault[3] -= 1
+            raise RefusedError(status, "injected fault")
 
     def _authorise(self, request: Request, groups: dict) -> None:
         known = request.headers.get("authorization") == f"Bearer {TOKEN}"

@@ -25,11 +25,13 @@ from kernelize import card, hub, reload
 from kernelize.convert import convert, load, save
 from kernelize.errors import InputError, KernelizeError
 from kernelize.plan import ConversionPlan
+from kernelize.quantize import quantize_model
 from kernelize.runtime.spec import KernelSpec
 
 # The client itself uploads through an argument that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
+EXPORT = Path(__file__).parent / "fixtures" / "edge"
 RUNTIME = Path(hub.__file__).with_name("runtime")
 NAME = f"{USER}/tiny"
 CONFIG = LlamaConfig(
@@ -76,7 +78,7 @@ def folder(tmp_path) -> Path:
 
 
 def sent_names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file()} | {hub.SUMS_NAME}
 
 
 # --- what is sent ---
@@ -89,7 +91,7 @@ def test_push_is_one_commit_with_every_file(server, trusted, folder):
         f"Upload a checkpoint made with kernelize {hub.__version__}",
     ]
     stored = server.files(NAME)
-    assert {n: stored[n] for n in sent_names(folder)} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert {p.name: stored[p.name] for p in folder.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert set(stored) - sent_names(folder) == {".gitattributes"}
     assert (result.commit, result.repo_id) == (server.repos[NAME].refs["main"], NAME)
 
@@ -120,10 +122,93 @@ def test_dry_run_sends_nothing_and_lists_exactly_what_a_push_sends(server, trust
     plan = hub.push(folder, NAME, dry_run=True)
     assert server.requests == []
     assert plan.commit is None
-    assert [(f.path, f.size, f.sha256) for f in plan.files] == [
+    assert [(f.path, f.size, f.sha256) for f in plan.files[:-1]] == [
         (p.name, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(folder.iterdir())
     ]
+    assert plan.files[-1].path == hub.SUMS_NAME
     assert hub.push(folder, NAME, token=TOKEN).files == plan.files
+
+
+def test_the_sums_are_those_of_all_other_files(server, trusted, folder):
+    hub.push(folder, NAME)
+    stored = server.files(NAME)
+    listed = dict(reversed(line.split("  ")) for line in stored[hub.SUMS_NAME].decode().splitlines())
+    others = set(stored) - {hub.SUMS_NAME, ".gitattributes"}
+    assert listed == {name: hashlib.sha256(stored[name]).hexdigest() for name in others}
+
+
+def test_folders_of_this_machine_stay_here(server, trusted, folder):
+    (folder / "README.md").unlink()
+    card.record(folder, commands=["kernelize convert /home/me/models/x.gguf --output ~/work/out"])
+    (folder / "recipe.yaml").write_text("source: /home/me/models/x.gguf\ndata: [{hub: org/data}]\n")
+    hub.push(folder, NAME)
+    stored = server.files(NAME)
+    for name in ("README.md", "kernelize.json", "recipe.yaml"):
+        text = stored[name].decode()
+        assert "/home" not in text
+        assert "~/" not in text
+    assert "kernelize convert x.gguf --output out" in stored["README.md"].decode()
+    assert stored["recipe.yaml"].decode() == "source: x.gguf\ndata: [{hub: org/data}]\n"
+    assert "/home/me" in (folder / "kernelize.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["https://a.b/c/d", "org/name", "1/2 and 3/4", "a: /", "[x](docs/y.md)", "~2 / 3"])
+def test_what_is_no_path_stays(text):
+    assert card.portable(text) == text
+
+
+# --- variants ---
+
+
+@pytest.fixture
+def variants(folder) -> Path:
+    """The folder with an int8 checkpoint and an export in it, and one that is neither."""
+    shutil.copytree(folder, folder.parent / "copy")
+    (folder.parent / "copy").rename(folder / "int8")
+    rows = [{"suite": "ppl", "metric": "ppl_ratio", "model": "int8", "value": 1.002}]
+    card.record(folder / "int8", quantisation={"bits": 8, "scheme": "int8, a scale a row", "rows": rows})
+    shutil.copytree(EXPORT, folder / "onnx-int8")
+    (folder / "onnx-int8" / "notes.txt").write_text("mine")
+    (folder / "scratch").mkdir()
+    (folder / "scratch" / "model.onnx").write_bytes(b"x")
+    return folder
+
+
+def test_variants_go_into_the_same_commit_by_name(server, trusted, variants):
+    (variants / "README.md").unlink()
+    plan = hub.push(variants, NAME, dry_run=True)
+    hub.push(variants, NAME)
+    stored = server.files(NAME)
+    assert {file.path for file in plan.files} == set(stored) - {".gitattributes"}
+    assert len(server.repos[NAME].messages) == 2
+    inside = {name for name in stored if "/" in name}
+    quantised = {"config.json", "kernelize.json", "model.safetensors", "tokenizer.json"}
+    assert inside == {f"int8/{n}" for n in quantised} | {f"onnx-int8/{n}" for n in hub.EDGE_FILES}
+    written = stored["README.md"].decode()
+    assert {"onnx", "torchao", "8-bit"} <= set(ModelCard(written).data.tags)
+    assert f'`from_pretrained("{NAME}", subfolder="int8", trust_remote_code=True)`' in written
+    assert "| ×1.0020 |" in written
+
+
+def test_a_variant_that_is_not_sent_stays_and_one_that_is_replaces(server, trusted, variants):
+    hub.push(variants, NAME)
+    (variants / "int8" / "model.safetensors").rename(variants / "int8" / "model-00001-of-00001.safetensors")
+    shutil.rmtree(variants / "onnx-int8")
+    hub.push(variants, NAME)
+    stored = server.files(NAME)
+    assert "onnx-int8/model.onnx" in stored
+    assert {n for n in stored if n.startswith("int8/model")} == {"int8/model-00001-of-00001.safetensors"}
+
+
+def test_a_variant_that_is_none_is_refused(server, trusted, variants):
+    (variants / "onnx-int8" / "weights.bin").unlink()
+    with pytest.raises(InputError, match=r"onnx-int8: lacks weights\.bin"):
+        hub.push(variants, NAME)
+    shutil.rmtree(variants / "onnx-int8")
+    (variants / "int8" / "kernelize.json").unlink()
+    with pytest.raises(InputError, match=r"int8: has no kernelize\.json"):
+        hub.push(variants, NAME)
+    assert server.requests == []
 
 
 def test_private_and_revision_arrive(server, trusted, folder):
@@ -246,6 +331,23 @@ def test_push_that_gave_up_resumes_without_sending_weights_again(server, trusted
     assert len(server.repos[NAME].messages) == 2
 
 
+def test_an_interrupted_push_of_shards_sends_only_what_is_missing(server, trusted, folder):
+    (folder / "model.safetensors").unlink()
+    shards = {f"model-0000{i}-of-00005.safetensors": os.urandom(4096) for i in range(1, 6)}
+    for name, content in shards.items():
+        (folder / name).write_bytes(content)
+    server.fail("PUT", "/large/", status=403, times=99, after=2)  # no attempt helps
+    with pytest.raises(KernelizeError, match="403"):
+        hub.push(folder, NAME)
+    arrived, tried = set(server.large), len(server.seen("PUT", "/large/"))
+    assert len(arrived) == 2
+    server.faults.clear()
+    hub.push(folder, NAME)
+    sent = {request.path.rpartition("/")[2] for request in server.seen("PUT", "/large/")[tried:]}
+    assert sent == {hashlib.sha256(content).hexdigest() for content in shards.values()} - arrived
+    assert {name: server.files(NAME)[name] for name in shards} == shards
+
+
 def test_the_same_push_again_makes_no_second_commit(server, trusted, folder):
     assert hub.push(folder, NAME).commit == hub.push(folder, NAME).commit
     assert len(server.repos[NAME].messages) == 2
@@ -293,6 +395,26 @@ def test_pushed_checkpoint_answers_the_same_where_kernelize_is_absent(server, ch
     here, there = reload.answer(load(checkpoint)[0]), load_file(answer)
     assert (here["logits"] - there["logits"]).abs().max() <= hub.TOLERANCE
     assert here["tokens"].tolist() == there["tokens"].tolist()
+
+
+def test_a_quantised_variant_loads_from_its_sub_folder_where_kernelize_is_absent(server, trusted, copied, tmp_path):
+    model, tokenizer = load(copied)
+    quantize_model(model, 8)
+    save(model, tokenizer, copied / "int8")
+    rows = [{"suite": "ppl", "metric": "ppl_ratio", "model": "int8", "value": 1.0}]
+    card.record(copied / "int8", quantisation={"bits": 8, "scheme": "int8", "rows": rows})
+    hub.push(copied, NAME)
+    assert not [name for name in server.files(NAME) if name.startswith("int8/") and name.endswith(".py")]
+    answer, options = tmp_path / "answer.safetensors", '{"trust_remote_code": true, "threads": 1, "subfolder": "int8"}'
+    pulled = subprocess.run(
+        [sys.executable, "-I", reload.__file__, NAME, answer, options],
+        env={**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert pulled.returncode == 0, pulled.stderr
+    here, there = reload.answer(load(copied / "int8")[0]), load_file(answer)
+    assert (here["logits"] - there["logits"]).abs().max() <= hub.TOLERANCE
 
 
 def test_verify_catches_a_missing_runtime_file(copied):
