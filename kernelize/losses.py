@@ -286,12 +286,12 @@ def distillation(
 
     A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once.
     """
-    counted = labels != -100
+    counted = (labels != -100).nonzero()[:, 0]  # one sync; a mask would be one for each part
     tokens = [None if part is None else part[counted] for part in (student, teacher, labels, asked, beyond)]
     step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
     totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
     with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
-    for start in range(0, int(counted.sum()), step):
+    for start in range(0, len(counted), step):
         chunk = (None if part is None else part[start : start + step] for part in tokens)
         totals = totals + checkpoint(
             _divergence, *chunk, student_head, teacher_head, weights.temperature, with_ce, use_reentrant=False

@@ -420,6 +420,7 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None)
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
         changes |= {"kernel": made.kernel, "keep": made.keep, "layers": made.layers}
+        changes |= {"reach": made.reach, "context": made.context}
         changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
     return recipe.model_copy(update=changes)
 

@@ -555,8 +555,9 @@ class _Run:
         micro = [
             Row(*parts) for rows in micro for parts in zip(*(x.split(training.micro_batch) for x in rows), strict=True)
         ]
-        micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
+        # counted before the rows leave the host: there each count would be a sync
         counts = self._sum(torch.tensor([objective.counts(rows) for rows in micro], dtype=torch.float32).sum(0))
+        micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
         counts = counts.clamp(min=1)
         objective.begin(step)
         total: Tensor | float = 0.0

@@ -32,9 +32,13 @@ def test_the_controls_hold_the_same_positions_as_the_default():
     assert positions["default"] == positions["window-only"] == positions["window-distilled"] == 260
 
 
-def test_window_distilled_spends_the_tokens_of_default():
-    tokens = {name: sum(s.tokens for s in load_recipe(name).stages) for name in ("default", "window-distilled")}
-    assert tokens["default"] == tokens["window-distilled"]
+def test_what_is_compared_spends_the_tokens_of_default():
+    same = ("default", "window-distilled", "pure-linear", "hybrid-quarter", "learned")
+    assert len({sum(stage.tokens for stage in load_recipe(name).stages) for name in same}) == 1
+    drops, plain = (load_recipe(name).stages for name in ("dropout", "recall"))
+    assert sum(stage.tokens for stage in drops[:3]) == sum(stage.tokens for stage in plain[:1])
+    assert [stage.window_dropout for stage in drops] == [0.9, 0.5, 0.0, 0.0]
+    assert drops[3] == plain[1]
 
 
 @pytest.mark.parametrize(

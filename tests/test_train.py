@@ -17,7 +17,7 @@ from kernelize.convert import load
 from kernelize.errors import InputError, KernelizeError
 from kernelize.objectives import NEW, Features, attach_lora
 from kernelize.recipe import Lora, Recipe
-from kernelize.runtime.modeling import kernelize_model
+from kernelize.runtime.modeling import kernelize_model, kernelized_layers
 from kernelize.runtime.spec import KernelSpec
 from kernelize.train import finetune
 
@@ -82,6 +82,28 @@ def test_a_forecast_learns_what_will_be_attended_to_and_nothing_else_changes(tex
     assert {name.split(".")[-1] for name in before if not torch.equal(before[name], after[name])} == {
         "forecast_skip", "forecast_in", "forecast_out"
     }  # fmt: skip
+
+
+def test_distilling_trains_a_learned_score_end_to_end(text, tmp_path):
+    """Even alone: the divergence from the teacher reaches what decides over the slots, in every layer."""
+    spec = SPEC.replace(policy="learned+recall")
+    before, model = (kernelize_model(tiny_llama(), [spec, spec]) for _ in range(2))
+    run(recipe(text, ALL | {"trainable": "new"}), tmp_path / "out", model=model)
+    for name, value in before.state_dict().items():
+        same = torch.equal(value, model.state_dict()[name])
+        assert same == (NEW not in name), name
+    assert any(name.endswith("score_weight") for name in before.state_dict())
+
+
+def test_a_distillation_may_drop_windows_for_the_others_to_carry(text, tmp_path):
+    """With a probability near one nearly every pass sees a block alone: the divergence of the first step is larger."""
+    first = {}
+    for dropout in (0.0, 0.999):
+        stage = ALL | {"window_dropout": dropout, "steps": 1}
+        model, _, events = run(recipe(text, stage), tmp_path / str(dropout))
+        first[dropout] = losses_of(events)[0]
+        assert all(layer.kernelize.window_dropout == 0 for layer in kernelized_layers(model).values())
+    assert first[0.999] > 1.1 * first[0.0]
 
 
 @pytest.mark.parametrize("stage", [TRANSFER, LORA, ALL], ids=["transfer", "lora", "all"])

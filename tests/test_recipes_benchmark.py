@@ -1,0 +1,100 @@
+"""The table of recipes: one command trains, stops in time, goes on, measures, and says what came out."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_llama
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import recipes as benchmark
+
+from kernelize.recipe import load_recipe
+
+LINES = [f"line {n}: {n * n} is the square of {n}, and {n % 7} is left of it by seven.\n" for n in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory) -> Namespace:
+    """A tiny teacher, and text in the layout that the command expects."""
+    root = tmp_path_factory.mktemp("recipes")
+    for folder in ("data/train", "data/eval", "data/longdocs"):
+        (root / folder).mkdir(parents=True)
+    for i, name in enumerate(benchmark.TEXT):
+        texts = ["".join(LINES[100 * i + 5 * j :][:40]) for j in range(20)]
+        columns = {"prompt": texts, "response": texts} if name == "instruct" else {"text": texts}
+        pyarrow.parquet.write_table(pyarrow.table(columns), root / f"data/train/{name}.parquet")
+    letters = "abcdefghij"  # of which the text for recall makes its words
+    spelt = ["".join(letters[int(digit)] for digit in str(1000 + n)) for n in range(900)]
+    unseen = "".join(
+        f"Of {word} sheep, {n // 3} were black; the shepherd counted them. " for n, word in enumerate(spelt)
+    )
+    (root / "data" / benchmark.WIKI).write_text(json.dumps({"text": unseen[:9000]}) + "\n")
+    with lzma.open(root / "data" / benchmark.BOOK, "wt") as file:
+        file.write(unseen[9000:])
+    question = {"context": "Two and two are", "choices": ["four", "five"], "gold": 0}
+    (root / "data/eval/sums.jsonl").write_text("".join(json.dumps({"id": i} | question) + "\n" for i in range(2)))
+    tiny_llama(max_position_embeddings=2048).save_pretrained(root / "teacher")
+    byte_tokenizer().save_pretrained(root / "teacher")
+    return Namespace(
+        data=root / "data", output=root / "out", source=str(root / "teacher"), device="cpu", dtype="float32", jobs=1,
+        pieces=2, book_pieces=2, tokens=None, trial=True, untrained=["default"], suites=list(benchmark.SUITES),
+    )  # fmt: skip
+
+
+def test_from_the_search_for_overlap_to_the_table(args):
+    args.output.mkdir()
+    benchmark.check_overlap(args)
+    runs = [benchmark.Run("window-only", 0), benchmark.Run("default", 0), benchmark.Run("default", 1)]
+    for run in runs:
+        benchmark.train(run, args)
+    assert all(benchmark.is_trained(run, args) for run in runs)
+    first, second = (benchmark.load(str(args.output / run.name))[0].state_dict() for run in runs[1:])
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(benchmark.TimeUpError):
+        benchmark.measure(runs, args, benchmark.Clock.of(0))
+    benchmark.measure(runs, args, benchmark.Clock.of(None))
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (args.output / "table.md").read_text().splitlines()
+    ]
+    head = ["measure", "teacher", "default untrained", "window-only", "default (2 seeds)", "must reach"]
+    assert table[0] == head
+    found = {line[0]: line[1:] for line in table}
+    assert float(found["KL without slots and memory, times"][1]) >= 0
+    assert "[" in found["KL without slots and memory, times"][3]
+    assert found["training tokens"][1:4] == ["0", "0", "0.00M"]
+    assert found["mean of 1 tasks, accuracy"][0] != "–"
+    assert json.loads((args.output / "default.0/kernelize.json").read_text())["audit"]["layers"]
+
+
+def test_evaluation_text_in_training_text_ends_it(args, tmp_path):
+    given = Namespace(**{**vars(args), "output": tmp_path, "data": tmp_path / "data"})
+    (tmp_path / "data").symlink_to(args.data)
+    (tmp_path / "overlap.json").write_text(json.dumps([{"training": "a", "evaluation": "b", "documents": 1}]))
+    with pytest.raises(SystemExit, match="training text holds evaluation text"):
+        benchmark.check_overlap(given)
+
+
+@pytest.mark.parametrize("name", benchmark.RECIPES)
+def test_every_recipe_on_the_text_with_equal_tokens(args, name):
+    recipe = load_recipe(name)
+    made = benchmark.on_text(recipe, args.data, tokens=1_000_000, seed=3)
+    assert made.seed == 3
+    total = sum(stage.total_steps * stage.batch_tokens for stage in made.stages)
+    assert not recipe.stages or 1_000_000 <= total <= 1_000_000 + sum(stage.batch_tokens for stage in made.stages)
+    trial = benchmark.on_text(recipe, args.data, trial=True)
+    assert all(stage.total_steps == 1 and stage.sequence_length <= 512 for stage in trial.stages)
+
+
+def test_no_training_begins_when_the_time_is_up(args):
+    with pytest.raises(benchmark.TimeUpError):
+        benchmark.train_all([benchmark.Run("liger", 5)], args, benchmark.Clock.of(0))
+    assert not (args.output / "liger.5").exists()
