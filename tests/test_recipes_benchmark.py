@@ -50,6 +50,7 @@ def args(tmp_path_factory) -> Namespace:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_from_the_search_for_overlap_to_the_table(args):
     args.output.mkdir()
     benchmark.check_overlap(args)
