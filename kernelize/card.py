@@ -18,6 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
+
 from . import __version__
 from .errors import InputError
 from .files import write_file
@@ -150,7 +153,19 @@ class CardFacts:
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-RECORDED = ("source", "tokens", "rows", "commands", "audit", "speed", "quantisation")
+class Recorded(TypedDict, total=False):
+    """What kernelize.json holds."""
+
+    source: dict[str, str | list[str] | None] | None
+    tokens: int | None
+    rows: list[dict[str, str | float | None]]
+    commands: list[str]
+    audit: dict[str, Any] | None
+    speed: Any
+    quantisation: Any
+
+
+RECORDED = tuple(Recorded.__annotations__)
 
 
 # --- facts ---
@@ -189,6 +204,10 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
         raise InputError(f"{folder}: no kernelized checkpoint: config.json has no `kernelize`")
     plan = ConversionPlan.from_dict(config["kernelize"])
     recorded = _read_json(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else {}
+    try:
+        TypeAdapter(Recorded).validate_python(recorded)
+    except ValidationError as error:
+        raise InputError(f"{folder / FACTS_NAME}: {error}") from error
     source, recipe, versions = recorded.get("source"), folder / RECIPE_NAME, folder / ENVIRONMENT_NAME
     return CardFacts(
         name=name or folder.resolve().name,

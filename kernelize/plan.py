@@ -8,6 +8,7 @@ what `config.kernelize` of a converted checkpoint holds. People write plans in r
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .runtime.spec import KernelSpec, choose
+from .runtime.spec import MOST_LAYERS, KernelSpec, choose
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,7 @@ def kept_by_pattern(pattern: str, count: int) -> tuple[int, ...]:
 def parse_layers(text: str) -> tuple[int, ...]:
     """(0, 7, 12, 13) from "0,7,12-13"; a layer that is named twice is refused."""
     found = [i for part in text.split(",") if part.strip() for i in _range(part.strip())]
-    twice = sorted(i for i in set(found) if found.count(i) > 1)
+    twice = sorted(i for i, count in Counter(found).items() if count > 1)
     if twice:
         raise InputError(f"layers {text!r} name layer {twice[0]} twice")
     return tuple(found)
@@ -163,10 +164,12 @@ def parse_auto(text: str) -> int:
 
 
 def _range(part: str) -> range:
-    first, dash, last = part.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+    """InputError for what is none, and for more layers than a model can have."""
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+    if last < first or last >= MOST_LAYERS:
         raise InputError(f"{part!r} is neither a layer ('3') nor a range ('3-7')")
-    return range(int(first), int(last or first) + 1)
+    return range(first, last + 1)
 
 
 def _check_layer(layer: int, count: int) -> None:

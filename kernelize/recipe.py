@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
 from .errors import InputError
-from .runtime.spec import KernelSpec, SpecError, choose
+from .runtime.spec import MOST_LAYERS, KernelSpec, SpecError, choose
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -322,12 +322,14 @@ class Recipe(_Strict):
 
 
 def _layer_range(key: str) -> range:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", key)
     if match is None:
         raise ValueError(f"layers key {key!r} is neither a layer ('3') nor a range ('3-7')")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise ValueError(f"layers range {key!r} is empty")
+    if last >= MOST_LAYERS:
+        raise ValueError(f"layers range {key!r} goes beyond {MOST_LAYERS} layers")
     return range(first, last + 1)
 
 

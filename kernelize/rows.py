@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from .completion import COMPLETIONS
 from .errors import InputError
@@ -31,6 +33,8 @@ class Row:
     low: float | None
     high: float | None
     n: int
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,14 @@ def save_rows(rows: Sequence[Row], path: str | Path) -> None:
 def load_rows(path: str | Path) -> list[Row]:
     """Reads what `save_rows` wrote. Raises InputError for a file that holds no rows."""
     try:
-        return [Row(**row) for row in json.loads(Path(path).read_text())["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return as_rows(json.loads(Path(path).read_text("utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} holds no evaluation rows ({type(error).__name__}: {error})") from error
+
+
+def as_rows(data: Any) -> list[Row]:
+    """Rows of plain data; ValueError if a field is missing, unknown or of another type."""
+    return TypeAdapter(list[Row]).validate_json(json.dumps(data))
 
 
 # --- intervals ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -33,6 +33,7 @@ from .errors import InputError
 from .files import new_folder
 from .objectives import NEW
 from .runtime.modeling import kernelize_model, kernelized_layers
+from .sources import INDEX, WEIGHTS, shapes_in, shard_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from .plan import ConversionPlan
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")  # of a Hub repository
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
 class Shards:
@@ -48,7 +48,7 @@ class Shards:
 
     def __init__(self, folder: Path):
         self.files = shard_files(folder)
-        self.where = {name: file for file in self.files for name in names_in(file)}
+        self.where = {name: file for file in self.files for name in shapes_in(file)}
 
     @property
     def largest(self) -> int:
@@ -74,31 +74,6 @@ class Shards:
             shape = file.get_slice(name).get_shape()
         if tuple(shape) != tuple(parameter.shape):
             raise InputError(f"{self.where[name]}: {name!r} is {shape}, the config says {list(parameter.shape)}")
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """InputError for a folder without them, or with an index that names a missing one."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a streamed conversion reads safetensors")
-        return [folder / WEIGHTS]
-    try:
-        named = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder / INDEX} is no index of safetensors files") from error
-    if inside := [name for name in named if Path(name).name != name]:
-        raise InputError(f"{folder / INDEX} names {inside[0]!r}, which is no file of its own folder")
-    if missing := [name for name in named if not (folder / name).is_file()]:
-        raise InputError(f"{folder / INDEX} names {missing[0]!r}, which is not there")
-    return [folder / name for name in named]
-
-
-def names_in(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {str(file)!r}: {error}") from error
 
 
 def local_folder(source: str, revision: str | None) -> Path:

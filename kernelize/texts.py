@@ -16,6 +16,9 @@ from .runtime.spec import SpecError, choose
 SAMPLES = {"novel": "novel.txt", "code": "code.txt.xz", "train": "train.txt"}
 
 
+LARGEST = 1 << 28  # bytes of a text
+
+
 def sample_text(name: str) -> str:
     """A text that ships with kernelize: "novel" and "code" (unseen, for evaluation) or "train"."""
     choose_input("sample text", name, SAMPLES)
@@ -29,9 +32,12 @@ def read_text(source: str) -> str:
         return sample_text(source)
     path = Path(source)
     try:
-        raw = (lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()).decode("utf-8")
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            raw = file.read(LARGEST + 1).decode("utf-8")
+        if len(raw) > LARGEST:
+            raise ValueError(f"longer than {LARGEST:,} bytes")
         text = "".join(json.loads(line)["text"] for line in raw.splitlines()) if path.suffix == ".jsonl" else raw
-    except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError) as error:
         raise InputError(f"text={source!r} cannot be read: {error}; a sample ({', '.join(SAMPLES)}), .txt, .txt.xz "
                          "or .jsonl with `text` is allowed") from error  # fmt: skip
     if not text.strip():
@@ -44,7 +50,7 @@ def parse_length(text: str) -> int:
     digits = text.strip().lower()
     factor = {"k": 1024, "m": 1024**2}.get(digits[-1:], 1)
     number = digits[:-1] if factor > 1 else digits
-    if not number.isascii() or not number.isdigit() or int(number) == 0:
+    if not number.isascii() or not number.isdigit() or len(number) > 18 or int(number) == 0:
         raise InputError(f"length {text!r} is not a positive number of tokens such as 512, 4k or 1m")
     return int(number) * factor
 

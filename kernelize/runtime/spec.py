@@ -22,6 +22,10 @@ class SpecError(ValueError):
     """A choice that makes no sense; the message names the field, its value and what is allowed."""
 
 
+MOST_LAYERS = 10_000  # that a model can have, and a plan may speak of
+LARGEST = 2**31 - 1  # of tokens, slots and features: sizes of tensors stay numbers that torch can hold
+
+
 def choose(field: str, value: object, allowed) -> None:
     """Raises SpecError unless `value` is one of `allowed`, with the nearest allowed name as a suggestion."""
     if value in allowed:
@@ -79,8 +83,9 @@ class KernelSpec:
                 raise SpecError(f"{field}={value!r} is not a whole number")
         least = {"feature_dim": 1, "window": 1, "sinks": 0, "slots": 0, "block": 1, "aging": 0, "reach": 0}
         for field, low in least.items():
-            if getattr(self, field) < low:
-                raise SpecError(f"{field}={getattr(self, field)} is below {low}")
+            if not low <= getattr(self, field) <= LARGEST:
+                problem = f"below {low}" if getattr(self, field) < low else f"above {LARGEST}"
+                raise SpecError(f"{field}={getattr(self, field)} is {problem}")
         if 0 < self.reach < self.least_reach:
             raise SpecError(f"reach={self.reach} is neither 0 nor at least {self.least_reach}: the window is not moved")
         choose("rule", self.rule, RULES)
