@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from .errors import InputError
 from .files import write_file
 from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
-from .runtime.modeling import unwrapped
-from .runtime.state import State
+from .runtime.modeling import plan_of, unwrapped
+from .runtime.spec import KernelSpec
+from .runtime.state import State, empty_state
 from .weights import plain
 
 FORMAT = "kernelize state 2"
@@ -77,6 +78,7 @@ def load_state(path: str | Path, model: Any) -> Cache:
             _check(path, file.metadata() or {}, model)
             for i, layer in enumerate(kernel_layers(cache)):
                 state = State(*(file.get_tensor(f"{i}.{name}") for name in State._fields))
+                _check_sizes(state, plan_of(config)[i], f"{str(path)!r}, layer {i}")
                 layer.advance(state, 0)
                 layer.length = file.get_tensor(f"{i}.length")
     except (OSError, SafetensorError) as error:
@@ -125,10 +127,25 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
+def _check_sizes(state: State, spec: KernelSpec | None, where: str) -> None:
+    """InputError for tensors that are not those of one state of `spec`."""
+    if spec is None or state.keys.ndim != 4 or state.values.ndim != 4:
+        raise InputError(f"{where}: keys {list(state.keys.shape)} are no state")
+    fresh = empty_state(spec, state.keys[:, :, :1], state.values[:, :, :1])
+    for name, value, expected in zip(State._fields, state, fresh, strict=True):
+        if (value.shape, value.dtype) != (expected.shape, expected.dtype):
+            found, wanted = (f"{list(x.shape)} of {x.dtype}" for x in (value, expected))
+            raise InputError(f"{where}: {name} is {found}, a state has {wanted}")
+
+
 def _check(path: str | Path, metadata: dict[str, str], model: Any) -> None:
     if metadata.get("format") != FORMAT:
         raise InputError(f"{str(path)!r} is no saved state: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    theirs, ours = json.loads(metadata["model"]), json.loads(json.dumps(_identity(model)))
-    other = [field for field in ours if ours[field] != theirs[field]]
+    ours = json.loads(json.dumps(_identity(model)))
+    try:
+        theirs = dict(json.loads(metadata.get("model", "")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{str(path)!r} does not say of which model it is the state ({error})") from error
+    other = [field for field in ours if ours[field] != theirs.get(field)]
     if other:
         raise InputError(f"{str(path)!r} is the state of another model: its {' and '.join(other)} differ")

@@ -15,7 +15,7 @@ from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from kernelize import states
+from kernelize import files
 from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
 from kernelize.runtime.cache import CACHE, kernel_layers
@@ -260,11 +260,10 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(model, ids, tmp_path,
     path = save_state(read(model, ids), tmp_path / "a.safetensors", model)
     before = path.read_bytes()
 
-    def full(tensors, target, metadata):
-        target.write_bytes(b"half")
+    def full(written):
         raise OSError("no space left")
 
-    monkeypatch.setattr(states, "save_file", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(KernelizeError, match="no space left"):
         save_state(read(model, ids[:, :50]), path, model)
     assert path.read_bytes() == before
