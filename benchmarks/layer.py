@@ -3,7 +3,7 @@
     python benchmarks/layer.py check        # against a dense float64 computation, forward and gradients
     python benchmarks/layer.py time         # milliseconds, beside softmax attention and flash-linear-attention
     python benchmarks/layer.py profile      # where the time goes
-    python benchmarks/layer.py tune         # the constants of the kernels, one changed at a time
+    python benchmarks/layer.py tune         # how the kernels are launched, one thing changed at a time
 
 `--out FILE` appends the rows as JSON lines, with device, versions and date.
 """
@@ -160,6 +160,8 @@ def check(case: tuple) -> dict:
         rows = torch.randperm(T, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:ROWS].sort()[0]
         rows[-1] = T - 1
     out, _ = fused.attend(*leaves, kernel)
+    with torch.no_grad():
+        read = relative(fused.attend(*leaves, kernel, branches=False)[0].y, out.y)
     weight = torch.randn(B, H, len(rows), D, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
     (out.y[:, :, rows].float() * weight).sum().backward()
     got = [x.grad for x in leaves] + [p.grad for p in attention.parameters()]
@@ -177,10 +179,10 @@ def check(case: tuple) -> dict:
     grads = {n: relative(a, b) for n, a, b in zip(names, got, expected, strict=True)}
     forward = relative(out.y[:, :, rows], y)
     allowed = TOLERANCE[dtype]
-    passed = forward <= allowed[0] and max(grads.values()) <= allowed[1] and not differ
+    passed = max(forward, read) <= allowed[0] and max(grads.values()) <= allowed[1] and not differ
     split = halves(leaves, kernel, out.y) if T <= DENSE else 0.0
     return {"case": name, "T": T, "dtype": str(dtype).split(".")[1], "ok": passed, "forward": forward,
-            "lifetimes that differ": differ, "split in two": split, **grads}  # fmt: skip
+            "prefill": read, "lifetimes that differ": differ, "split in two": split, **grads}  # fmt: skip
 
 
 @torch.no_grad()
@@ -254,10 +256,11 @@ def time_forward(row: dict, policy: str, slots: int, T: int) -> dict:
     kernel = attention.kernel(128**-0.5)
 
     @torch.no_grad()
-    def call():
-        return fused.attend(*qkv, kernel, branches=False)
+    def call(keep=False):
+        return fused.attend(*qkv, kernel, branches=False, keep=keep)
 
     row["ms"] = milliseconds(call)
+    row["ms with state"] = milliseconds(lambda: call(keep=True))
     if T <= 32768:
         row["ms graph"] = milliseconds(graphed(call))
     return row
@@ -269,10 +272,10 @@ def time_training(row: dict, policy: str, slots: int, T: int) -> dict:
     up = torch.randn_like(qkv[0])
 
     def call():
-        y = fused.attend(*leaves, attention.kernel(128**-0.5))[0].y
-        torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
+        one_call(attention, leaves, up, True)
 
     row["ms fwd+bwd"] = milliseconds(call)
+    row["ms fwd+bwd graph"] = milliseconds(graphed(call))
     return row
 
 
@@ -339,22 +342,80 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
             add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, True))
 
 
-VARIANTS = [("fused_exact", "HEADS", 2), ("fused_exact", "HEADS", 1), ("fused_exact", "HEADS", 4),
-            ("fused_select", "SEGMENT", 512), ("fused_memory", "PROGRAMS", 528)]  # fmt: skip
+# (module, kernel) -> what to try instead of its row of LAUNCH; the first group in prefill, the second in training
+NARROW, WIDER = {"registers": 128}, {"registers": None}
+PREFILL = {
+    ("fused_read", "read"): [{"registers": 168}, {"stages": 2}, {"chunk": 64}, {"heads": 1, "registers": 168},
+                             {"heads": 4}],
+    ("fused_select", "mass"): [WIDER, {"chunk": 64}, {"heads": 1}, {"heads": 4, "registers": None}],
+    ("fused_memory", "states"): [WIDER, {"chunk": 4096}, {"chunk": 16384, "warps": 8, **NARROW}, {"stages": 2}],
+}  # fmt: skip
+TRAINING = {
+    ("fused_exact", "exact"): [{"chunk": 64, "registers": 168}, {"chunk": 64, "stages": 2, "registers": None},
+                               {"heads": 1}, {"stages": 2}, {"heads": 4}],
+    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"stages": 3}],
+    ("fused_exact", "query_grad"): [{"stages": 3, "registers": 168}, {"chunk": 64, "registers": None}],
+    ("fused_exact", "window_grad"): [{"registers": 128}, {"warps": 4}, {"stages": 1}],
+    ("fused_exact", "held_grad"): [{"chunk": 64, "stages": 1, "registers": None}, {"stages": 1}],
+    ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}],
+    ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}],
+    ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}],
+    ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}],
+}  # fmt: skip
 
 
 def tune(T: int) -> None:
-    """The constants that decide over speed, one changed at a time."""
-    for module, name, value in VARIANTS:
-        there = import_module(f"kernelize.runtime.{module}")
-        before = getattr(there, name)
-        setattr(there, name, value)
-        print(f"## {module}.{name} = {value}")
+    """Every kernel's launch, one thing changed at a time: its milliseconds, and whether y stayed the same."""
+    for variants, length, train in ((PREFILL, T, False), (TRAINING, 32768, True)):
+        attention, qkv = ours("attention", 128, length)
+        leaves = [x.requires_grad_(train) for x in qkv]
+        up = torch.randn_like(qkv[0])
+
+        def call(attention=attention, leaves=leaves, up=up, train=train):
+            return one_call(attention, leaves, up, train)
+
+        expected = call()
+        for (module, name), others in variants.items():
+            tune_one(module, name, others, call, expected)
+
+
+def tune_one(module: str, name: str, others: list[dict], call, expected: torch.Tensor) -> None:
+    table = import_module(f"kernelize.runtime.{module}").LAUNCH
+    before, found = table[name], []
+    for change in [{}, *others]:
+        table[name] = before._replace(**change)
         try:
-            profile(T, "attention", 128, False, top=8)
-        except Exception as error:
-            print(type(error).__name__, str(error)[:300])
-        setattr(there, name, before)
+            off = relative(call(), expected)
+            found.append((kernel_ms(call, f"{name}_kernel"), off < TOLERANCE[BFLOAT][0], change))
+            print(f"{name}: {found[-1][0]:.4f} ms, y differs by {off:.1e}: {change or before}", flush=True)
+        except Exception as error:  # too much shared memory is a row
+            print(f"{name}: {type(error).__name__} {str(error)[:120]}: {change}", flush=True)
+    table[name] = before
+    right = [row for row in found if row[1]]
+    if right:
+        print(
+            f"best: {module}.LAUNCH[{name!r}] = {before._replace(**min(right, key=lambda row: row[0])[2])}", flush=True
+        )
+
+
+def one_call(attention, leaves, up, train: bool) -> torch.Tensor:
+    with torch.set_grad_enabled(train):
+        y = fused.attend(*leaves, attention.kernel(128**-0.5), branches=False, keep=False)[0].y
+    if train:
+        torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
+    return y.detach()
+
+
+def kernel_ms(call, name: str) -> float:
+    """Device milliseconds of the kernel in one call."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    return sum(e.self_device_time_total for e in found.key_averages() if e.key == name) / 5000
 
 
 def profile(T: int, policy: str, slots: int, train: bool, top: int = 20) -> None:
@@ -366,10 +427,7 @@ def profile(T: int, policy: str, slots: int, train: bool, top: int = 20) -> None
     up = torch.randn_like(qkv[0])
 
     def call():
-        with torch.set_grad_enabled(train):
-            y = fused.attend(*leaves, attention.kernel(128**-0.5), branches=train)[0].y
-        if train:
-            torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
+        one_call(attention, leaves, up, train)
 
     for _ in range(2):
         call()
@@ -411,7 +469,7 @@ def main() -> None:
     elif given.what == "time":
         time_all(given.lengths, not given.no_peers, keep)
     elif given.what == "tune":
-        tune(given.lengths[0])
+        tune(131072)
     else:
         profile(131072, "mixed", 128, False)
         profile(32768, "attention", 128, True)

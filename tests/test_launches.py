@@ -25,3 +25,16 @@ def test_a_layer_launches_no_more_than_this(policy, length, train, kernels, oper
     launches, found = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, length, train))
     assert len(launches) <= kernels, [launch.name for launch in launches]
     assert sum(found.values()) <= operations, found
+
+
+def test_layers_of_different_budgets_share_their_bookkeeping():
+    """As many layers as a model has, each with slots of its own: the second pass computes none of it anew."""
+    calls = [layer_call({**SPEC, "policy": "attention", "slots": 20 + i}, SHAPE, 512, False) for i in range(12)]
+
+    def model() -> None:
+        for call in calls:
+            call()
+
+    _, one = launches_of(calls[0])
+    _, all_layers = launches_of(model)
+    assert sum(all_layers.values()) == len(calls) * sum(one.values())

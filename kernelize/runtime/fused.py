@@ -194,12 +194,12 @@ class Store(NamedTuple):
     def folded(self, spec: KernelSpec, blocks: int) -> tuple[Tensor, Tensor]:
         """Tokens that have left the window up to each token [B, 1, X], and up to the end of each block."""
         count = fresh_folded if self.grid is None else folded_tokens
-        return count(self.bounds, self.last, spec, self.k.shape[2], self.front, blocks)
+        return count(self.bounds, self.last, spec.block, spec.ring, self.k.shape[2], self.front, blocks)
 
     def applicants(self, spec: KernelSpec) -> Tensor:
         """[R, n·tile] int32: the tokens by the block at which they leave the window, −1 where none does."""
         leaves = fresh_leaving if self.grid is None else leaving
-        return leaves(self.bounds, self.last, spec, self.k.shape[1], self.front, self.n)
+        return leaves(self.bounds, self.last, spec.block, spec.ring, self.k.shape[1], self.front, self.n)
 
     @property
     def pos(self) -> Tensor:
@@ -229,7 +229,7 @@ def fresh_slots(rows: int, device: torch.device) -> Tensor:
         return torch.empty(rows, 0, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)  # layers may differ
 def nothing_seen(spec: KernelSpec, B: int, kv_heads: int, D: int, dtype: torch.dtype, device: torch.device) -> State:
     """The state before new sequences. It is shared and only read: what a call keeps, it makes anew."""
     with torch.inference_mode(False):
@@ -238,28 +238,29 @@ def nothing_seen(spec: KernelSpec, B: int, kv_heads: int, D: int, dtype: torch.d
 
 
 def folded_tokens(
-    bounds: Tensor, last: Tensor, spec: KernelSpec, X: int, front: int, blocks: int
+    bounds: Tensor, last: Tensor, block: int, ring: int, X: int, front: int, blocks: int
 ) -> tuple[Tensor, Tensor]:
     """See `Store.folded`; float32, as factors of the log decay."""
     with torch.inference_mode(False):
         low, high = bounds[:, :1].long(), bounds[:, 1:2].long()
         end = torch.minimum(torch.arange(1, blocks + 1, device=low.device), last[:, None] + 1)
-        at_end = torch.minimum(end * spec.block - spec.ring, high) - low
+        at_end = torch.minimum(end * block - ring, high) - low
         at = torch.minimum(torch.arange(X, device=low.device) - front + 1, high) - low
         return at.clamp(min=0)[:, None].float(), at_end.clamp(min=0)[:, None].float()
 
 
-def leaving(bounds: Tensor, last: Tensor, spec: KernelSpec, kv_heads: int, front: int, n: int) -> Tensor:
+def leaving(bounds: Tensor, last: Tensor, block: int, ring: int, kv_heads: int, front: int, n: int) -> Tensor:
     """See `Store.applicants`."""
     with torch.inference_mode(False):
         c = torch.arange(n * TILE, device=bounds.device, dtype=torch.int32)
-        block, c = c // spec.block, c - spec.ring
-        here = (c >= bounds[:, :1]) & (c < bounds[:, 1:2]) & (block <= last[:, None])
+        at, c = c // block, c - ring
+        here = (c >= bounds[:, :1]) & (c < bounds[:, 1:2]) & (at <= last[:, None])
         index = torch.where(here, front + c, EMPTY)  # [B, n·tile]
         return index[:, None].expand(-1, kv_heads, -1).flatten(0, 1).contiguous()
 
 
-# New sequences of one length share their bookkeeping: the tensors of `fresh_bounds` are its keys.
+# New sequences of one length share their bookkeeping over all layers, whatever their slots: the tensors of
+# `fresh_bounds` are its keys.
 fresh_folded = lru_cache(maxsize=8)(folded_tokens)
 fresh_leaving = lru_cache(maxsize=8)(leaving)
 

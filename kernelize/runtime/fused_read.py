@@ -18,7 +18,7 @@ from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, tl
 from .state import Kernel
 
-LAUNCH = {"read": Launch(heads=2, chunk=32, warps=4, stages=3, registers=168)}  # warps for one head
+LAUNCH = {"read": Launch(heads=2, chunk=32, warps=4, stages=3)}  # warps for one head
 WIDEST, COLUMNS = 128, 64  # channels of a head, and columns of its map, that fit
 
 
