@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from .cache import KernelState
 from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
-from .layout import Layout, gather_documents, scatter_documents
+from .layout import Layout, gather_documents, join_documents
 from .ops import attend
 from .spec import KernelSpec, SpecError
 from .state import AttentionOutput, Kernel, Rotation, Seen, State
@@ -191,18 +191,15 @@ class KernelAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, layout: Layout
     ) -> AttentionOutput:
         """Packed rows: every document from an empty state. Documents of like length are rows of one call."""
-        parts: list[Tensor] | None = None
-        for index, inside in layout.pieces:
+        assert layout.source is not None
+        probed, found = self.probe is not None, []
+        for index in layout.pieces:
             q, k, v = (gather_documents(x, index) for x in (query, key, value))
-            out, _ = attend(q, k, v, kernel, keep=False)
-            columns = [x if x.ndim == 4 else x[..., None] for x in out]
-            if parts is None:
-                B, H, T, _ = query.shape
-                parts = [x.new_zeros(B, T, H, x.shape[-1]) for x in columns]
-            parts = [scatter_documents(p, x, index, inside) for p, x in zip(parts, columns, strict=True)]
-        assert parts is not None
-        y, exact, exact_lse, memory, memory_lse = (p.transpose(1, 2) for p in parts)
-        return AttentionOutput(y, exact, exact_lse[..., 0], memory, memory_lse[..., 0])
+            found.append(attend(q, k, v, kernel, branches=probed, keep=False)[0])
+        if probed:
+            return AttentionOutput(*(join_documents(parts, layout.source) for parts in zip(*found, strict=True)))
+        y = join_documents([out.y for out in found], layout.source)
+        return AttentionOutput(y, *[y.new_empty(0)] * 4)
 
 
 def log_rate(half_life: float | Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ class Layout:
 
     valid: Tensor | None = None  # [B, T] bool, False at padding
     documents: Tensor | None = None  # [B, T] int64, index of a token's document in its row
-    pieces: tuple[tuple[Tensor, Tensor], ...] = ()  # documents of like length as rows, see `split_documents`
+    pieces: tuple[Tensor, ...] = ()  # documents of like length as rows: flat indices [n, L] into [B·T]
+    source: Tensor | None = None  # [B, T] int64: where each token stands in all pieces, one after the other
 
 
 def layout_of(
@@ -38,35 +40,39 @@ def packed(position_ids: Tensor) -> Layout | None:
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     if bool(starts[:, 1:].any()):
-        return Layout(documents=starts.cumsum(1) - 1, pieces=split_documents(starts))
+        return Layout(None, starts.cumsum(1) - 1, *split_documents(starts))
     return None
 
 
-def split_documents(starts: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+def split_documents(starts: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Groups the documents that begin at `starts` [B, T] by length, so that padding at most doubles the work.
 
-    Each piece is (index [n, L], inside [n, L]): flat indices into [B·T] of n documents, and where they are real.
+    A piece is flat indices [n, L] into [B·T] of n documents; past its end a document repeats its last token. The second
+    says of every token [B, T] where it stands in all pieces, one after the other.
     """
     T = starts.shape[1]
     begin = starts.flatten().nonzero()[:, 0].cpu()
     length = torch.diff(begin, append=torch.tensor([starts.numel()]))
     bucket = (length.clamp(min=64) - 1).double().log2().floor().long()
     assert int(length.max()) <= T  # every row starts a document
-    pieces = []
+    pieces, source, done = [], torch.empty(starts.numel(), dtype=torch.int64), 0
     for b in bucket.unique():
         first, size = begin[bucket == b, None], length[bucket == b, None]
         offset = torch.arange(int(size.max()))
         index = first + torch.minimum(offset, size - 1)
-        pieces.append((index.to(starts.device), (offset < size).to(starts.device)))
-    return tuple(pieces)
+        inside = offset < size
+        source[index[inside]] = done + inside.flatten().nonzero()[:, 0]
+        done += index.numel()
+        pieces.append(index.to(starts.device))
+    return tuple(pieces), source.view_as(starts).to(starts.device)
 
 
 def gather_documents(x: Tensor, index: Tensor) -> Tensor:
     """x [B, H, T, D] at flat token indices [n, L] -> [n, H, L, D]."""
-    return x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
-def scatter_documents(out: Tensor, piece: Tensor, index: Tensor, inside: Tensor) -> Tensor:
-    """Writes piece [n, H, L, D] back to out [B, T, H, D] at the indices [n, L] that are `inside`."""
-    flat = out.flatten(0, 1).index_put((index[inside],), piece.transpose(1, 2)[inside])
-    return flat.view_as(out)
+def join_documents(parts: Sequence[Tensor], source: Tensor) -> Tensor:
+    """Pieces [n, H, L, ...] back as [B, H, T, ...], by `Layout.source`."""
+    rows = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
+    return rows.index_select(0, source.flatten()).unflatten(0, source.shape).transpose(1, 2)
