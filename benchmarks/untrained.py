@@ -28,11 +28,12 @@ from kernelize.runtime.modeling import kernelized_layers
 from kernelize.runtime.spec import KernelSpec
 
 PLAIN = KernelSpec(feature_map="none", policy="attention", slots=0, block=1)
-CONVERTED = {  # name -> (every layer's spec, which texts conversion reads)
-    "shared": (KernelSpec(aging=1024), ("calibration", "budget")),
-    "equal": (KernelSpec(aging=1024), ("calibration",)),
-    "window64": (PLAIN.replace(window=64), ()),
-    "window256": (PLAIN.replace(window=256), ()),
+CONVERTED = {  # name -> (every layer's spec, by what slots are shared out; None: nothing, not even calibrated)
+    "shared": (KernelSpec(aging=1024), "layers"),
+    "heads": (KernelSpec(aging=1024), "heads"),
+    "equal": (KernelSpec(aging=1024), "uniform"),
+    "window64": (PLAIN.replace(window=64), None),
+    "window256": (PLAIN.replace(window=256), None),
 }
 WITHOUT = "shared-without-memory"  # the slots as `shared` gives them out, its memory left out of both sums
 MODELS = ("teacher", *CONVERTED, WITHOUT)
@@ -46,16 +47,19 @@ def make(source: str, folder: Path, wanted: Sequence[str]) -> None:
     if not missing:
         return
     teacher, tokenizer = load(source, dtype="float32")
-    texts = {
-        "calibration": calibration(tokenizer, teacher),
-        "budget": budget_texts(tokenizer, sample_text("train"), 2048),
-    }
-    for name, (spec, given) in missing.items():
+    texts, priced = calibration(tokenizer, teacher), budget_texts(tokenizer, sample_text("train"), 2048)
+    for name, (spec, by) in missing.items():
         start, plan = time.monotonic(), ConversionPlan.uniform(spec, teacher.config.num_hidden_layers)
-        model = convert(copy.deepcopy(teacher), plan, **{text: texts[text] for text in given})
+        model = convert(
+            copy.deepcopy(teacher),
+            plan,
+            calibration=texts if by else None,
+            budget=priced if by in ("layers", "heads") else None,
+            by_head=by == "heads",
+        )
         save(model, tokenizer, folder / name)
         print(f"{name}: converted in {time.monotonic() - start:.1f} s", flush=True)
-        print("  slots a layer:", [layer["slots"] for layer in model.config.kernelize["layers"]], flush=True)
+        print("  slots:", [x["head_slots"] or x["slots"] for x in model.config.kernelize["layers"]], flush=True)
 
 
 def model_of(name: str, source: str, folder: Path, **loading: str) -> tuple:
