@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest check format venv clean browser
+.PHONY: demo test test-slow test-oldest soak fuzz check format venv clean browser
 
 demo: $(BASE)
 	$(BIN)/kernelize demo --output demo-out --overwrite
@@ -23,6 +23,14 @@ test-slow: $(STAMP)
 # The tests that depend on Transformers, on the oldest release of it that is supported.
 test-oldest: $(OLDEST)/.installed
 	KERNELIZE_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest -m "fast and not slow"
+
+# Kills, long runs and damaged files: docs/reliability.md. Meant to take less than an hour on two CPU cores.
+soak: $(STAMP) fuzz
+	$(BIN)/python -m pytest -m slow tests/test_survival.py tests/test_long_runs.py -s --numprocesses 0
+
+# 10,000 damaged files of every kind that is read.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py 10000 0
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -36,7 +36,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default the source's.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that the checkpoint brings; from the Hub, one --revision."
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .files import PART, sync, writing
 from .retrieval import Marked, write
 
 if TYPE_CHECKING:
@@ -440,9 +441,24 @@ def write_text(
     batch: int = 16,
 ) -> None:
     """Lets the teacher write `tokens` tokens as JSON lines: samples at temperature 1 that start from one token."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file, torch.random.fork_rng():
+    part = path.with_suffix(PART)
+    with writing(path), torch.random.fork_rng():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_samples(teacher, tokenizer, part, tokens, seed, length, batch)
+        sync(part)
+        part.replace(path)
+
+
+def _write_samples(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    tokens: int,
+    seed: int,
+    length: int,
+    batch: int,
+) -> None:
+    with path.open("w", encoding="utf-8") as file:
         torch.manual_seed(seed)
         written = 0
         while written < tokens:
@@ -451,7 +467,6 @@ def write_text(
             for text in tokenizer.batch_decode(samples, skip_special_tokens=True):
                 if text.strip():
                     file.write(json.dumps({"text": text}) + "\n")
-    part.replace(path)
 
 
 def _sample_documents(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import resource
@@ -15,8 +16,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,11 @@ NASTY: list[Any] = [
     [0] * 9,
 ]
 LARGE = 1 << 24  # bytes of a file of which only the beginning is spoilt
-SECONDS, MEMORY = 20, 400 << 20  # what reading one spoilt file may take at most; bytes over those of the whole ones
+SECONDS, MEMORY, ADDRESSES = (
+    20,
+    400 << 20,
+    16 << 30,
+)  # what reading one spoilt file may take at most; bytes over those of the whole ones
 
 
 # --- spoiling ---------------------------------------------------------------------------------------------------------
@@ -302,28 +307,34 @@ def peak() -> int:
 
 def main(count: int, seed: int) -> int:
     """Spoils `count` files, and says of each kind how many were read and refused; 1 if something else happened."""
-    rng, counted, bad = random.Random(seed), Counter[tuple[str, str]](), 0
-    with tempfile.TemporaryDirectory() as folder:
-        all_kinds = kinds(Path(folder)) | real_kinds(Path(folder))
-        for kind in all_kinds.values():
-            kind.read()
-        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, resource.RLIM_INFINITY))
+    counted = Counter[tuple[str, str]]()
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        tried = kinds(Path(folder)) | real_kinds(Path(folder))
+        for kind in tried.values():
+            assert outcome(kind) == "read", kind.path
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, resource.RLIM_INFINITY))
         whole = peak()
-        weights = [kind.weight for kind in all_kinds.values()]
-        for number in range(count):
-            name = rng.choices(list(all_kinds), weights)[0]
-            what = _try(all_kinds[name], random.Random(f"{seed} {number}"))
-            counted[name, what] += 1
-            if what not in ("read", "refused"):
-                bad += 1
-                print(f"case {number} ({name}): {what}", flush=True)
-            if number % 1000 == 999:
-                print(f"{number + 1} done, {bad} bad, {(peak() - whole) >> 20} MB above", file=sys.stderr, flush=True)
+        for number, what in _spoil_many(tried, count, seed):
+            counted[what] += 1
+            if what[1] not in ("read", "refused"):
+                print(f"case {number}, {what[0]}: {what[1]}", flush=True)
+            if number % 1000 == 0:
+                print(f"{number} files, {(peak() - whole) >> 20} MB above the whole ones", flush=True)
         used = peak() - whole
-    for name in all_kinds:
+    bad = sum(n for (_, what), n in counted.items() if what not in ("read", "refused"))
+    for name in tried:
         print(f"{name:24} {counted[name, 'read']:6} read {counted[name, 'refused']:6} refused")
-    print(f"{count} files; {bad} neither read nor refused; {used >> 20} MB above the whole files at most")
+    print(f"{count} files: {bad} neither read nor refused; {used >> 20} MB above the whole ones at most")
     return int(bad > 0 or used > MEMORY)
+
+
+def _spoil_many(tried: dict[str, Kind], count: int, seed: int) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(number, (kind, outcome)) of each file, of which the number and `seed` alone decide what becomes."""
+    weights = [kind.weight for kind in tried.values()]
+    for number in range(1, count + 1):
+        rng = random.Random(f"{seed} {number}")
+        name = rng.choices(list(tried), weights)[0]
+        yield number, (name, _try(tried[name], rng))
 
 
 def _try(kind: Kind, rng: random.Random) -> str:
@@ -347,5 +358,5 @@ def _put(path: Path, content: bytes, whole: bool) -> None:
 if __name__ == "__main__":
     began = time.monotonic()
     code = main(int(sys.argv[1]), int(sys.argv[2]))
-    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
+    print(f"{time.monotonic() - began:.0f} s")
     sys.exit(code)

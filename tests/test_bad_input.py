@@ -258,3 +258,16 @@ def test_nothing_outside_the_output_is_written_through_links_in_it(source, tmp_p
     assert victim.read_text() == "precious"
     assert not any(path.is_symlink() for path in output.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"victim", "out", "source"}
+
+
+def test_the_hub_token_is_in_nothing_that_is_written_or_said(source, tmp_path, capfd, monkeypatch):
+    token = "hf_" + "x" * 34
+    monkeypatch.setenv("HF_TOKEN", token)
+    flags = ["--window", "9", "--block", "4", "--slots", "4", "--feature-dim", "8", "--budget", "uniform"]
+    (tmp_path / "r.yaml").write_text(f"name: x\ndescription: y\n{STAGE}")
+    tuned = ["-o", tmp_path / "tuned", "--config", tmp_path / "r.yaml", "--json", tmp_path / "tuned.json"]
+    assert main(["convert", str(source), "-o", str(tmp_path / "made"), *flags]) == 0
+    assert main(["finetune", *map(str, (tmp_path / "made", *tuned))]) == 0
+    assert main(["--debug", "convert", "some/model--x", "-o", str(tmp_path / "x")]) == 2
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert token not in "".join(capfd.readouterr())
