@@ -201,11 +201,13 @@ def _files_of(folder: Path, *more: str) -> dict[str, Path | bytes]:
 
 
 def _without_folders(path: Path) -> Path | bytes:
-    """The file; or its content where that named folders of this machine."""
-    if path.name not in (FACTS_NAME, RECIPE_NAME):
+    """The file; or its content where that named folders of this machine. Of a card, only commands are touched."""
+    if path.name not in (FACTS_NAME, RECIPE_NAME, CARD_NAME):
         return path
-    text = path.read_text("utf-8")
-    return path if portable(text) == text else portable(text).encode()
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    whole = path.name != CARD_NAME
+    moved = [portable(line) if whole or line.startswith("kernelize ") else line for line in lines]
+    return path if moved == lines else "".join(moved).encode()
 
 
 def _variant(folder: Path) -> dict[str, Path | bytes]:

@@ -251,7 +251,8 @@ def document(output: str | Path, *, recipe: Recipe | None = None, name: str | No
     if recipe is not None:
         write_file(folder / RECIPE_NAME, recipe.to_yaml())
     record(folder, **facts)
-    write_file(folder / ENVIRONMENT_NAME, environment())
+    if "commands" in facts:  # something was made, not only measured
+        write_file(folder / ENVIRONMENT_NAME, environment())
     write_file(folder / CARD_NAME, model_card(folder, name))
 
 

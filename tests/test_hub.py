@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kernelize import card, hub, reload
 from kernelize.convert import convert, load, save
 from kernelize.errors import InputError, KernelizeError
+from kernelize.pipeline import document
 from kernelize.plan import ConversionPlan
 from kernelize.quantize import quantize_model
 from kernelize.runtime.spec import KernelSpec
@@ -148,6 +149,10 @@ def test_folders_of_this_machine_stay_here(server, trusted, folder):
         assert "/home" not in text
         assert "~/" not in text
     assert "kernelize convert x.gguf --output out" in stored["README.md"].decode()
+    edited = stored["README.md"].decode() + "\nkernelize check /home/me/out\nSee /api/v1/models.\n"
+    (folder / "README.md").write_text(edited)
+    hub.push(folder, NAME)
+    assert server.files(NAME)["README.md"].decode().endswith("\nkernelize check out\nSee /api/v1/models.\n")
     assert stored["recipe.yaml"].decode() == "source: x.gguf\ndata: [{hub: org/data}]\n"
     assert "/home/me" in (folder / "kernelize.json").read_text()
 
@@ -399,13 +404,13 @@ def test_pushed_checkpoint_answers_the_same_where_kernelize_is_absent(server, ch
 
 def test_a_quantised_variant_loads_from_its_sub_folder_where_kernelize_is_absent(server, trusted, copied, tmp_path):
     model, tokenizer = load(copied)
-    quantize_model(model, 8)
-    save(model, tokenizer, copied / "int8")
-    rows = [{"suite": "ppl", "metric": "ppl_ratio", "model": "int8", "value": 1.0}]
-    card.record(copied / "int8", quantisation={"bits": 8, "scheme": "int8", "rows": rows})
+    quantize_model(model, 4)
+    save(model, tokenizer, copied / "int4")
+    rows = [{"suite": "ppl", "metric": "ppl_ratio", "model": "int4", "value": 1.0}]
+    card.record(copied / "int4", quantisation={"bits": 4, "scheme": "int4", "rows": rows})
     hub.push(copied, NAME)
-    assert not [name for name in server.files(NAME) if name.startswith("int8/") and name.endswith(".py")]
-    answer, options = tmp_path / "answer.safetensors", '{"trust_remote_code": true, "threads": 1, "subfolder": "int8"}'
+    assert not [name for name in server.files(NAME) if name.startswith("int4/") and name.endswith(".py")]
+    answer, options = tmp_path / "answer.safetensors", '{"trust_remote_code": true, "threads": 1, "subfolder": "int4"}'
     pulled = subprocess.run(
         [sys.executable, "-I", reload.__file__, NAME, answer, options],
         env={**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)},
@@ -413,7 +418,7 @@ def test_a_quantised_variant_loads_from_its_sub_folder_where_kernelize_is_absent
         text=True,
     )
     assert pulled.returncode == 0, pulled.stderr
-    here, there = reload.answer(load(copied / "int8")[0]), load_file(answer)
+    here, there = reload.answer(load(copied / "int4")[0]), load_file(answer)
     assert (here["logits"] - there["logits"]).abs().max() <= hub.TOLERANCE
 
 
@@ -512,6 +517,17 @@ def test_card_names_the_repository_unless_somebody_edited_it(server, trusted, co
     (copied / "README.md").write_text(CARD)
     hub.push(copied, NAME)
     assert server.files(NAME)["README.md"].decode() == CARD
+
+
+def test_the_versions_are_those_that_made_it_not_those_that_measured_it(copied):
+    document(copied, commands=["kernelize convert org/base"])
+    written = (copied / "environment.txt").read_text()
+    assert f"# kernelize {hub.__version__}, Python" in written
+    assert f"\ntorch=={torch.__version__.partition('+')[0]}\n" in written
+    assert written.splitlines()[-1] in card.model_card(copied)
+    (copied / "environment.txt").write_text("torch==0.0\n")
+    document(copied, rows=[])
+    assert (copied / "environment.txt").read_text() == "torch==0.0\n"
 
 
 def test_source_of_a_folder_is_what_its_card_says(tmp_path):
