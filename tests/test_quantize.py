@@ -135,6 +135,15 @@ def test_what_cannot_be_quantised_is_said(whole, made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_torchao_is_one_line(whole, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_torchao.is_torchao_available", lambda: False)
+    with pytest.raises(InputError, match=r"cannot load .* requires torchao library \(`pip install torchao`\)"):
+        load(made[1])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'kernelize\[quantize\]'"):
+        quantize_source(str(whole), 8, tmp_path / "out")
+
+
 def test_weights_that_torchao_cannot_take_are_named():
     odd = converted(num_attention_heads=2, num_key_value_heads=1, head_dim=24)
     with pytest.raises(

@@ -32,6 +32,7 @@ if (await page.locator("#error").isVisible()) {
     await page.click("#start");
     while (await page.locator("#send").isDisabled()) {
       said.bytes.push(await bytes());
+      if (said.bytes.length === settings.stopAfter) await page.click("#stop");
       await page.waitForTimeout(50);
     }
     said.seen = await text("seen");

@@ -50,6 +50,7 @@ function fail(text) {
 
 function finished() {
   answer?.removeAttribute("aria-busy");
+  if (answer?.textContent === "") answer.remove();
   answer = null;
 }
 

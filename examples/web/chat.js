@@ -35,8 +35,9 @@ export class Chat {
     this.documents += (this.documents ? "\n\n" : "") + text.trim();
     if (!this.documents) throw new UserError("the document is empty");
     const whole = this.render([...this.messages, { role: "user", content: this.documents }], false);
-    const end = whole.lastIndexOf(this.documents) + this.documents.length;
-    await this.feed(whole.slice(0, end), onRead);
+    const begin = whole.lastIndexOf(this.documents);
+    await this.feed(whole.slice(0, begin + this.documents.length), onRead);
+    if (this.stopped) this.documents = this.fed.slice(begin); // a question is about what was read
   }
 
   /** Answers; `onText(piece)` hears it. Ends at the end of the text, after `limit` tokens, or when stopped. */
@@ -81,7 +82,7 @@ export class Chat {
       await new Promise((next) => setTimeout(next));
       return !this.stopped;
     });
-    this.fed = read === ids.length ? text : this.fed + this.decode(ids.slice(0, read));
+    this.fed = read === ids.length ? text : this.fed + this.decode(ids.slice(0, read), false);
     return logits;
   }
 
@@ -96,7 +97,7 @@ export class Chat {
     return !this.template && !this.fed && bos !== null ? [bos, ...ids] : ids;
   }
 
-  decode(ids) {
-    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  decode(ids, skip = true) {
+    return this.tokenizer.decode(ids, { skip_special_tokens: skip, clean_up_tokenization_spaces: false });
   }
 }
