@@ -88,7 +88,7 @@ def evict(kernel: Kernel, state: State, valid: Tensor | None) -> State:
 def settle(kernel: Kernel, state: State, leaving: Tensor) -> State:
     """The state after the entries `leaving` [B, C] of the position axis have left the ring."""
     spec = kernel.spec
-    slots = torch.arange(spec.sinks + spec.ring, spec.positions, device=leaving.device).expand(len(leaving), -1)
+    slots = torch.arange(spec.sinks + spec.ring, spec.positions, device=leaving.device).expand(leaving.shape[0], -1)
     index = torch.cat([slots, leaving], 1)[:, None].expand(-1, state.pos.shape[1], -1)  # [B, Hk, X]
     key, value = take(state.keys, index), take(state.values, index)
     pos, decay = state.pos.gather(2, index), state.decay.gather(2, index)

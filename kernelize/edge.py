@@ -1,0 +1,358 @@
+"""Runs what `kernelize export --to onnx` wrote: needs onnxruntime, tokenizers and numpy, and neither torch nor a GPU.
+
+    model = EdgeModel("exported")
+    state = model.start()
+    for text in model.write(state, "Once upon a time", max_new_tokens=64):
+        print(text, end="", flush=True)
+
+The state has a constant size, whatever was read; it can be saved, loaded and copied. docs/edge.md tells the format.
+`python -m kernelize.edge FOLDER --prompt …` is the same for a shell; chat templates need jinja2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from tokenizers import Tokenizer
+
+from .errors import InputError, KernelizeError
+
+FORMAT = "kernelize-edge 1"
+STATE_FORMAT = "kernelize-edge state 1"
+METADATA = "kernelize-edge.json"
+DTYPES = {"float32": np.float32, "int64": np.int64}
+UNLOADABLE = (
+    ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile, ort_errors.NotImplemented, ort_errors.RuntimeException,
+)  # fmt: skip
+UNFINISHED = "\ufffd"  # how the decoder shows the first bytes of a character whose last ones are still to come
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. Temperature 0 takes the likeliest; top_k 0 and top_p 1 leave all in the race."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, allowed in (
+            ("temperature", self.temperature >= 0, "0 or above"),
+            ("top_k", self.top_k >= 0, "0 (all) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+        ):
+            if not fits:
+                raise InputError(f"{name}={getattr(self, name)} is not allowed: {allowed}")
+
+
+class Sampler:
+    """Picks tokens after a `Sampling`; the same seed gives the same tokens."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling, self.random = sampling, np.random.default_rng(sampling.seed)
+
+    def pick(self, logits: np.ndarray) -> np.ndarray:
+        """logits [B, V] -> tokens [B]."""
+        if not self.sampling.temperature:
+            return logits.argmax(-1)
+        scores = np.stack([self._limited(row / self.sampling.temperature) for row in logits.astype(np.float64)])
+        return (scores + self.random.gumbel(size=scores.shape)).argmax(-1)
+
+    def _limited(self, scores: np.ndarray) -> np.ndarray:
+        """scores [V] with −inf where top_k or top_p leaves a token out."""
+        order = np.argsort(-scores, kind="stable")
+        probability = np.exp(scores[order] - scores[order[0]])
+        before = np.cumsum(probability) - probability  # of better tokens
+        out = before >= self.sampling.top_p * probability.sum()
+        if self.sampling.top_k:
+            kept = probability[: self.sampling.top_k]
+            out = before >= self.sampling.top_p * kept.sum()
+            out[self.sampling.top_k :] = True
+        limited = scores.copy()
+        limited[order[out]] = -np.inf
+        return limited
+
+
+# --- the state ----------------------------------------------------------------------------------------------
+
+
+class State:
+    """What a model remembers of B rows: arrays that stay where they are, in two sets between which a block's end swaps."""
+
+    def __init__(self, model: EdgeModel, rows: int):
+        if rows < 1:
+            raise InputError(f"rows={rows} is below 1")
+        self.model, self.rows, self.current = model, rows, 0
+        self.logits = np.zeros((rows, model.facts["vocabulary"]), np.float32)
+        self.sets = [model.blank(rows) for _ in range(2)]
+        self.values = [{n: ort.OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()} for arrays in self.sets]
+        self.bindings: dict[tuple[str, int], Any] = {}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors now, by name; the batch axis first."""
+        return self.sets[self.current]
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Tokens read so far, [B]."""
+        return self.arrays["seen"]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows; the same however much was read."""
+        return sum(x.nbytes for x in self.arrays.values())
+
+    def copy(self, rows: Sequence[int] | None = None) -> State:
+        """A copy, or one of the given rows, in that order and as often as they are named."""
+        chosen = list(range(self.rows)) if rows is None else list(rows)
+        new = State(self.model, len(chosen))
+        for name, array in self.arrays.items():
+            new.arrays[name][:] = array[chosen]
+        new.logits[:] = self.logits[chosen]
+        return new
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a file whose size does not depend on what was read; it is complete or not there."""
+        path, facts = Path(path), self.model.facts
+        head = json.dumps({"format": STATE_FORMAT, "fingerprint": facts["fingerprint"]})
+        aside = path.with_name(f".{path.name}.part")
+        try:
+            with aside.open("wb") as file:
+                np.savez(file, head=np.array(head), logits=self.logits, **self.arrays)
+            os.replace(aside, path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise KernelizeError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        return path
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+class EdgeModel:
+    """An exported folder, ready to run. InputError for a folder that is none, is incomplete, or is of another format."""
+
+    def __init__(self, folder: str | Path, *, threads: int = 0):
+        self.folder = Path(folder)
+        self.facts = read_facts(self.folder)
+        self.tokenizer = self._tokenizer()
+        self.sessions = {name: self._session(name, threads) for name in self.facts["graphs"]}
+        self.eos = set(self.facts["eos"])
+
+    def _tokenizer(self) -> Tokenizer:
+        try:
+            return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more special
+            raise InputError(f"cannot read {str(self.folder / 'tokenizer.json')!r}: {first_line(error)}") from error
+
+    def _session(self, name: str, threads: int) -> ort.InferenceSession:
+        graph, options = self.facts["graphs"][name], ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        path = self.folder / graph["file"]
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except UNLOADABLE as error:
+            raise InputError(f"{str(path)!r} is no graph that ONNX Runtime loads: {first_line(error)}") from error
+        found = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
+        if found != (graph["inputs"], graph["outputs"]):
+            raise InputError(f"{str(path)!r} is not the graph that {METADATA} describes: its inputs or outputs differ")
+        return session
+
+    # --- states ---------------------------------------------------------------------------------------------
+
+    def blank(self, rows: int) -> dict[str, np.ndarray]:
+        """The tensors of a state before the first token."""
+        return {
+            entry["name"]: np.full((rows, *entry["shape"]), entry["fill"], DTYPES[entry["dtype"]])
+            for entry in self.facts["state"]
+        }
+
+    def start(self, rows: int = 1) -> State:
+        """The state before the first token."""
+        return State(self, rows)
+
+    def load_state(self, path: str | Path) -> State:
+        """The state saved at `path`; InputError if it is no state, or that of another model."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            head = json.loads(str(arrays.pop("head")))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(f"{str(path)!r} is no saved state: {first_line(error)}") from error
+        if head.get("format") != STATE_FORMAT or head.get("fingerprint") != self.facts["fingerprint"]:
+            raise InputError(f"{str(path)!r} is the state of another model, or of another export of this one")
+        state = self.start(len(arrays["seen"]))
+        state.logits[:] = arrays.pop("logits")
+        for name, array in arrays.items():
+            state.arrays[name][:] = array
+        return state
+
+    # --- tokens ---------------------------------------------------------------------------------------------
+
+    def read(self, state: State, ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """Reads each row's further ids, as many as it has; logits [B, V] after each row's last token so far."""
+        rows = [np.asarray(row, np.int64).reshape(-1) for row in ids]
+        if len(rows) != state.rows:
+            raise InputError(f"{len(rows)} rows of tokens for a state of {state.rows} rows")
+        for row in rows:
+            if len(row) and not (0 <= row.min() and row.max() < self.facts["vocabulary"]):
+                raise InputError(f"token ids must lie in 0 … {self.facts['vocabulary'] - 1}")
+        done = np.zeros(state.rows, np.int64)
+        total = np.array([len(row) for row in rows])
+        while (done < total).any():
+            count = np.minimum(total - done, self._room(state.seen))
+            chunk = np.zeros((state.rows, int(count.max())), np.int64)
+            for r, row in enumerate(rows):
+                chunk[r, : count[r]] = row[done[r] : done[r] + count[r]]
+            self._advance(state, chunk, count)
+            done += count
+        return state.logits
+
+    def step(self, state: State, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Reads one token a row, [B] -> logits [B, V]."""
+        return self.read(state, np.asarray(tokens, np.int64)[:, None])
+
+    def _room(self, seen: np.ndarray) -> np.ndarray:
+        """Tokens that each row can take before a block begins, [B]."""
+        left = np.full_like(seen, self.facts["max_tokens"])
+        for entry in self.facts["blocks"]:
+            left = np.minimum(left, entry["block"] - seen % entry["block"])
+        return left
+
+    def _advance(self, state: State, chunk: np.ndarray, count: np.ndarray) -> None:
+        """chunk [B, T], of which a row's first count [B] are meant, all inside a block."""
+        seen = state.seen
+        if any(((seen % e["block"] == 0) & (seen >= e["ring"])).any() for e in self.facts["blocks"]):
+            self._leave(state)
+        binding = self._binding(state, "model")
+        binding.bind_cpu_input("ids", chunk)
+        binding.bind_cpu_input("count", count)
+        kept = state.logits[count == 0]
+        self.sessions["model"].run_with_iobinding(binding)
+        state.logits[count == 0] = kept
+        state.seen[:] = seen + count
+
+    def _leave(self, state: State) -> None:
+        """A block leaves the window: from one set of arrays into the other."""
+        self.sessions["leave"].run_with_iobinding(self._binding(state, "leave"))
+        written = {name.removeprefix("new.") for name in self.facts["graphs"]["leave"]["outputs"]}
+        old = state.arrays
+        state.current = 1 - state.current
+        for name, array in state.arrays.items():
+            if name not in written:
+                array[:] = old[name]
+
+    def _binding(self, state: State, name: str) -> Any:
+        """The graph's inputs and outputs at the state's arrays. Tokens overwrite what they change: no copy a step."""
+        key = (name, state.current)
+        if key not in state.bindings:
+            graph, source = self.facts["graphs"][name], state.values[state.current]
+            target = source if name == "model" else state.values[1 - state.current]
+            binding = state.bindings[key] = self.sessions[name].io_binding()
+            for entry in graph["inputs"]:
+                if entry in source:
+                    binding.bind_ortvalue_input(entry, source[entry])
+            for entry in graph["outputs"]:
+                if entry == "logits":
+                    binding.bind_ortvalue_output(entry, ort.OrtValue.ortvalue_from_numpy(state.logits))
+                elif name == "model" and entry.removeprefix("new.") not in graph["in_place"]:
+                    binding.bind_output(entry)
+                else:
+                    binding.bind_ortvalue_output(entry, target[entry.removeprefix("new.")])
+        return state.bindings[key]
+
+    # --- text -----------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Token ids of a text; one that goes on gets no special tokens in front."""
+        return self.tokenizer.encode(text, add_special_tokens=begins).ids
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        """The messages in the model's chat template. InputError without a template, or without jinja2."""
+        if not self.facts["chat_template"]:
+            raise InputError("the model has no chat template")
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise InputError("a chat template needs jinja2; run: pip install jinja2") from error
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        try:
+            template = environment.from_string(self.facts["chat_template"])
+            return template.render(messages=messages, add_generation_prompt=True, **self.facts["special_tokens"])
+        except TemplateError as error:
+            raise InputError(f"the chat template refuses these messages: {first_line(error)}") from error
+
+    def tokens(self, state: State, ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Reads `ids` into a state of one row, and writes up to `max_new_tokens`; the last may be one that ends a text.
+
+        Every token that is handed out has been read, but the last: the state goes on from there.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} is below 1")
+        if not len(ids) and not state.seen[0]:
+            raise InputError("the prompt is empty")
+        sampler, logits = Sampler(sampling), self.read(state, [ids])
+        for n in range(max_new_tokens):
+            token = int(sampler.pick(logits)[0])
+            yield token
+            if token in self.eos or n + 1 == max_new_tokens:
+                return
+            logits = self.step(state, [token])
+
+    def write(
+        self, state: State, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """Reads a prompt after what the state (one row) has read, and gives the continuation piece by piece."""
+        ids = self.encode(prompt, begins=not state.seen[0])
+        written: list[int] = []
+        shown = 0
+        for token in self.tokens(state, ids, max_new_tokens, sampling or Sampling()):
+            written.append(token)
+            text = self.tokenizer.decode(written)
+            if not text.endswith(UNFINISHED):
+                yield text[shown:]
+                shown = len(text)
+        rest = self.tokenizer.decode(written)[shown:]
+        if rest:
+            yield rest
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """kernelize-edge.json of a folder whose files are all there, and whole; else InputError."""
+    path = folder / METADATA
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} is no exported model: it has no {METADATA}") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is damaged: {first_line(error)}") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise InputError(f"{str(path)!r} is not of the format {FORMAT!r}")
+    for name, size in facts["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            raise InputError(f"{str(folder)!r} is incomplete: {name} is missing")
+        if found != size:
+            raise InputError(f"{str(folder / name)!r} is damaged: {found} bytes, and {size} were exported")
+    return facts
