@@ -89,7 +89,7 @@ class Sampler:
 
 
 class State:
-    """What a model remembers of B rows: arrays that stay where they are, in two sets between which a block's end swaps."""
+    """What a model remembers of B rows: arrays that stay where they are. A block's end changes sets."""
 
     def __init__(self, model: EdgeModel, rows: int):
         if rows < 1:
@@ -131,7 +131,8 @@ class State:
         aside = path.with_name(f".{path.name}.part")
         try:
             with aside.open("wb") as file:
-                np.savez(file, head=np.array(head), logits=self.logits, **self.arrays)
+                arrays: dict[str, Any] = {"head": np.array(head), "logits": self.logits, **self.arrays}
+                np.savez(file, **arrays)
             os.replace(aside, path)
         except OSError as error:
             aside.unlink(missing_ok=True)
@@ -143,7 +144,7 @@ class State:
 
 
 class EdgeModel:
-    """An exported folder, ready to run. InputError for a folder that is none, is incomplete, or is of another format."""
+    """An exported folder, ready to run. InputError for one that is none, is incomplete, or is of another format."""
 
     def __init__(self, folder: str | Path, *, threads: int = 0):
         self.folder = Path(folder)
@@ -151,6 +152,9 @@ class EdgeModel:
         self.tokenizer = self._tokenizer()
         self.sessions = {name: self._session(name, threads) for name in self.facts["graphs"]}
         self.eos = set(self.facts["eos"])
+        whole = self.facts["graphs"]["model"]
+        changed = [name.removeprefix("new.") for name in whole["outputs"] if name != "logits"]
+        self.aside = [name for name in changed if name not in whole["in_place"]]  # written beside, then copied
 
     def _tokenizer(self) -> Tokenizer:
         try:
@@ -176,10 +180,12 @@ class EdgeModel:
 
     def blank(self, rows: int) -> dict[str, np.ndarray]:
         """The tensors of a state before the first token."""
-        return {
-            entry["name"]: np.full((rows, *entry["shape"]), entry["fill"], DTYPES[entry["dtype"]])
-            for entry in self.facts["state"]
-        }
+        found = {}
+        for entry in self.facts["state"]:
+            found[entry["name"]] = np.zeros((rows, *entry["shape"]), DTYPES[entry["dtype"]])  # no memory until used
+            if entry["fill"]:
+                found[entry["name"]][:] = entry["fill"]
+        return found
 
     def start(self, rows: int = 1) -> State:
         """The state before the first token."""
@@ -209,7 +215,7 @@ class EdgeModel:
         if len(rows) != state.rows:
             raise InputError(f"{len(rows)} rows of tokens for a state of {state.rows} rows")
         for row in rows:
-            if len(row) and not (0 <= row.min() and row.max() < self.facts["vocabulary"]):
+            if len(row) and not (row.min() >= 0 and row.max() < self.facts["vocabulary"]):
                 raise InputError(f"token ids must lie in 0 … {self.facts['vocabulary'] - 1}")
         done = np.zeros(state.rows, np.int64)
         total = np.array([len(row) for row in rows])
@@ -244,7 +250,8 @@ class EdgeModel:
         kept = state.logits[count == 0]
         self.sessions["model"].run_with_iobinding(binding)
         state.logits[count == 0] = kept
-        state.seen[:] = seen + count
+        for name in self.aside:
+            state.arrays[name][:] = state.sets[1 - state.current][name]
 
     def _leave(self, state: State) -> None:
         """A block leaves the window: from one set of arrays into the other."""
@@ -260,8 +267,8 @@ class EdgeModel:
         """The graph's inputs and outputs at the state's arrays. Tokens overwrite what they change: no copy a step."""
         key = (name, state.current)
         if key not in state.bindings:
-            graph, source = self.facts["graphs"][name], state.values[state.current]
-            target = source if name == "model" else state.values[1 - state.current]
+            graph = self.facts["graphs"][name]
+            source, other = state.values[state.current], state.values[1 - state.current]
             binding = state.bindings[key] = self.sessions[name].io_binding()
             for entry in graph["inputs"]:
                 if entry in source:
@@ -269,10 +276,9 @@ class EdgeModel:
             for entry in graph["outputs"]:
                 if entry == "logits":
                     binding.bind_ortvalue_output(entry, ort.OrtValue.ortvalue_from_numpy(state.logits))
-                elif name == "model" and entry.removeprefix("new.") not in graph["in_place"]:
-                    binding.bind_output(entry)
                 else:
-                    binding.bind_ortvalue_output(entry, target[entry.removeprefix("new.")])
+                    changed = entry.removeprefix("new.")
+                    binding.bind_ortvalue_output(entry, (source if changed in graph["in_place"] else other)[changed])
         return state.bindings[key]
 
     # --- text -----------------------------------------------------------------------------------------------
@@ -356,3 +362,60 @@ def read_facts(folder: Path) -> dict[str, Any]:
         if found != size:
             raise InputError(f"{str(folder / name)!r} is damaged: {found} bytes, and {size} were exported")
     return facts
+
+
+# --- for a shell --------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser("python -m kernelize.edge", description="Write text with an exported model.")
+    found.add_argument("folder", help="what `kernelize export --to onnx` wrote")
+    found.add_argument("--prompt", required=True, help="text to go on from")
+    found.add_argument("--document", metavar="FILE", help="text that is read first")
+    found.add_argument("--chat", action="store_true", help="the prompt is a question, in the model's chat template")
+    found.add_argument("--load-state", metavar="FILE", help="go on from what was read before")
+    found.add_argument("--save-state", metavar="FILE", help="save what was read, before anything is written")
+    found.add_argument("--max-new-tokens", type=int, default=256)
+    found.add_argument("--temperature", type=float, default=0.0)
+    found.add_argument("--top-k", type=int, default=0)
+    found.add_argument("--top-p", type=float, default=1.0)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--threads", type=int, default=0, help="0: one a core")
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    model = EdgeModel(options.folder, threads=options.threads)
+    state = model.load_state(options.load_state) if options.load_state else model.start()
+    if options.document:
+        model.read(state, [model.encode(read_document(options.document), begins=not state.seen[0])])
+    if options.save_state:
+        state.save(options.save_state)
+    prompt = options.prompt
+    if options.chat:
+        prompt = model.chat_prompt([{"role": "user", "content": prompt}])
+    for text in model.write(state, prompt, max_new_tokens=options.max_new_tokens, sampling=sampling):
+        print(text, end="", flush=True)
+    print()
+
+
+def read_document(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path!r}: {first_line(error)}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes as those of `kernelize`: 0 done, 1 failure, 2 bad input."""
+    try:
+        run(parser().parse_args(arguments))
+    except KernelizeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

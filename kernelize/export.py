@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from .errors import InputError, KernelizeError
-from .runtime.modeling import KernelizedModelMixin
+from .runtime.modeling import KernelizedModelMixin, plan_of
 
-TARGETS = ("onnx", "executorch")
+TARGETS = ("onnx",)
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 FORMAT, METADATA = "kernelize-edge 1", "kernelize-edge.json"  # as kernelize.edge has them, which needs onnxruntime
-NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch",)}
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
 HOST_ROPES = ("dynamic", "longrope")  # their frequencies are chosen on the host, by the length
+LONGEST = 512  # tokens of a window that a comparison fills
 FP32_TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
@@ -60,10 +61,6 @@ def export(
     check_output(output, overwrite)
     model, tokenizer = load(source, dtype="float32", **loading)
     refuse(model)
-    if to == "executorch":
-        from .executorch import write_program
-
-        return write_program(model, tokenizer, Path(output), on_progress=on_progress)
     return export_model(model, tokenizer, output, precision=precision, name=str(source), on_progress=on_progress)
 
 
@@ -72,12 +69,9 @@ def check_request(to: str, precision: str) -> None:
         raise InputError(f"to={to!r} is not one of {', '.join(TARGETS)}")
     if precision not in PRECISIONS:
         raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-    missing = [name for name in NEEDED[to] if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"--to {to} needs {', '.join(missing)}; run: pip install 'kernelize[{EXTRAS[to]}]'")
-
-
-EXTRAS = {"onnx": "export", "executorch": "executorch"}
+        raise InputError(f"to={to!r} needs {', '.join(missing)}; run: pip install 'kernelize[export]'")
 
 
 def refuse(model: Any) -> None:
@@ -89,6 +83,11 @@ def refuse(model: Any) -> None:
     if kept:
         layers = ", ".join(map(str, kept))
         raise InputError(f"layers {layers} keep softmax attention: their keys and values grow, so no graph holds them")
+    own = [i for i, spec in enumerate(plan_of(config)) if spec is not None and spec.head_slots]
+    if own:
+        layers = ", ".join(map(str, own))
+        raise InputError(f"layers {layers} have head_slots, a budget for each KV head, which no graph has; "
+                         "allowed: slots, as `budget: auto` gives them")  # fmt: skip
     rope = (config.to_dict().get("rope_parameters") or {}).get("rope_type")
     if rope in HOST_ROPES:
         raise InputError(f"rope_type={rope!r} chooses its frequencies by the length, on the host: no graph holds it")
@@ -251,7 +250,7 @@ def compare(folder: Path, model: Any) -> float:
     from .edge import EdgeModel
 
     edge = EdgeModel(folder)
-    length = max(entry["ring"] for entry in edge.facts["blocks"]) + edge.facts["max_tokens"] + 3
+    length = min(max(entry["ring"] for entry in edge.facts["blocks"]), LONGEST) + edge.facts["max_tokens"] + 3
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     wanted = model(input_ids=ids, use_cache=False).logits[0, -2:].double()
     state = edge.start()

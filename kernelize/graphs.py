@@ -1,4 +1,4 @@
-"""A kernelized model as two functions of its state, to be traced: new tokens inside a block, and what is between blocks.
+"""A kernelized model as two functions of its state, to be traced: tokens inside a block, and what is between blocks.
 
 Neither mutates anything or looks at a value on the host: what depends on a position is arithmetic on fixed shapes. The
 state is a dict of tensors (`StateLayout`), given and returned; docs/edge.md is the interface.
@@ -27,6 +27,7 @@ from .runtime.state import (
     Seen,
     State,
     add_sink_logits,
+    far_logits,
     features,
     log_decays,
     logits,
@@ -215,7 +216,7 @@ def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tens
     G = H // Hk
     query = q.to(acc).reshape(B, Hk, G * T, D)  # [B, Hk, G·T, D]: the queries of a group stand under each other
     visible = (state.pos != EMPTY)[:, :, None] & (state.pos[:, :, None] <= span.at[:, None, :, None])  # [B, Hk, T, P]
-    s = logits(query, state.keys.to(acc), kernel).reshape(B, Hk, G, T, spec.positions)  # [B, Hk, G, T, P]
+    s = scores(query, kernel, state, span).reshape(B, Hk, G, T, spec.positions)
     s = torch.where(visible[:, :, None], s, NEVER)
     joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None, None]
     exact = joined.softmax(-1).reshape(B, Hk, G * T, spec.positions) @ state.values.to(acc)
@@ -228,6 +229,20 @@ def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tens
         total = weigh_answers(total, phi) if spec.is_delta else total
     y = merge(exact, lse, total, kernel.log_gate).y.to(q.dtype)
     return y, received(s, spec, state, span) if spec.measures("attention") else torch.zeros_like(state.mass)
+
+
+def scores(query: Tensor, kernel: Kernel, state: State, span: Span) -> Tensor:
+    """query [B, Hk, G·T, D] against the keys of the state -> [B, Hk, G·T, P], not masked."""
+    spec, keys = kernel.spec, state.keys.to(query.dtype)
+    near = logits(query, keys, kernel)
+    if kernel.rotation is None:
+        return near
+    at = span.at.repeat(1, query.shape[2] // span.length)[:, None].expand(-1, query.shape[1], -1)  # [B, Hk, G·T]
+    ring = slice(spec.sinks, spec.sinks + spec.ring)  # the window is never beyond reach
+    sinks, window, slots = near.split((spec.sinks, spec.ring, spec.slots), -1)
+    outside = [torch.cat([x[:, :, : ring.start], x[:, :, ring.stop :]], 2) for x in (keys, state.pos)]
+    far = far_logits(torch.cat([sinks, slots], -1), query, outside[0], at, outside[1], kernel)
+    return torch.cat([far[..., : spec.sinks], window, far[..., spec.sinks :]], -1)
 
 
 def received(s: Tensor, spec: KernelSpec, state: State, span: Span) -> Tensor:
@@ -432,10 +447,11 @@ class Leave(nn.Module):
         for i, layer in enumerate(layout.layers):
             spec = layer.spec.replace(slots=min(layer.spec.slots, 1))
             alike.setdefault((spec, layer.heads, layer.kv_heads, layer.head_dim, scaling[i]), []).append(i)
-        self.groups = nn.ModuleList(
+        self.groups = [
             Group(members, [layout.layers[i] for i in members], [modules[i].kernelize for i in members], key[-1])
             for key, members in alike.items()
-        )
+        ]
+        self.registered = nn.ModuleList(self.groups)
 
     def forward(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
         states = self.layout.unpack(flat)

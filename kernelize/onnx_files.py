@@ -28,7 +28,9 @@ INT8 = 4  # MatMulNBits: products of 8-bit activations, summed as integers
 
 def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
     """aten.sort.stable: of equals TopK names the lower index first, whichever way it sorts."""
-    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    shape: Any = op.Shape(self)
+    at: Any = op.Constant(value_ints=[dim])
+    size = op.Gather(shape, at)
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
@@ -40,10 +42,8 @@ def trace(module: nn.Module, arguments: dict[str, Any], dims: dict[str, Any]) ->
     with torch.no_grad():
         results = list(module(**arguments))
         program = torch.export.export(module, (), arguments, dynamic_shapes=dims, strict=False)
-    table = {torch.ops.aten.sort.stable: stable_sort}
-    found = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table
-    )
+    table: dict[Any, Any] = {torch.ops.aten.sort.stable: stable_sort}
+    found = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)
     assert found is not None
     graph, given = found.model.graph, [name for name in arguments if name != "flat"]
     for value, name in zip(graph.inputs, [*given, *arguments["flat"]], strict=True):
@@ -81,7 +81,7 @@ def replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
     """Every use of the initializer `value` becomes the result of `node`, which goes first."""
     graph.insert_before(graph[0], node)
     ir.convenience.replace_all_uses_with(value, node.outputs[0])
-    del graph.initializers[value.name]
+    del graph.initializers[str(value.name)]
 
 
 def new_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -109,15 +109,16 @@ def matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
 
 def quantise(model: ir.Model, bits: int) -> None:
     """Replaces products with weights by MatMulNBits, and look-ups in them by 8-bit rows."""
-    graph, found = model.graph, []
-    for node in graph:
-        if node.op_type == "MatMul" and (weight := matrix(node.inputs[1])):
-            found.append((node, *weight))
-    tables = [n for n in graph if n.op_type == "Gather" and matrix(n.inputs[0]) and n.attributes.get_int("axis", 0) == 0]
+    graph = model.graph
+    products = [(node, matrix(node.inputs[1])) for node in graph if node.op_type == "MatMul"]
+    tables = [
+        n for n in graph if n.op_type == "Gather" and matrix(n.inputs[0]) and n.attributes.get_int("axis", 0) == 0
+    ]
     looked_up = {id(n.inputs[0]) for n in tables}
-    for node, weight, transposed in found:
-        own = 8 if id(weight) in looked_up else bits
-        replace_node(graph, node, product(graph, node, weight, transposed, own))
+    for node, found in products:
+        if found is not None:
+            own = 8 if id(found[0]) in looked_up else bits
+            replace_node(graph, node, product(graph, node, *found, own))
     for node in tables:
         replace_node(graph, node, *look_up(graph, node))
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -167,7 +168,7 @@ def stored(graph: ir.Graph, weight: ir.Value, rows: np.ndarray, bits: int, block
     name = f"{weight.name}.int{bits}"
     if name in graph.initializers:
         return graph.initializers[name], graph.initializers[f"{name}.scales"]
-    packed, scales = in_blocks(torch.from_numpy(np.ascontiguousarray(rows)), bits, block)
+    packed, scales = in_blocks(torch.from_numpy(np.array(rows)), bits, block)  # a copy: files are read-only
     return new_weight(graph, name, packed.numpy()), new_weight(graph, f"{name}.scales", scales.numpy())
 
 
@@ -236,7 +237,7 @@ def share(graph: ir.Graph) -> None:
         kept = first.setdefault(raw.data_ptr(), value)
         if kept is not value:
             ir.convenience.replace_all_uses_with(value, kept)
-            del graph.initializers[value.name]
+            del graph.initializers[str(value.name)]
 
 
 def save(model: ir.Model, path: Path, weights: str | None = None) -> None:
