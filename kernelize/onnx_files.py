@@ -137,7 +137,7 @@ def replace_node(graph: ir.Graph, old: ir.Node, *new: ir.Node) -> None:
 
 
 def product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> ir.Node:
-    rows = weight.const_value.numpy()  # type: ignore[union-attr]
+    rows = weight.const_value.numpy()
     rows = rows if transposed else rows.T  # [N, K]
     packed, scales = stored(graph, weight, rows, bits, BLOCK)
     N, K = rows.shape
@@ -149,7 +149,7 @@ def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
     """Rows of 8 bits, by operators of the standard: (byte − 128) · scale, block by block."""
     table, ids = node.inputs
     assert table is not None
-    weight = table.const_value.numpy()  # type: ignore[union-attr]
+    weight = table.const_value.numpy()
     packed, scales = stored(graph, table, weight, 8, BLOCK)
     rows = ir.node("Gather", [packed, ids], {"axis": 0})  # [B, T, K / block, block]
     scale = ir.node("Gather", [scales, ids], {"axis": 0})  # [B, T, K / block]
