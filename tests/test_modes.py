@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import torch._dynamo.testing
-from families import tiny_student
+from families import SPEC, tiny_student
 from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -178,16 +178,19 @@ def test_automatic_placement_with_layers_on_disk(ids, tmp_path):
         save_state(read(placed, ids), tmp_path / "state", placed)
 
 
-def test_step_compiles_once_whatever_the_position(model, ids):
+@pytest.mark.parametrize("reach", [0, SPEC.least_reach])
+def test_step_compiles_once_whatever_the_position(reach):
+    model = tiny_student("llama", SPEC.replace(reach=reach)).double()
+    ids = torch.randint(1, 257, (2, 170), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     step = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    cache = read(model, ids[:, :85])
+    cache = read(model, ids[:, :165])
     for layer in kernel_layers(cache):
         layer.static = True
     with torch.no_grad():
-        exact = model(ids, use_cache=False).logits[:, 85:]
-        steps = [step(input_ids=ids[:, t : t + 1], use_cache=True, **{CACHE: cache}).logits for t in range(85, 90)]
+        exact = model(ids, use_cache=False).logits[:, 165:]
+        steps = [step(input_ids=ids[:, t : t + 1], use_cache=True, **{CACHE: cache}).logits for t in range(165, 170)]
     assert counter.frame_count == 1
     torch.testing.assert_close(torch.cat(steps, 1), exact, rtol=0, atol=1e-5)  # rotations are float32
 

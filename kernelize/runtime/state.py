@@ -27,8 +27,9 @@ class Rotation(NamedTuple):
 
     def turn(self, x: Tensor, pos: Tensor, to: float) -> Tensor:
         """x [..., T, D] that stands at `pos` [..., T] as it would be at position `to`."""
-        at = torch.tensor(to, device=pos.device)
-        here, there = (angles(p, self.frequencies.to(pos.device), wide(x.dtype)) for p in (pos, at))
+        frequencies, acc = self.frequencies.to(pos.device).float(), wide(x.dtype)
+        here = (pos[..., None].float() * frequencies).to(acc)  # the products in float32, as models have them
+        there = (frequencies * to).to(acc)
         # by addition theorems, so that what the model turned by a coarse angle is turned back by the same
         cos = here.cos() * there.cos() + here.sin() * there.sin()
         sin = here.cos() * there.sin() - here.sin() * there.cos()
@@ -38,11 +39,6 @@ class Rotation(NamedTuple):
         pairs = a * cos - b * sin, a * sin + b * cos
         turned = torch.stack(pairs, -1).flatten(-2) if self.interleaved else torch.cat(pairs, -1)
         return torch.cat([turned.to(x.dtype), rest], -1)
-
-
-def angles(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., R] of positions [...]; products in float32, as models have them."""
-    return (pos[..., None].float() * frequencies.float()).to(dtype)
 
 
 class Kernel(NamedTuple):
