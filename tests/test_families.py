@@ -50,6 +50,19 @@ def test_original_weights_keep_their_names(name):
     assert all(".kernelize." in key for key in added)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mixtral"])
+def test_what_was_loaded_converted_and_saved_loads_as_it_was(name, tmp_path):
+    """Also where Transformers stores weights otherwise than it holds them."""
+    tiny_teacher(name).save_pretrained(tmp_path / "teacher")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    student = kernelize_model(loaded, plan_for(loaded.config)).eval()
+    student.save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    ids = torch.arange(1, 41)[None]
+    torch.testing.assert_close(again(ids).logits, student(ids).logits, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_family_says_why(name):
     with pytest.raises(SpecError, match=f"{name!r} is not supported: "):

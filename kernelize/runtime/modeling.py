@@ -591,9 +591,11 @@ def _classes(base: str) -> tuple[type, type]:
         if FAMILIES[base].lacks == "sdpa":  # older releases take it, and drop the soft caps
             body["_supports_sdpa"] = False
         _CLASSES[config_name] = config
-        mapping = get_checkpoint_conversion_mapping(base)
-        if mapping is not None:  # experts are stored one by one and held together
-            register_checkpoint_conversion_mapping(PREFIX + base, mapping, overwrite=True)
+        # weights may be stored otherwise than they are held: experts one by one, the head of GPT-NeoX by its older name
+        for known, mine in ((base, PREFIX + base), (original.__name__, model_name)):
+            mapping = get_checkpoint_conversion_mapping(known)
+            if mapping is not None:
+                register_checkpoint_conversion_mapping(mine, mapping, overwrite=True)
         _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original), body)
     return _CLASSES[config_name], _CLASSES[model_name]
 
