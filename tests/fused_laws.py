@@ -11,9 +11,21 @@ import contract
 import interpreted  # noqa: F401  repairs the interpreter
 import pytest
 import torch
+import triton.language as tl
 from tolerances import GRADIENT_TOLERANCE, assert_same
+from triton.runtime.errors import InterpreterError
 
-from kernelize.runtime import chunked, fused, fused_memory, fused_read, fused_select, fused_step, reference
+from kernelize.runtime import (
+    chunked,
+    fused,
+    fused_memory,
+    fused_read,
+    fused_select,
+    fused_step,
+    fused_triton,
+    reference,
+)
+from kernelize.runtime.fused_triton import constexpr
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError
 from kernelize.runtime.state import Rotation
@@ -329,9 +341,27 @@ def choice() -> None:
         implementation(refused["block"], q, k, v)
 
 
+@fused_triton.jit
+def beyond_kernel(X, SIZE: constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(X + at, tl.load(X + at, mask=at < SIZE - 1, other=0.0), mask=at < SIZE)
+
+
+def bounds() -> None:
+    """Float32 gradients of heads without padding touch nothing but their tensors, and the interpreter would notice."""
+    with pytest.raises(InterpreterError, match="none of its tensors"):
+        beyond_kernel[(1,)](torch.zeros(15), SIZE=16)
+    beyond_kernel[(1,)](torch.zeros(16), SIZE=16)
+    spec, sizes = KernelSpec(feature_dim=64, window=64, sinks=4, slots=20, block=16), (3, 1, 64)
+    q, k, v = (x.requires_grad_() for x in contract.tokens(1, 140, FULL, sizes=sizes))
+    y = fused.attend(q, k, v, contract.layer(spec, FULL, sizes).kernel(0.125))[0].y
+    y.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
-    steps_in_low_precision, far, far_gradients, far_steps,
+    steps_in_low_precision, far, far_gradients, far_steps, bounds,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Repairs Triton 3.6's interpreter; import it first, in a process with TRITON_INTERPRET=1.
 
 NumPy 2.4 no longer makes an int of an array of one element, which `tl.range` with bounds known only at run time needs;
-and a product of bfloat16 matrices was one of the integers that hold their bits.
+and a product of bfloat16 matrices was one of the integers that hold their bits. And it looks where a GPU would fault:
+whatever a kernel touches must lie in one of the tensors that it was given.
 """
 
 from __future__ import annotations
@@ -32,3 +33,54 @@ def dot(builder, a, b, *rest):
 plain_dot = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.create_dot = dot
 interpreter.range = of_scalars  # type: ignore[attr-defined]
+
+
+class Bounds:
+    """Where the tensors of the present launch lie."""
+
+    starts, ends = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+
+    @classmethod
+    def of(cls, tensors) -> None:
+        storages = [x.untyped_storage() for x in tensors if hasattr(x, "untyped_storage")]
+        ranges = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
+        cls.starts, cls.ends = (np.array(x, np.uint64) for x in zip(*ranges, strict=True))
+
+    @classmethod
+    def check(cls, ptrs, mask) -> None:
+        touched = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)].astype(np.uint64)
+        at = np.searchsorted(cls.starts, touched, "right").astype(np.int64) - 1
+        width = np.uint64(max(ptrs.get_element_ty().primitive_bitwidth // 8, 1))
+        if (at < 0).any() or (touched + width > cls.ends[at]).any():
+            raise IndexError("a kernel touches what is in none of its tensors")
+
+
+def init_args(self, args, kwargs):
+    found = plain_init(self, args, kwargs)
+    Bounds.of([*found[0], *found[1].values()])
+    return found
+
+
+def masked_load(builder, ptrs, mask, *rest):
+    Bounds.check(ptrs, mask)
+    return plain_load(builder, ptrs, mask, *rest)
+
+
+def masked_store(builder, ptrs, value, mask, *rest):
+    Bounds.check(ptrs, mask)
+    return plain_store(builder, ptrs, value, mask, *rest)
+
+
+def atomic(builder, op, ptrs, value, mask, *rest):
+    Bounds.check(ptrs, mask)
+    return plain_atomic(builder, op, ptrs, value, mask, *rest)
+
+
+plain_init = interpreter.GridExecutor._init_args_hst
+interpreter.GridExecutor._init_args_hst = init_args  # type: ignore[method-assign]
+plain_load = interpreter.InterpreterBuilder.create_masked_load
+plain_store = interpreter.InterpreterBuilder.create_masked_store
+plain_atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+interpreter.InterpreterBuilder.create_masked_load = masked_load
+interpreter.InterpreterBuilder.create_masked_store = masked_store
+interpreter.InterpreterBuilder.create_atomic_rmw = atomic
