@@ -75,7 +75,7 @@ def test_no_more_than_a_module_is_held(tmp_path):
     ("spoil", "message"),
     [
         (lambda source: next(source.glob("*.safetensors")).unlink(), "which is not there"),
-        (lambda source: (source / INDEX).write_text("{"), "is no index"),
+        (lambda source: (source / INDEX).write_text("{"), "cannot be read as JSON"),
         (lambda source: (source / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "no file of its own"),
         (lambda source: (source / INDEX).unlink(), "has neither"),
         (lambda source: next(source.glob("*.safetensors")).write_bytes(b"nothing"), "cannot read"),
