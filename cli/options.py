@@ -63,7 +63,7 @@ class KernelFlags:
         int | None, typer.Option(help="Tokens after which attention received counts 1/e; 0: for ever.")
     ] = None
     reach: Annotated[
-        int | None, typer.Option(help="Farthest distance at which sinks and slots are seen; 0: true distances.")
+        int | None, typer.Option(help="Sinks and slots further back are seen as if just so far; 0: true distances.")
     ] = None
     sink_logits: Annotated[
         bool | None, typer.Option("--sink-logits/--no-sink-logits", help="A learned logit a head in the normaliser.")
