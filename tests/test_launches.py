@@ -16,13 +16,14 @@ SHAPE = (1, 4, 2, 16)
 
 
 @pytest.mark.parametrize(
-    ("policy", "length", "train", "kernels", "operations"),
-    [("attention", 2048, False, 10, 6), ("attention", 65536, False, 12, 6), ("mixed", 2048, False, 18, 9),
-     ("attention", 2048, True, 25, 57)],
+    ("policy", "length", "train", "keep", "kernels", "operations"),
+    [("attention", 2048, False, False, 10, 5), ("attention", 65536, False, False, 12, 5),
+     ("attention", 2048, False, True, 10, 32), ("mixed", 2048, False, False, 18, 9),
+     ("attention", 2048, True, False, 25, 57)],
 )  # fmt: skip
-def test_a_layer_launches_no_more_than_this(policy, length, train, kernels, operations):
+def test_a_layer_launches_no_more_than_this(policy, length, train, keep, kernels, operations):
     """Triton kernels and torch operations of the second call; at any length the same, but for two levels of scans."""
-    launches, found = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, length, train))
+    launches, found = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, length, train, keep))
     assert len(launches) <= kernels, [launch.name for launch in launches]
     assert sum(found.values()) <= operations, found
 

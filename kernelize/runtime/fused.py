@@ -259,10 +259,23 @@ def leaving(bounds: Tensor, last: Tensor, block: int, ring: int, kv_heads: int, 
         return index[:, None].expand(-1, kv_heads, -1).flatten(0, 1).contiguous()
 
 
+def standing(bounds: Tensor, last: Tensor, seen: Tensor, block: int, sinks: int, ring: int, front: int) -> Tensor:
+    """[B, sinks + ring] int32: where the store has what belongs into the state's sinks and ring, EMPTY for nothing."""
+    with torch.inference_mode(False):
+        low, high, _, base = (x[:, None].long() for x in bounds.unbind(1))
+        sink = torch.arange(sinks, device=bounds.device).expand(len(bounds), -1)
+        newest = (base // block + last[:, None]) * block + block - 1  # [B, 1]
+        # the coordinate that belongs at each entry of the ring
+        p = newest - (newest - torch.arange(ring, device=bounds.device)) % ring - base
+        inside = torch.where((p >= low) & (p < high) & (p + base >= 0), front + p, EMPTY)
+        return torch.cat([torch.where(sink < seen[:, None], sink, EMPTY), inside], 1).int()
+
+
 # New sequences of one length share their bookkeeping over all layers, whatever their slots: the tensors of
 # `fresh_bounds` are its keys.
 fresh_folded = lru_cache(maxsize=8)(folded_tokens)
 fresh_leaving = lru_cache(maxsize=8)(leaving)
+fresh_standing = lru_cache(maxsize=8)(standing)
 
 
 def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:
@@ -471,21 +484,16 @@ def final_state(
 ) -> State:
     """The state after the call; slots in the order of their scores."""
     spec, (B, Hk, X, _), device = kernel.spec, store.k.shape, store.k.device
-    low, high, _, base = (x[:, None].long() for x in store.bounds.unbind(1))
-    sink = torch.arange(spec.sinks, device=device).expand(B, -1)
-    sink = torch.where(sink < store.seen[:, None], sink, EMPTY)
-
-    r = torch.arange(spec.ring, device=device)
-    newest = (base // spec.block + store.last[:, None]) * spec.block + spec.block - 1  # [B, 1]
-    p = newest - (newest - r) % spec.ring - base  # the coordinate that belongs at entry r
-    ring = torch.where((p >= low) & (p < high) & (p + base >= 0), store.front + p, EMPTY)
-    index = torch.cat([sink, ring], 1)[:, None].expand(-1, Hk, -1)
-    index = torch.cat([index, lives.holders.view(B, Hk, -1).long()], 2)  # [B, Hk, P] in the store
+    stands = fresh_standing if store.grid is None else standing
+    index = stands(store.bounds, store.last, store.seen, spec.block, spec.sinks, spec.ring, store.front)
+    index = torch.cat([index[:, None].expand(-1, Hk, -1), lives.holders.view(B, Hk, -1)], 2).long()  # [B, Hk, P]
     here, at = index != EMPTY, index.clamp(min=0)
     in_ring, slots = at[:, :, spec.sinks : spec.sinks + spec.ring], at[:, :, spec.sinks + spec.ring :]
     decay = torch.zeros(B, Hk, spec.positions, device=device)
     if kernel.log_decay is not None:
-        own = log_decays(kernel, take(store.k, in_ring), take(store.v, in_ring))
+        gated = kernel.decay_weight is not None
+        kept = (take(x, in_ring) if gated else x for x in (store.k, store.v))  # else they are not looked at
+        own = log_decays(kernel, *kept)
         assert own is not None
         rate = own.expand_as(in_ring)
         age = (clock_end[:, :, -1:] - clock.gather(2, slots)).clamp(max=0)
