@@ -166,6 +166,7 @@ class EdgeModel:
         graph, options = self.facts["graphs"][name], ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = name == "model"  # what runs once a block gives its memory back
         path = self.folder / graph["file"]
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

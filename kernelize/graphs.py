@@ -445,7 +445,7 @@ class Leave(nn.Module):
         self.layout, modules, scaling = layout, list(kernelized_layers(model).values()), scalings(model, layout)
         alike: dict[Any, list[int]] = {}
         for i, layer in enumerate(layout.layers):
-            spec = layer.spec.replace(slots=min(layer.spec.slots, 1))
+            spec = layer.spec.replace(slots=size_class(layer.spec.slots))
             alike.setdefault((spec, layer.heads, layer.kv_heads, layer.head_dim, scaling[i]), []).append(i)
         self.groups = [
             Group(members, [layout.layers[i] for i in members], [modules[i].kernelize for i in members], key[-1])
@@ -459,6 +459,14 @@ class Leave(nn.Module):
             for i, state in zip(group.members, group([states[i] for i in group.members]), strict=True):
                 states[i] = state
         return self.layout.pack(states, [name for name in self.layout.shapes if name not in ("seen", "key_sum")])
+
+
+def size_class(slots: int) -> int:
+    """16, 64, 256 …: budgets of one class are computed together; little goes to places that are not there."""
+    size = 16
+    while size < slots:
+        size *= 4
+    return size if slots else 0
 
 
 def leave(kernel: Kernel, state: State) -> State:

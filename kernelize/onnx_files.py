@@ -137,19 +137,23 @@ def replace_node(graph: ir.Graph, old: ir.Node, *new: ir.Node) -> None:
 
 
 def product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> ir.Node:
-    rows = weight.const_value.numpy()
-    rows = rows if transposed else rows.T  # [N, K]
+    rows = numbers(weight) if transposed else numbers(weight).T  # [N, K]
     packed, scales = stored(graph, weight, rows, bits, BLOCK)
     N, K = rows.shape
     sizes = {"K": K, "N": N, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8}
     return ir.node("MatMulNBits", [node.inputs[0], packed, scales], sizes, domain=CONTRIB)
 
 
+def numbers(weight: ir.Value) -> np.ndarray:
+    assert weight.const_value is not None
+    return weight.const_value.numpy()
+
+
 def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
     """Rows of 8 bits, by operators of the standard: (byte − 128) · scale, block by block."""
     table, ids = node.inputs
     assert table is not None
-    weight = table.const_value.numpy()
+    weight = numbers(table)
     packed, scales = stored(graph, table, weight, 8, BLOCK)
     rows = ir.node("Gather", [packed, ids], {"axis": 0})  # [B, T, K / block, block]
     scale = ir.node("Gather", [scales, ids], {"axis": 0})  # [B, T, K / block]
@@ -159,8 +163,11 @@ def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
     axis = new_weight(graph, "kernelize.last_axis", np.array([-1], np.int64))
     wide = ir.node("Unsqueeze", [scale.outputs[0], axis])
     scaled = ir.node("Mul", [centred.outputs[0], wide.outputs[0]])
-    shape = new_weight(graph, f"{table.name}.shape", np.array([0, 0, weight.shape[1]], np.int64))
-    return rows, scale, number, centred, wide, scaled, ir.node("Reshape", [scaled.outputs[0], shape])
+    shape = new_weight(graph, "kernelize.flat", np.array([0, 0, -1], np.int64))
+    flat = ir.node("Reshape", [scaled.outputs[0], shape])
+    ends = [new_weight(graph, f"kernelize.{at}", np.array([at], np.int64)) for at in (0, weight.shape[1], 2)]
+    cut = ir.node("Slice", [flat.outputs[0], *ends])  # a last block may be padded
+    return rows, scale, number, centred, wide, scaled, flat, cut
 
 
 def stored(graph: ir.Graph, weight: ir.Value, rows: np.ndarray, bits: int, block: int) -> tuple[ir.Value, ir.Value]:
