@@ -32,6 +32,10 @@ soak: $(STAMP) fuzz
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py 10000 0
 
+# Four processes, shards with chunks, more families by groups of layers: minutes on two cores.
+test-scale: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 0 -m slow tests/test_scale.py tests/test_blockwise.py
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

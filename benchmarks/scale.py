@@ -3,6 +3,7 @@
     python benchmarks/scale.py train --shape llama3-8b --processes 1,2 --out FILE   # the rows for GPUs
     python benchmarks/scale.py train --shape tiny --processes 1,2   # the same on the CPU, in minutes
     python benchmarks/scale.py predict                              # memory and time against predictions, on the CPU
+    python benchmarks/scale.py figures                              # the predictions of docs/scaling.md; nothing is run
 
 A row is one stage on so many processes: tokens a second (of the steps after the first two), peak bytes of the device
 (on the CPU of the process), and the efficiency against as many times one process.
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kernelize.convert import demo_source
 from kernelize.launch import engine_environment, launch_command
 from kernelize.plan import ConversionPlan
-from kernelize.predict import FACTOR, Machine, predict
+from kernelize.predict import FACTOR, Machine, machine_named, predict
 from kernelize.recipe import Recipe, load_recipe
 from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.spec import KernelSpec
@@ -222,6 +223,57 @@ def processor_seconds(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+LLAMA_70B = dict(SHAPES["llama3-8b"]) | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
+}  # fmt: skip
+LORA, EVERYTHING = STAGES["lora"], STAGES["all"]
+FIGURES: list[tuple[str, str, str, int, dict[str, Any]]] = [  # model, machine, engine, processes, stage
+    ("8B", "h200", "ddp", 1, {"kind": "transfer"}),
+    ("8B", "h200", "fsdp2", 2, {"kind": "transfer"}),
+    ("8B", "h200", "ddp", 1, LORA),
+    ("8B", "h200", "fsdp2", 2, LORA),
+    ("8B", "h200", "fsdp2", 2, EVERYTHING),
+    ("8B", "h200", "fsdp2", 4, EVERYTHING),
+    ("8B", "rtx4090", "ddp", 1, {"kind": "transfer", "layers_at_a_time": 4}),
+    (
+        "8B",
+        "h200",
+        "ddp",
+        1,
+        {**LORA, "sequence_length": 131072, "chunk_tokens": 4096, "gradient_checkpointing": False},
+    ),
+    ("70B", "h100", "ddp", 8, {"kind": "transfer", "layers_at_a_time": 8}),
+    ("70B", "h100", "fsdp2", 64, LORA),
+    ("70B", "h100", "fsdp2", 64, EVERYTHING),
+]
+
+
+def figures(given: argparse.Namespace) -> None:
+    """A Markdown table."""
+    print(
+        "| model | on | stage | weights, gradients, optimizer | activations | gathered, logits | GB | tokens/s | disk |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for size, machine, engine, processes, fields in FIGURES:
+        config = config_of(dict(SHAPES["llama3-8b"]) if size == "8B" else dict(LLAMA_70B), 0)
+        config.dtype = torch.bfloat16
+        length = fields.get("sequence_length", 2048)
+        rows = max(1, 524288 // length)
+        stage = {"micro_batch": 1, **fields}
+        recipe = one_stage(stage, length, rows, 8)
+        p = predict(
+            config, ConversionPlan.uniform(spec(), layers_of(config)), recipe.stages[0], machine_named(machine),
+            processes=processes, sharded=engine == "fsdp2",
+        )  # fmt: skip
+        named = " ".join(str(v) if k in ("kind", "trainable") else f"{k} {v}" for k, v in fields.items() if v)
+        parts = [p.weights + p.gradients + p.optimizer, p.activations, p.gathered + p.logits, p.memory]
+        cells = [f"{x / 1e9:.1f}" for x in parts] + [f"{recipe.stages[0].batch_tokens / p.step_seconds:,.0f}"]
+        cells = [size, f"{processes} x {machine}, {engine}", named, *cells, f"{p.stored_bytes / 1e9:.0f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
 def show(row: dict[str, Any], out: Path | None) -> None:
     print(json.dumps(row), flush=True)
     if out:
@@ -235,7 +287,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("train", train), ("worker", worker), ("predict", compare), ("case", case)):
+    for name, run in (("train", train), ("worker", worker), ("predict", compare), ("case", case), ("figures", figures)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("--out", type=Path, help="file of JSON lines that rows are added to")

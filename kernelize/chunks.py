@@ -40,7 +40,7 @@ class ChunkedDistil(Distil):
         self, model: PreTrainedModel, teacher: PreTrainedModel, weights: DistilWeights, size: int, across: Across
     ):
         super().__init__(model, teacher, weights)
-        self.teacher, self.size, self.across = teacher, size, across
+        self.size, self.across = size, across
         self.cache, self.teacher_cache = DynamicCache(), DynamicCache()
         self.asked: list[Tensor | None] = []  # gradients that the chunks after this one have left at its last state
         self.only_reads = False
@@ -50,7 +50,7 @@ class ChunkedDistil(Distil):
         return -(-rows.input_ids.shape[1] // self.size)
 
     def parts(self, rows: Row) -> Iterator[Row]:
-        self.teacher_cache = DynamicCache(config=self.teacher.config)
+        self.teacher_cache = DynamicCache(config=self.teacher_features.model.config)
         chunks = [chunk_of(rows, start, self.size) for start in range(0, rows.input_ids.shape[1], self.size)]
         yield from self._truncated(chunks) if self.across == "truncate" else self._recomputed(chunks)
         self.cache, self.teacher_cache = DynamicCache(), DynamicCache()

@@ -6,7 +6,7 @@ Of one process, with N processes and S = N where the engine shards (FSDP2), else
     gradients   4 bytes a trained parameter / S;  optimizer: 8 bytes
     gathered    what FSDP2 holds whole: two decoder layers, and embeddings and LM head
     activations bytes a token and layer (`activation_bytes`) x layers x tokens held at once; with gradient
-                checkpointing one layer's and each layer's input
+                checkpointing one layer's and each layer's input; by chunks the teacher's key-value cache besides
     logits      16 bytes (float32 logits, log-probabilities, and their gradients) x vocabulary x tokens of a piece,
                 of which `losses.distillation` holds few
 
@@ -134,7 +134,8 @@ def predict(
         gradients=4 * trained / shards,
         optimizer=8 * trained / shards,
         gathered=_gathered(model) * itemsize if sharded else 0,
-        activations=tokens * _activations(model, plan, shape, stage, machine.fused, itemsize),
+        activations=tokens * _activations(model, plan, shape, stage, machine.fused, itemsize)
+        + _teacher_cache(shape, stage),
         logits=_logits(config, stage, tokens, machine),
         step_flops=flops,
         step_seconds=(flops / (machine.flops * machine.efficiency) + scores / machine.scores) / processes,
@@ -227,6 +228,14 @@ def _activations(
     if stage.gradient_checkpointing:
         return max(layers) + len(layers) * size * _width(text)
     return sum(layers)
+
+
+def _teacher_cache(shape: AttentionShape, stage: Stage) -> float:
+    """Keys and values that the teacher keeps while it reads by chunks."""
+    if stage.chunk_tokens is None:
+        return 0.0
+    read = min(stage.sequence_length, shape.context)
+    return float(stage.micro_batch * read * shape.layers * shape.kv_bytes_per_token)
 
 
 def _logits(config: PreTrainedConfig, stage: Stage, tokens: int, machine: Machine) -> float:

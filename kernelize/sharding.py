@@ -30,13 +30,17 @@ def make_accelerator() -> Accelerator:
     """The engine that `accelerate launch` or torchrun asks for. InputError for one that is not supported."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError("training with DeepSpeed is not supported; FSDP2 (configs/accelerate/fsdp2.yaml) shards alike")
-    on_gpu = torch.cuda.is_available()
-    return Accelerator(
+    on_gpu, plugin = torch.cuda.is_available(), _fsdp() if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    made = Accelerator(
         cpu=not on_gpu,  # processes without a GPU find each other only if it is said
         mixed_precision="bf16" if on_gpu else "no",
-        fsdp_plugin=_fsdp() if parse_flag_from_env("ACCELERATE_USE_FSDP") else None,
+        fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if plugin and made.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate takes FSDP for GPUs alone and would go on with DDP; torch shards between CPU processes too
+        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return made
 
 
 def _fsdp() -> FullyShardedDataParallelPlugin:
@@ -69,6 +73,12 @@ def sharded_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
         fully_shard(layer)
     fully_shard(shards)
     return shards
+
+
+def held(*models: nn.Module | None) -> int:
+    """How many elements of the models' parameters this process has."""
+    parameters = [p for model in models if model is not None for p in model.parameters()]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
 @torch.no_grad()

@@ -372,13 +372,16 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return path
 
-    def _teacher(self) -> PreTrainedModel:
+    def _original(self) -> PreTrainedModel:
+        """The model before its conversion, wherever it is."""
         if self.teacher is None:
             from .convert import load
 
             self.teacher, _ = load(self.recipe.source or "")
-        self.teacher.requires_grad_(False).eval()
-        return self.teacher.to(self.accelerator.device)
+        return self.teacher.requires_grad_(False).eval()
+
+    def _teacher(self) -> PreTrainedModel:
+        return self._original().to(self.accelerator.device)
 
     def _prepare(
         self, index: int, stage: Stage, last: checkpoints.Checkpoint | None, number: int, group: Group | None
@@ -388,7 +391,7 @@ class _Run:
         adapter, adapted = None, list[str]()
         if stage.trainable == "new+lora":
             adapter, adapted = attach_lora(self.model, stage.lora or Lora())
-        on_device = 0 if self.sharded else place(self.model, group, self.accelerator.device, "cpu")
+        on_device = None if self.sharded else place(self.model, group, self.accelerator.device, "cpu")
         self._choose(stage, group)
         if last:
             self.changed = set(last.changed)
@@ -410,7 +413,7 @@ class _Run:
             steps=self._rounds(stage) * stage.total_steps,
             tokens=stage.total_steps * stage.batch_tokens,
             parameters=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
-            held_parameters=on_device,
+            held_parameters=sharding.held(objective.model, self.teacher_shards) if on_device is None else on_device,
             lora_layers=adapted,
         )
         return _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted, number)
@@ -461,7 +464,7 @@ class _Run:
         if not self.sharded:
             return self._teacher()
         if self.teacher_shards is None:
-            self.teacher_shards = sharding.sharded_teacher(self._teacher().cpu())
+            self.teacher_shards = sharding.sharded_teacher(self._original().cpu())
         return self.teacher_shards
 
     def _leave(self, training: _Training) -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from launching import launch
-from test_train import ALL, LORA, TEXT, TRANSFER, losses_of, metric_of, recipe, run
+from test_train import ALL, LORA, TEXT, TRANSFER, losses_of, metric_of, recipe, run, student
 
 from kernelize.errors import InputError
 from kernelize.sharding import make_accelerator
@@ -15,12 +15,13 @@ from kernelize.sharding import make_accelerator
 SCRIPT = """
 import json, sys
 from test_scale import stages
-from test_train import losses_of, metric_of, recipe, run
+from test_train import losses_of, metric_of, recipe, run, student
 
 text, output, found, processes = sys.argv[1:]
 _, _, events = run(recipe(text, *stages(int(processes)), checkpoint_steps=1), output)
 if events:
-    json.dump([losses_of(events), metric_of(events, "gradient_norm")], open(found, "w"))
+    held = [event["held_parameters"] for event in events if event["event"] == "stage"]
+    json.dump([losses_of(events), metric_of(events, "gradient_norm"), held], open(found, "w"))
 """
 
 
@@ -58,15 +59,49 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
     script.write_text(SCRIPT)
     launch(script, text, str(output), str(found), str(processes), engine=engine, processes=processes)
-    losses, norms = json.loads(found.read_text())
+    losses, norms, held = json.loads(found.read_text())
     events = alone
     assert losses == pytest.approx(losses_of(events), rel=1e-4)
     assert norms == pytest.approx(metric_of(events, "gradient_norm"), rel=1e-3)
-    left = json.loads((output / "train.jsonl").read_text().splitlines()[0])
-    assert left["processes"] == processes
+    start = json.loads((output / "train.jsonl").read_text().splitlines()[0])
+    assert start["processes"] == processes
+    assert start["engine"] == {"ddp": "multi_cpu", "fsdp2": "fsdp"}[engine]
+    whole = sum(p.numel() for p in student().parameters())
+    if engine == "fsdp2":  # a distillation holds as much of its teacher as of the model
+        assert whole / processes <= held[0] < 1.2 * whole / processes
+        assert 1.8 * whole / processes < held[2] < 2.2 * whole / processes
+    else:
+        assert held == [whole, held[1], whole]
     shutil.rmtree(output / "checkpoints/2-all-3")
     _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
     assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
+
+
+CHUNKS = """
+import json, sys
+from test_scale import chunked_stages
+from test_train import losses_of, recipe, run
+
+output, found = sys.argv[1:]
+_, _, events = run(recipe("", *chunked_stages()), output)
+if events:
+    json.dump(losses_of(events), open(found, "w"))
+"""
+
+
+def chunked_stages():
+    far = {"name": "truncate", "kind": "distil", "trainable": "all", "steps": 2, "packing": "joined"}
+    far |= {"sequence_length": 128, "batch_tokens": 512, "micro_batch": 1, "chunk_tokens": 64, "data": ["sample"]}
+    return far, far | {"name": "recompute", "across": "recompute"}
+
+
+@pytest.mark.slow
+def test_shards_and_chunks_go_together(tmp_path):
+    script, found = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(CHUNKS)
+    launch(script, str(tmp_path / "two"), str(found), engine="fsdp2")
+    _, _, alone = run(recipe("", *chunked_stages()), tmp_path / "one")
+    assert json.loads(found.read_text()) == pytest.approx(losses_of(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize(
