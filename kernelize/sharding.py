@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .errors import InputError
+from .errors import InputError, KernelizeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,9 @@ def make_accelerator() -> Accelerator:
     )
     if plugin and made.distributed_type == DistributedType.MULTI_CPU:
         # accelerate takes FSDP for GPUs alone and would go on with DDP; torch shards between CPU processes too
-        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+        made.state.fsdp_plugin = plugin
+        for state in (made.state, PartialState()):  # each new look at the former copies from the latter
+            state.distributed_type = DistributedType.FSDP
     return made
 
 
@@ -73,6 +75,12 @@ def sharded_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
         fully_shard(layer)
     fully_shard(shards)
     return shards
+
+
+def check_sharded(model: nn.Module) -> None:
+    """KernelizeError if a model that was to be sharded is not: it would train, each process its own."""
+    if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
+        raise KernelizeError(f"accelerate has not sharded {whole[0]}, though FSDP2 was asked for")
 
 
 def held(*models: nn.Module | None) -> int:

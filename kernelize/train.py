@@ -400,6 +400,8 @@ class _Run:
         objective = self._objective(stage, copy.deepcopy(self.model) if self.sharded else self.model, group)
         optimizer, scheduler = self._optimizer(stage, objective.model)
         wrapped, prepared = self.accelerator.prepare(objective, optimizer)
+        if self.sharded:
+            sharding.check_sharded(objective.model)
         if last:
             state, schedule = last.load_optimizer(self.accelerator.device)
             held = [parameter for part in prepared.param_groups for parameter in part["params"]]

@@ -67,9 +67,10 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     assert start["processes"] == processes
     assert start["engine"] == {"ddp": "multi_cpu", "fsdp2": "fsdp"}[engine]
     whole = sum(p.numel() for p in student().parameters())
-    if engine == "fsdp2":  # a distillation holds as much of its teacher as of the model
+    if engine == "fsdp2":  # a distillation's teacher keeps embeddings and LM head gathered, half of this one
+        around = sum(p.numel() for p in (student().lm_head.weight, student().model.embed_tokens.weight))
         assert whole / processes <= held[0] < 1.2 * whole / processes
-        assert 1.8 * whole / processes < held[2] < 2.2 * whole / processes
+        assert 1.8 * whole / processes < held[2] < 2.2 * whole / processes + around
     else:
         assert held == [whole, held[1], whole]
     shutil.rmtree(output / "checkpoints/2-all-3")
