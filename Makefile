@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest soak fuzz check format venv clean browser
+.PHONY: demo test test-slow test-scale test-oldest soak fuzz check format venv clean browser
 
 demo: $(BASE)
 	$(BIN)/kernelize demo --output demo-out --overwrite
