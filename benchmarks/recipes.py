@@ -35,6 +35,7 @@ from kernelize.overlap import overlaps
 from kernelize.pipeline import as_converted, budget, calibration, document, keep_chosen, plan_for, read_source
 from kernelize.recipe import DataSource, Recipe, Stage, load_recipe
 from kernelize.report import write_report
+from kernelize.runtime.modeling import kernelized_layers, plan_entry, plan_of
 from kernelize.train import finetune
 
 RECIPES = ("recall", "default", "dropout", "window-distilled", "hybrid-quarter", "lolcats", "liger", "pure-linear",
@@ -240,8 +241,21 @@ def models(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, tuple[Any
             stages = load_recipe(run.recipe).stages
             folders[run.name] = str(args.output / (run.name if stages else f"converted/{run.recipe}"))
     found = {name: load(folder, device=args.device, dtype=args.dtype) for name, folder in folders.items()}
+    for run in runs:
+        for reach in args.reaches if run.recipe == args.recipes[0] and is_trained(run, args) else ():
+            model, tokenizer = load(folders[run.name], device=args.device, dtype=args.dtype)
+            found[f"{run.recipe} reach {reach}.{run.seed}"] = at_reach(model, reach), tokenizer
     tokenizer = found[TEACHER][1]  # one object: texts are cut once
     return {name: (model, tokenizer) for name, (model, _) in found.items()}
+
+
+def at_reach(model: Any, reach: int) -> Any:
+    """The model with another reach in all converted layers: nothing that is trained depends on it."""
+    layers = [spec and spec.replace(reach=reach) for spec in plan_of(model.config)]
+    for i, attention in kernelized_layers(model).items():
+        attention.kernelize.spec = layers[i]
+    model.config.kernelize = plan_entry(layers)
+    return model
 
 
 def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None:
@@ -257,7 +271,12 @@ def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None
         write_report(rows, args.output / f"report-{name}")
         write_table(args, list(found))
     for name, (model, tokenizer) in found.items():
-        if "audit" in args.suites and name != TEACHER and not (folder / f"audit-{name}.json").exists():
+        if (
+            "audit" in args.suites
+            and name != TEACHER
+            and " reach " not in name
+            and not (folder / f"audit-{name}.json").exists()
+        ):
             audit_one(name, model, found[TEACHER][0], tokenizer, args, clock)
             write_table(args, list(found))
 
@@ -375,6 +394,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--untrained", nargs="*", default=["default"], help="conversions to measure as they are")
+    parser.add_argument("--reaches", nargs="*", type=int, default=[], help="of the first recipe: measure these too")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--minutes", type=float, default=None, help="after which the work ends, to go on next time")
