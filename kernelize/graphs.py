@@ -101,11 +101,12 @@ class StateLayout:
         return EMPTY if name == "pos" else 0
 
     def empty(self, rows: int) -> dict[str, Tensor]:
-        """The state before the first token."""
-        return {
-            name: torch.full((rows, *shape), self.fill(name), dtype=self.dtype(name))
-            for name, shape in self.shapes.items()
-        }
+        """The state before the first token; zeros take no memory before they are used."""
+        flat = {name: torch.zeros(rows, *shape, dtype=self.dtype(name)) for name, shape in self.shapes.items()}
+        for name, x in flat.items():
+            if self.fill(name):
+                x.fill_(self.fill(name))
+        return flat
 
     def split(self, field: str, packed: Tensor) -> list[Tensor]:
         """A packed field [B, N] -> each layer's [B, Hk, ...]."""

@@ -40,15 +40,15 @@ def trace(module: nn.Module, arguments: dict[str, Any], dims: dict[str, Any]) ->
     Raises what torch raises where the module cannot be traced.
     """
     with torch.no_grad():
-        results = list(module(**arguments))
         program = torch.export.export(module, (), arguments, dynamic_shapes=dims, strict=False)
     table: dict[Any, Any] = {torch.ops.aten.sort.stable: stable_sort}
     found = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)
     assert found is not None
+    results: Any = program.call_spec.out_spec
     graph, given = found.model.graph, [name for name in arguments if name != "flat"]
     for value, name in zip(graph.inputs, [*given, *arguments["flat"]], strict=True):
         value.name = name
-    for value, name in zip(graph.outputs, results, strict=True):
+    for value, name in zip(graph.outputs, results.context, strict=True):
         value.name = name if name == "logits" else f"new.{name}"
     for node in graph:
         node.metadata_props.clear()  # where in the source it came from: megabytes
