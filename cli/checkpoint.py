@@ -114,6 +114,10 @@ def convert(
     check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     make: Callable[[int], Recipe] = kernel.recipe
+    if stream and spec:
+        raise typer.BadParameter(
+            f"--spec {spec} inspects the model in memory, and --stream is for those that do not fit"
+        )
     if spec == "auto":
         inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
         make = partial(lambda found, layers: found, inspected)
