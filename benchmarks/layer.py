@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernelize.runtime import chunked, fused
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import features, log_decays
+from kernelize.runtime.state import Kernel, Rotation, far_logits, features, log_decays
 
 DENSE = 2048  # longest sequence of which every query is checked
 ROWS = 48  # queries that are checked of a longer one
@@ -44,6 +44,8 @@ CASES = [
     ("llama fp32", dict(LLAMA), (1, 4, 1, 128), 1500, FULL),
     ("smollm", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 2048, BFLOAT),
     ("smollm fp32", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 1111, FULL),
+    ("smollm beyond reach", {**LLAMA, "slots": 176, "reach": 300}, (2, 9, 3, 64), 2048, BFLOAT),
+    ("smollm fp32 beyond reach", {**LLAMA, "slots": 176, "reach": 300}, (2, 9, 3, 64), 1111, FULL),
     ("heads of 80", {**LLAMA, "feature_dim": 64}, (1, 4, 4, 80), 1000, BFLOAT),
     ("heads of 96", {**LLAMA, "feature_dim": 96}, (1, 8, 1, 96), 777, BFLOAT),
     ("heads of 256", {**LLAMA, "feature_dim": 256}, (1, 4, 2, 256), 1024, BFLOAT),
@@ -102,6 +104,7 @@ def dense(q, k, v, kernel, death, rows):
     memory = left & ~holds
     group = q[:, :, rows].view(B, Hk, H // Hk, len(rows), D)
     s = (group @ k[:, :, None].mT) * kernel.scaling
+    s = far_logits(s, group, k[:, :, None], rows, x, kernel)
     s = s.masked_fill(~exact.expand(B, Hk, -1, -1)[:, :, None], -torch.inf)
     top = s.amax(-1, keepdim=True).detach()
     phi_q = features(kernel, kernel.map_q, q, x[None, None])[:, :, rows].view(B, Hk, H // Hk, len(rows), -1)
@@ -123,7 +126,7 @@ def lives_of(q, k, v, kernel):
     store = fused.fresh(q, k, v, kernel)
     phi_k = fused.key_features(store, kernel)
     clock, end = fused.clocks(store, kernel)
-    lives, scores = fused.select(store, kernel, phi_k, clock, end)
+    lives, scores = fused.select(store, kernel, fused.turned(store, kernel), phi_k, clock, end)
     return lives.death.view(k.shape[0], -1, lives.death.shape[1]), [s.view(k.shape[:3]) for s in scores.of_share]
 
 
@@ -143,12 +146,18 @@ def lifetimes_differ(kernel, death, scores, T):
     return int((expected != death).sum())
 
 
+def kernel_of(attention: KernelAttention, D: int) -> Kernel:
+    """With rotary positions where keys have to be moved among them."""
+    kernel, pairs = attention.kernel(D**-0.5), torch.arange(0, D, 2, device="cuda") / D
+    return kernel._replace(rotation=Rotation(1e4**-pairs, False)) if kernel.spec.reach else kernel
+
+
 def check(case: tuple) -> dict:
     name, fields, (B, H, Hk, D), T, dtype = case
     spec = KernelSpec(**fields)
     attention = layer(spec, H, Hk, D)
     leaves = [x.requires_grad_() for x in tokens(B, H, Hk, D, T, dtype)]
-    kernel = attention.kernel(D**-0.5)
+    kernel = kernel_of(attention, D)
     refused = fused.supports(kernel, *leaves)
     if refused:
         return {"case": name, "T": T, "dtype": str(dtype).split(".")[1], "ok": True, "refused": refused}
@@ -170,7 +179,7 @@ def check(case: tuple) -> dict:
     for p in exact.parameters():
         p.grad = None
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    y = dense(*wide, exact.kernel(D**-0.5), death, rows)
+    y = dense(*wide, kernel_of(exact, D), death, rows)
     (y * weight).sum().backward()
     expected = [x.grad for x in wide] + [p.grad for p in exact.parameters()]
     names = ["q", "k", "v"] + [n for n, _ in attention.named_parameters()]
