@@ -27,8 +27,8 @@ from kernelize.runtime import (
 )
 from kernelize.runtime.fused_triton import constexpr
 from kernelize.runtime.ops import attend, force, implementation
-from kernelize.runtime.spec import KernelSpec, SpecError
-from kernelize.runtime.state import Rotation
+from kernelize.runtime.spec import KernelSpec, SpecError, mean_slots
+from kernelize.runtime.state import Rotation, cells, moved, unpacked
 
 FULL, HALF = torch.float32, torch.bfloat16
 SIZES = (4, 2, 8)  # heads, key heads, head size
@@ -182,13 +182,22 @@ def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | No
         assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
 
 
+def by_head(spec: KernelSpec, head_slots: tuple[int, ...]) -> KernelSpec:
+    """The spec as implementations see it when each KV head has its own slots."""
+    return spec.replace(slots=mean_slots(head_slots), head_slots=head_slots).spread
+
+
 @torch.no_grad()
 def lifetimes() -> None:
     """The same deaths as chunked's, also with ties, for any capacities, several segments and groups of them."""
     fused_select.SEGMENT = 64
-    for slots, policy, alone in ((1, "mixed", 12), (5, "value", 1), (12, "mixed", 12), (40, "mixed", 2)):
+    for given, policy, alone in (
+        (1, "mixed", 12), (5, "value", 1), (12, "mixed", 12), (40, "mixed", 2), ((0, 40), "mixed", 2)
+    ):  # fmt: skip
         fused_select.ALONE = alone
-        spec = KernelSpec(feature_dim=8, sinks=0, slots=slots, policy=policy, block=8, window=1)
+        spec = KernelSpec(feature_dim=8, sinks=0, slots=1, policy=policy, block=8, window=1)
+        spec = by_head(spec, given) if isinstance(given, tuple) else spec.replace(slots=given)
+        slots = spec.slots
         n, X = 192, 192 - 8
         score = torch.randint(0, 9, (2, X, len(spec.shares))).float()
         arrive = (torch.arange(X) // 8 + 1).expand(1, 2, -1)
@@ -202,13 +211,50 @@ def lifetimes() -> None:
         applicants = torch.cat([torch.full((8,), -1), torch.arange(X)]).int().expand(2, -1).contiguous()
         scores = [s.contiguous() for s in score.unbind(-1)]
         lives = fused_select.lifetimes(spec, applicants, scores, applicants[:, :0])
-        assert torch.equal(lives.death.long(), expected), f"{slots} slots by {policy}"
+        assert torch.equal(lives.death.long(), expected), f"{given} slots by {policy}"
         holds = (expected >= n // 8).sum(1)
-        assert torch.equal((lives.holders >= 0).sum(1), holds), f"{slots} slots by {policy}: holders"
+        assert torch.equal((lives.holders >= 0).sum(1), holds), f"{given} slots by {policy}: holders"
+
+
+BY_HEAD = (  # the second has a place that no head owns
+    SPECS[0].replace(slots=11, head_slots=(3, 19)),
+    SPECS[1].replace(slots=4, head_slots=(7, 0), aging=32),
+)
+
+
+@torch.no_grad()
+def heads() -> None:
+    """Slots by KV head: fused = chunked, whole and in padded pieces, with and without branches; the state is packed."""
+    lengths, valid = [33, 37], torch.rand(2, 70, generator=torch.Generator().manual_seed(3)) > 0.3
+    valid[0] = True
+    for spec in BY_HEAD:
+        assert fused.unsupported(spec) is None
+        kernel, tokens = kernel_of(spec), contract.tokens(2, 70, FULL, sizes=SIZES)
+        first = [x[:1] for x in tokens]
+        out, state = fused.attend(*first, kernel)
+        expected, after = chunked.attend(*first, kernel)
+        same_output(out, expected, contract.name_of(spec))
+        assert state.pos.shape[2] == spec.positions
+        same_state(*(unpacked(kernel, x)[1] for x in (state, after)), contract.name_of(spec))
+        state = after = None
+        for *piece, keep in zip(*(x.split(lengths, 2) for x in tokens), valid.split(lengths, 1), strict=True):
+            out, state = fused.attend(*piece, kernel, state, keep, branches=False)
+            expected, after = chunked.attend(*piece, kernel, after, keep)
+            assert_same(out.y.transpose(1, 2)[keep], expected.y.transpose(1, 2)[keep], "pieces")
+            same_state(*(unpacked(kernel, x)[1] for x in (state, after)), "pieces")
+
+
+def head_gradients() -> None:
+    """The same of the gradients, also through the state of an earlier call."""
+    fused_memory.PROGRAMS = 4  # segments of more than one tile
+    same_gradients(BY_HEAD[0], [100])
+    same_gradients(BY_HEAD[1], [40, 30])
 
 
 def in_order(spec: KernelSpec, state):
     """The state with the holders of each share by position: kernels put them elsewhere than the reference."""
+    if spec.is_packed:
+        spec, state = spec.spread, moved(state, spec, cells(spec)[0])
     first, parts = spec.sinks + spec.ring, [torch.arange(spec.sinks + spec.ring).expand(*state.pos.shape[:2], -1)]
     for _, capacity in spec.shares if spec.slots else ():
         parts.append(first + state.pos[:, :, first : first + capacity].argsort(-1))
@@ -218,8 +264,8 @@ def in_order(spec: KernelSpec, state):
     def take(x, at):
         return x.gather(2, reference.spread(at, x))
 
-    moved = {name: take(getattr(state, name), index) for name in ("keys", "values", "pos", "decay", "mass")}
-    return state._replace(**moved, score=take(state.score, index[:, :, count:] - count))
+    sorted_by = {name: take(getattr(state, name), index) for name in ("keys", "values", "pos", "decay", "mass")}
+    return state._replace(**sorted_by, score=take(state.score, index[:, :, count:] - count))
 
 
 CAPPED = {"softcap": 3.0, "sink_logits": torch.linspace(-1, 2, 4)}
@@ -228,6 +274,7 @@ STEP_SPECS = (  # spec, (heads, key heads, head size), the rest of the head
     (KernelSpec(**{**SMALL, "policy": "value+recall", "block": 2, "window": 4, "sinks": 0, "slots": 3}), (2, 1, 8), {}),
     (KernelSpec(**{**SMALL, "policy": "attention", "decay": "none", "slots": 20, "block": 4}), (3, 1, 8), CAPPED),
     (KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention+value"}), (2, 1, 8), {}),
+    (KernelSpec(**{**SMALL, "slots": 5, "head_slots": (4, 9, 0), "block": 4}, decay="gated"), (3, 3, 8), {}),
 )
 
 
@@ -328,7 +375,7 @@ def choice() -> None:
         "block": kernel._replace(spec=SPECS[0].replace(block=24)),
         "rule": kernel._replace(spec=SPECS[1].replace(rule="delta")),
         "feature_dim": kernel._replace(spec=SPECS[0].replace(feature_dim=512)),
-        "slots": kernel._replace(spec=SPECS[0].replace(slots=5000)),
+        "slots": kernel._replace(spec=SPECS[0].replace(slots=1001, head_slots=(2000, 2))),
         "policy": kernel._replace(spec=SPECS[0].replace(policy="keydiff")),
     }
     for word, other in refused.items():
@@ -362,6 +409,7 @@ def bounds() -> None:
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
+    heads, head_gradients,
 )  # fmt: skip
 
 if __name__ == "__main__":

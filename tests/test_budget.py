@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from families import tiny_student
@@ -18,6 +20,7 @@ from kernelize.budget import (
     retrieval_text,
     share_out,
 )
+from kernelize.cli import main
 from kernelize.convert import convert
 from kernelize.plan import ConversionPlan
 from kernelize.runtime.modeling import kernelized_layers
@@ -144,3 +147,17 @@ def test_what_two_heads_cost_is_told_apart_and_a_head_that_nobody_listens_to_cos
     assert heads.shape == (2, 2)
     torch.testing.assert_close(heads[:1], whole, rtol=1e-9, atol=0)
     assert heads[1].max() == 0
+
+
+def test_convert_gives_heads_slots_of_their_own_and_every_way_to_run_the_model_agrees(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    source, made, rows = (str(tmp_path / name) for name in ("source", "made", "rows.json"))
+    kernel = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "40", "--feature-dim", "16"]
+    assert main(["convert", source, "-o", made, *kernel, "--budget", "heads"]) == 0
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    heads = [layer["head_slots"] for layer in config["kernelize"]["layers"]]
+    assert [len(each) for each in heads] == [2, 2]
+    assert sum(map(sum, heads)) == 2 * 2 * 40
+    assert len({slots for each in heads for slots in each}) > 1
+    assert main(["check", made, "--against", source, "--json", rows]) == 0

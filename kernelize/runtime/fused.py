@@ -35,6 +35,7 @@ from .state import (
     Kernel,
     State,
     add_sink_logits,
+    by_head,
     empty_state,
     log_decays,
     scores_from,
@@ -75,10 +76,8 @@ def unsupported(spec: KernelSpec) -> str | None:
     """What the kernels lack for a spec, whatever the tensors."""
     if spec.block > TILE or spec.block & (spec.block - 1):
         return f"block={spec.block} is not a power of two up to {TILE}"
-    if spec.is_packed:
-        return "slots differ by KV head"
-    if spec.slots > MOST_SLOTS:
-        return f"slots={spec.slots} are more than {MOST_SLOTS}"
+    if (most := max(spec.head_slots, default=spec.slots)) > MOST_SLOTS:
+        return f"slots={most} are more than {MOST_SLOTS}"
     if spec.has_memory and spec.feature_dim > WIDEST:
         return f"feature_dim={spec.feature_dim} is above {WIDEST}"
     if spec.rule != "additive":
@@ -87,6 +86,7 @@ def unsupported(spec: KernelSpec) -> str | None:
     return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
 
 
+@by_head
 def attend(
     q: Tensor,
     k: Tensor,

@@ -2,13 +2,15 @@
 
 Lifetimes are found in parallel. A token is held while fewer than `capacity` of those that applied are better, so the
 best `capacity` of every segment, merged in two levels of scans, tell each segment who stands when it begins; inside
-a segment it is counting. Those whom a share rejects are listed by the block of their rejection: this list is the
-next share's applicants, and that of the last share the order in which the memory takes tokens in.
+a segment it is counting. KV heads may have capacities of their own: lists and tables are as wide as the largest, and
+what is beyond a head's own is empty. Those whom a share rejects are listed by the block of their rejection: this list
+is the next share's applicants, and that of the last share the order in which the memory takes tokens in.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -168,11 +170,12 @@ def token_of(key):
 
 @jit
 def best_kernel(
-    Applicants, Score, Keys, Best, X, length, lists, capacity,
+    Applicants, Score, Keys, Best, Own, X, length, lists, heads,
     L: constexpr, CP: constexpr, CHUNK: constexpr, EMPTY: constexpr,
 ):  # fmt: skip
     """The keys of a segment's applicants, and its best `capacity` in order as list segment + 1; list 0 if EMPTY."""
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    capacity = tl.load(Own + row % heads)
     at = segment * L + tl.arange(0, L)
     index = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
     score = tl.load(Score + row * X + index, mask=index >= 0, other=0.0)
@@ -214,9 +217,10 @@ def merge_lists(A, B, Out, capacity, CP: constexpr, CHUNK: constexpr):
 
 
 @jit
-def scan_kernel(In, Out, in_row, in_step, items, per, capacity, CP: constexpr, CHUNK: constexpr):
+def scan_kernel(In, Out, Own, in_row, in_step, items, per, heads, CP: constexpr, CHUNK: constexpr):
     """Within each group of `per` lists, list i becomes the best of the group's lists up to i."""
     first, row = tl.program_id(0) * per, tl.program_id(1).to(tl.int64)
+    capacity = tl.load(Own + row % heads)
     source, out = In + row * in_row, Out + row * items * CP
     i = tl.arange(0, CP)
     tl.store(out + first * CP + i, tl.load(source + first * in_step + i))
@@ -226,17 +230,18 @@ def scan_kernel(In, Out, in_row, in_step, items, per, capacity, CP: constexpr, C
 
 
 @jit
-def lift_kernel(Lists, Start, lists, per, groups, capacity, CP: constexpr, CHUNK: constexpr):
+def lift_kernel(Lists, Start, Own, lists, per, groups, heads, CP: constexpr, CHUNK: constexpr):
     """Adds to each list what all groups before its own have brought."""
     item, row = tl.program_id(0) + per, tl.program_id(1).to(tl.int64)
+    capacity = tl.load(Own + row % heads)
     mine = Lists + (row * lists + item) * CP
     merge_lists(Start + (row * (groups - 1) + item // per - 1) * CP, mine, mine, capacity, CP, CHUNK)
 
 
 @jit
 def death_kernel(
-    Applicants, Keys, Lists, Death, HolderDeath, EntrantDeath, Holders,
-    X, length, lists, capacity, first, width,
+    Applicants, Keys, Lists, Death, HolderDeath, EntrantDeath, Holders, Own,
+    X, length, lists, heads, room, first, width,
     L: constexpr, CP: constexpr, CHUNK: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """When the holders at a segment's start and its own applicants lose their places, if in this segment.
@@ -244,6 +249,7 @@ def death_kernel(
     HolderDeath and EntrantDeath hold the block, −1 where there is no token, 2³⁰ for who stays.
     """
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    capacity = tl.load(Own + row % heads)
     i, x = tl.arange(0, CP), tl.arange(0, L)
     none = -0x8000000000000000
     list_here = Lists + (row * lists + segment) * CP
@@ -272,13 +278,13 @@ def death_kernel(
     tl.store(Death + row * X + token_of(mine), death_x, mask=(death_x >= 0) & (death_x < (1 << 30)))
     if segment == 0:
         last = tl.load(Lists + (row * lists + lists - 1) * CP + i)
-        tl.store(Holders + row * width + first + i, token_of(last), mask=i < capacity)
+        tl.store(Holders + row * width + first + i, token_of(last), mask=i < room)
 
 
 @jit
 def place_kernel(
     Applicants, Lists, HolderDeath, EntrantDeath, Rejected, Table,
-    length, lists, n, capacity, first, width,
+    length, lists, n, room, first, width,
     L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """Of one tile: who holds a place at its first block, and whom each of its blocks rejects."""
@@ -295,7 +301,7 @@ def place_kernel(
     tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
     tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
     total += tl.sum(holds_x, 0)
-    tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < capacity))
+    tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
     for j in range(TILE // BLOCK):
         dies_h, dies_x = (death_h == begin + j).to(tl.int32), (death_x == begin + j).to(tl.int32)
         out = Rejected + row * length + (begin + j) * BLOCK
@@ -316,16 +322,33 @@ class Lives(NamedTuple):
     holders: Tensor  # [R, slots] int32: who holds a slot at the end
 
 
-def segment_best(applicants: Tensor, score: Tensor, first: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+class Room(NamedTuple):
+    """The slots of a share."""
+
+    most: int  # of any KV head: the width of lists and tables
+    own: Tensor  # [Hk] int32, each KV head's; [1] where all have as many
+
+
+@lru_cache(maxsize=64)
+def rooms(spec: KernelSpec, device: torch.device) -> tuple[Room, ...]:
+    """The slots of each share."""
+    heads = [spec.shares_of(head) for head in range(len(spec.head_slots))] or [spec.shares]
+    own = [[shares[s][1] for shares in heads] for s in range(len(spec.shares))]
+    with torch.inference_mode(False):  # they outlive this call
+        tensors = [torch.tensor(each, dtype=torch.int32).to(device) for each in own]
+        return tuple(Room(most, each) for (_, most), each in zip(spec.shares, tensors, strict=True))
+
+
+def segment_best(applicants: Tensor, score: Tensor, first: Tensor, room: Room) -> tuple[Tensor, Tensor]:
     """(keys [R, length], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone."""
     R, length = applicants.shape
-    CP, segments = power_of_two(capacity, LEAST_LIST), -(-length // SEGMENT)
+    CP, segments = power_of_two(room.most, LEAST_LIST), -(-length // SEGMENT)
     best = torch.empty(R, segments + 1, CP, dtype=torch.int64, device=score.device)
     keys = torch.empty(R, length, dtype=torch.int64, device=score.device)
     if first.shape[1]:
         best[:, 0] = held_keys(first, score, CP)
     best_kernel[(segments, R)](
-        applicants, score, keys, best, score.shape[1], length, segments + 1, capacity,
+        applicants, score, keys, best, room.own, score.shape[1], length, segments + 1, len(room.own),
         L=SEGMENT, CP=CP, CHUNK=16, EMPTY=not first.shape[1], num_warps=8,
     )  # fmt: skip
     return keys, best
@@ -341,7 +364,7 @@ def held_keys(index: Tensor, score: Tensor, size: int) -> Tensor:
     return keys.sort(dim=1, descending=True)[0]
 
 
-def prefixes(best: Tensor, capacity: int) -> Tensor:
+def prefixes(best: Tensor, own: Tensor) -> Tensor:
     """Lists [R, lists, CP]: the best of list i and all before it.
 
     Short sequences go through them one by one. Longer ones in groups, then the groups, then each list once more.
@@ -350,36 +373,36 @@ def prefixes(best: Tensor, capacity: int) -> Tensor:
     per = lists if lists <= ALONE else math.isqrt(lists - 1) + 1
     groups, sizes = -(-lists // per), {"CP": CP, "CHUNK": min(CP, 16)}
     out = torch.empty_like(best)
-    scan_kernel[(groups, R)](best, out, lists * CP, CP, lists, per, capacity, **sizes)
+    scan_kernel[(groups, R)](best, out, own, lists * CP, CP, lists, per, len(own), **sizes)
     if groups > 1:
         totals = out[:, per - 1 :: per][:, : groups - 1]
         start = torch.empty(R, groups - 1, CP, dtype=torch.int64, device=best.device)
-        scan_kernel[(1, R)](totals, start, lists * CP, per * CP, groups - 1, groups - 1, capacity, **sizes)
-        lift_kernel[(lists - per, R)](out, start, lists, per, groups, capacity, **sizes)
+        scan_kernel[(1, R)](totals, start, own, lists * CP, per * CP, groups - 1, groups - 1, len(own), **sizes)
+        lift_kernel[(lists - per, R)](out, start, own, lists, per, groups, len(own), **sizes)
     return out
 
 
 def compete(
-    spec: KernelSpec, applicants: Tensor, score: Tensor, first: Tensor, capacity: int, lives: Lives, start: int
+    spec: KernelSpec, applicants: Tensor, score: Tensor, first: Tensor, room: Room, lives: Lives, start: int
 ) -> Tensor:
     """One share's competition -> its rejected ones by block [R, n·tile].
 
     Writes the deaths, and its part of slot tables and holders from column `start` on.
     """
     R, length = applicants.shape
-    keys, best = segment_best(applicants, score, first, capacity)
-    lists = prefixes(best, capacity)
+    keys, best = segment_best(applicants, score, first, room)
+    lists = prefixes(best, room.own)
     (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
     holder_death = torch.empty(R, count - 1, CP, dtype=torch.int32, device=score.device)
     entrant_death, rejected = torch.empty_like(applicants), torch.empty_like(applicants)
     death_kernel[(count - 1, R)](
-        applicants, keys, lists, lives.death, holder_death, entrant_death, lives.holders,
-        score.shape[1], length, count, capacity, start, width,
+        applicants, keys, lists, lives.death, holder_death, entrant_death, lives.holders, room.own,
+        score.shape[1], length, count, len(room.own), room.most, start, width,
         L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, num_warps=8,
     )  # fmt: skip
     place_kernel[(n, R)](
         applicants, lists, holder_death, entrant_death, rejected, lives.table,
-        length, count, n, capacity, start, width,
+        length, count, n, room.most, start, width,
         L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
     )  # fmt: skip
     return rejected
@@ -389,7 +412,7 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     """Who holds a slot when.
 
     applicants [R, n·tile] int32 are the tokens by the block at which they leave the window, scores a share [R, X], old
-    [R, slots] int32 the holders at the start (no columns: none).
+    [R, slots] int32 the holders at the start (no columns: none). A spec by KV head is the `spread` one.
     """
     R, length = applicants.shape
     X, blocks = scores[0].shape[1] if scores else 1, length // spec.block
@@ -402,13 +425,13 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     if not spec.slots:
         return lives
     start, rejected = 0, applicants
-    for score, (_, capacity) in zip(scores, spec.shares, strict=True):
-        if capacity:
+    for score, room in zip(scores, rooms(spec, applicants.device), strict=True):
+        if room.most:
             if start:
                 lives.death.fill_(blocks)  # whom an earlier share rejected may live on in this one
-            first = old[:, start : start + capacity]
-            rejected = compete(spec, rejected, score, first, capacity, lives, start)
-        start += capacity
+            first = old[:, start : start + room.most]
+            rejected = compete(spec, rejected, score, first, room, lives, start)
+        start += room.most
     return lives._replace(order=rejected)
 
 

@@ -8,6 +8,7 @@ lies, so that a step can be part of a CUDA graph.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,6 +82,26 @@ def rows_at(X, index, here, d, D: constexpr):
 
 
 @jit
+def slots_of(Owned, row, b, h, kv_heads, FIRST: constexpr, SLOTS: constexpr, PACKED: constexpr):
+    """(number of the head's first slot, counted through all rows; slots of its first share; its slots)."""
+    number, one, all_slots = row * SLOTS, FIRST, SLOTS
+    if PACKED:
+        number = b * kv_heads * SLOTS + tl.load(Owned + h * 3)
+        one, all_slots = tl.load(Owned + h * 3 + 1), tl.load(Owned + h * 3 + 2)
+    return number, one, all_slots
+
+
+@jit
+def slot_at(slots, number, i, SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr):
+    """Where the position axes of all rows have the head's slot i; its first is at `slots` unless heads share rows."""
+    if PACKED:
+        at = number + i
+        return at // SLOTS * (SINKS + RING + SLOTS) + SINKS + RING + at % SLOTS
+    else:
+        return slots + i
+
+
+@jit
 def put_rows(X, index, x, here, d, D: constexpr):
     tl.store(X + index[:, None] * D + d[None, :], x, mask=here[:, None] & (d < D)[None, :])
 
@@ -107,8 +128,9 @@ def fold(Memory, phi, lost, value, factor, f, inside, d, D: constexpr):
 
 @jit
 def recall_error(
-    Keys, Values, Pos, Decay, Memory, Wk, slots, h, up, down, value, scale, d, c,
-    D: constexpr, C: constexpr, SLOTS: constexpr, TILE: constexpr, PRECISION: constexpr,
+    Keys, Values, Pos, Decay, Memory, Wk, slots, number, own, h, up, down, value, scale, d, c,
+    D: constexpr, C: constexpr, SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr,
+    TILE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """‖v − what the memory and the slot holders answer‖ of the tokens whose features are up and down [rows, C]."""
     m, n = half_memory(Memory, c, c < C, d, D)
@@ -117,16 +139,17 @@ def recall_error(
     m, n = half_memory(Memory, C + c, c < C, d, D)
     total += tl.dot(down, m, input_precision="ieee")
     norm += tl.sum(down * n[None, :], 1)
-    for first in range(0, SLOTS, TILE):
+    for first in range(0, own, TILE):
         i = first + tl.arange(0, TILE)
-        held = tl.load(Pos + slots + i, mask=i < SLOTS, other=-1) >= 0
-        age = tl.load(Decay + slots + i, mask=held, other=float("-inf"))
-        key = rows_at(Keys, slots + i, held, d, D)
+        slot = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+        held = tl.load(Pos + slot, mask=i < own, other=-1) >= 0
+        age = tl.load(Decay + slot, mask=held, other=float("-inf"))
+        key = rows_at(Keys, slot, held, d, D)
         held_up, held_down = hedgehog(key, Wk, h, d, c, scale, D, C, PRECISION)
         weight = tl.dot(up, tl.trans(held_up), input_precision="ieee")
         weight += tl.dot(down, tl.trans(held_down), input_precision="ieee")
         weight = weight * tl.exp(age)[None, :]
-        total += tl.dot(weight, rows_at(Values, slots + i, held, d, D).to(tl.float32), input_precision="ieee")
+        total += tl.dot(weight, rows_at(Values, slot, held, d, D).to(tl.float32), input_precision="ieee")
         norm += tl.sum(weight, 1)
     filled = norm > 1.1754943508222875e-38
     recalled = tl.where(filled[:, None], total / tl.where(filled, norm, 1.0)[:, None], 0.0)
@@ -149,31 +172,34 @@ def score_of(mass, error, value, pos, aging, KIND: constexpr, AGING: constexpr, 
 
 @jit
 def compete(
-    Score, Pos, scores, slots, score, pos, applies,
-    SHARE: constexpr, SHARES: constexpr, CAPACITY: constexpr, SP: constexpr, TILE: constexpr,
+    Score, Pos, slots, number, capacity, score, pos, applies,
+    SHARE: constexpr, SHARES: constexpr, SP: constexpr, SINKS: constexpr, RING: constexpr, SLOTS: constexpr,
+    PACKED: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """(slot of the share that a newcomer wins, slot whose holder it displaces there), −1 for none.
 
-    The slots of the share begin at `slots` in Pos and at `scores` in Score.
+    The share's first slot is at `slots` in Pos, see `slot_at`, and its `number` that of the row in Score.
     """
     i = tl.arange(0, SP)
-    held_pos = tl.load(Pos + slots + i, mask=i < CAPACITY, other=-1)
+    here = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+    held_pos = tl.load(Pos + here, mask=i < capacity, other=-1)
     held = held_pos >= 0
-    held_score = tl.load(Score + (scores + i) * SHARES + SHARE, mask=held, other=0.0)
+    held_score = tl.load(Score + (number + i) * SHARES + SHARE, mask=held, other=0.0)
     beats = better(score[:, None], pos[:, None], held_score[None, :], held_pos[None, :]) & applies[:, None]
     rank = tl.sum((beats & held[None, :]).to(tl.int32), 0)  # of a holder
     mine = tl.sum((held[None, :] & (beats == 0)).to(tl.int32), 1)  # of a newcomer
     among = better(score[None, :], pos[None, :], score[:, None], pos[:, None]) & applies[None, :]
     mine += tl.sum(among.to(tl.int32), 1)
-    for first in range(0, CAPACITY, TILE):
+    for first in range(0, capacity, TILE):
         j = first + tl.arange(0, TILE)
-        other_pos = tl.load(Pos + slots + j, mask=j < CAPACITY, other=-1)
-        other = tl.load(Score + (scores + j) * SHARES + SHARE, mask=other_pos >= 0, other=0.0)
+        slot = slot_at(slots, number, j, SINKS, RING, SLOTS, PACKED)
+        other_pos = tl.load(Pos + slot, mask=j < capacity, other=-1)
+        other = tl.load(Score + (number + j) * SHARES + SHARE, mask=other_pos >= 0, other=0.0)
         above = better(other[:, None], other_pos[:, None], held_score[None, :], held_pos[None, :])
         rank += tl.sum((above & (other_pos >= 0)[:, None]).to(tl.int32), 0)
-    wins = applies & (mine < CAPACITY)
-    out = held & (rank >= CAPACITY)
-    free = (i < CAPACITY) & ((held == 0) | out)
+    wins = applies & (mine < capacity)
+    out = held & (rank >= capacity)
+    free = (i < capacity) & ((held == 0) | out)
     turn = (tl.cumsum(wins.to(tl.int32), 0) - 1)[:, None]
     takes = wins[:, None] & free[None, :] & (turn == (tl.cumsum(free.to(tl.int32), 0) - 1)[None, :])
     drops = wins[:, None] & out[None, :] & (turn == (tl.cumsum(out.to(tl.int32), 0) - 1)[None, :])
@@ -197,11 +223,11 @@ def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos,
 
 @jit
 def leave_kernel(
-    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, scale, aging, kv_heads,
+    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, scale, aging, kv_heads,
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
-    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, FIRST: constexpr, SHARES: constexpr, SP0: constexpr,
-    SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr, RECALL: constexpr,
-    AGING: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
+    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, FIRST: constexpr, SHARES: constexpr,
+    SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
+    RECALL: constexpr, AGING: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -211,7 +237,8 @@ def leave_kernel(
         begins = begins & (tl.load(Valid + b) != 0)
     if begins:
         base = row * (SINKS + RING + SLOTS)
-        slots, scores = base + SINKS + RING, row * SLOTS
+        slots = base + SINKS + RING
+        number, one, own_slots = slots_of(Owned, row, b, h, kv_heads, FIRST, SLOTS, PACKED)
         memory = Memory + row * (2 * C * (D + 1))
         d, c, j = tl.arange(0, DP), tl.arange(0, CP), tl.arange(0, BP)
         entry = base + SINKS + seen % RING + j
@@ -227,8 +254,8 @@ def leave_kernel(
         if RECALL:
             up, down = hedgehog(key, Wk, h, d, c, scale, D, C, PRECISION)
             error = recall_error(
-                Keys, Values, Pos, Decay, memory, Wk, slots, h, up, down, value, scale, d, c,
-                D, C, SLOTS, TILE, PRECISION,
+                Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, h, up, down, value, scale, d, c,
+                D, C, SINKS, RING, SLOTS, PACKED, TILE, PRECISION,
             )  # fmt: skip
         s0 = score_of(mass, error, value, pos, aging, KIND0, AGING, TINY)
         s1 = s0
@@ -238,25 +265,28 @@ def leave_kernel(
         place1 = tl.full([BP], -1, tl.int32)
         moved_key, moved_raw, moved_at, moved_age, moved_s0, moved_s1 = key, raw, pos, decay, s0, s0
         if SLOTS:
-            place0, dropped = compete(Score, Pos, scores, slots, s0, pos, fresh, 0, SHARES, FIRST, SP0, TILE)
+            place0, dropped = compete(
+                Score, Pos, slots, number, one, s0, pos, fresh, 0, SHARES, SP0, SINKS, RING, SLOTS, PACKED, TILE
+            )
             out = dropped >= 0
             gone = (fresh & (place0 < 0)) | out
-            source = tl.where(out, slots + dropped, entry)
+            source = tl.where(out, slot_at(slots, number, dropped, SINKS, RING, SLOTS, PACKED), entry)
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), pos)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
         if SHARES == 2:
             s1 = score_of(mass, error, value, pos, aging, KIND1, AGING, TINY)
-            held = (scores + dropped) * SHARES
+            held = (number + dropped) * SHARES
             moved_s0 = tl.where(out, tl.load(Score + held, mask=out, other=0.0), s0)
             moved_s1 = tl.where(out, tl.load(Score + held + 1, mask=out, other=0.0), s1)
             moved_at, moved_age = at, age
             moved_key, moved_raw = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D)
             place1, dropped = compete(
-                Score, Pos, scores + FIRST, slots + FIRST, moved_s1, at, gone, 1, SHARES, SLOTS - FIRST, SP1, TILE
-            )
+                Score, Pos, slots + one, number + one, own_slots - one, moved_s1, at, gone, 1, SHARES, SP1,
+                SINKS, RING, SLOTS, PACKED, TILE,
+            )  # fmt: skip
             out = dropped >= 0
             gone = (gone & (place1 < 0)) | out
-            source = tl.where(out, slots + FIRST + dropped, source)
+            source = tl.where(out, slot_at(slots, number, one + dropped, SINKS, RING, SLOTS, PACKED), source)
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), at)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, age)
         gone_key, gone_value = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D).to(tl.float32)
@@ -266,19 +296,22 @@ def leave_kernel(
             lost, factor = tl.where(gone, tl.exp(age), 0.0), tl.exp(total)
             fold(memory, up, lost, gone_value, factor, c, c < C, d, D)
             fold(memory, down, lost, gone_value, factor, C + c, c < C, d, D)
-        for first in range(0, SLOTS, TILE):
-            slot = slots + first + tl.arange(0, TILE)
-            holds = tl.load(Pos + slot, mask=first + tl.arange(0, TILE) < SLOTS, other=-1) >= 0
+        for first in range(0, own_slots, TILE):
+            i = first + tl.arange(0, TILE)
+            slot = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+            holds = tl.load(Pos + slot, mask=i < own_slots, other=-1) >= 0
             tl.store(Decay + slot, tl.load(Decay + slot, mask=holds, other=0.0) + total, mask=holds)
         tl.debug_barrier()
         if SHARES == 2:
+            slot = slot_at(slots, number, one + place1, SINKS, RING, SLOTS, PACKED)
             put_entries(
-                Pos, Decay, Mass, Score, Keys, Values, slots + FIRST + place1, scores + FIRST + place1, place1 >= 0,
+                Pos, Decay, Mass, Score, Keys, Values, slot, number + one + place1, place1 >= 0,
                 moved_at, moved_age, moved_s0, moved_s1, moved_key, moved_raw, d, SHARES, D,
             )  # fmt: skip
         if SLOTS:
+            slot = slot_at(slots, number, place0, SINKS, RING, SLOTS, PACKED)
             put_entries(
-                Pos, Decay, Mass, Score, Keys, Values, slots + place0, scores + place0, place0 >= 0,
+                Pos, Decay, Mass, Score, Keys, Values, slot, number + place0, place0 >= 0,
                 pos, decay, s0, s1, key, raw, d, SHARES, D,
             )  # fmt: skip
         left = j < BLOCK
@@ -322,17 +355,20 @@ def partner_of(d, WIDTH: constexpr, NEIGHBOURS: constexpr):
 
 
 @jit
-def tile_scores(q, Keys, Pos, base, t, limit, entry, seen, new_key, d, scaling, softcap,
+def tile_scores(q, Keys, Pos, place, t, limit, entry, seen, new_key, d, scaling, softcap,
                 far_q, Frequencies, reach, D: constexpr, SOFTCAP: constexpr, FAR: constexpr, WIDTH: constexpr,
                 NEIGHBOURS: constexpr):  # fmt: skip
-    """(scores [heads, keys], −inf where there is no token, positions [keys]); the token itself stands at `entry`."""
+    """(scores [heads, keys], −inf where there is no token, positions [keys]); the token itself stands at `entry`.
+
+    Those of the head's entries t, which are at `place` in the position axes of all rows.
+    """
     here = t < limit
-    key = tl.where((t == entry)[:, None], new_key[None, :], rows_at(Keys, base + t, here, d, D))
-    pos = tl.where(t == entry, seen, tl.load(Pos + base + t, mask=here, other=-1))
+    key = tl.where((t == entry)[:, None], new_key[None, :], rows_at(Keys, place, here, d, D))
+    pos = tl.where(t == entry, seen, tl.load(Pos + place, mask=here, other=-1))
     s = tl.dot(q, tl.trans(key), input_precision="ieee") * scaling
     if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
         if seen > reach:
-            other = rows_at(Keys, base + t, here, partner_of(d, WIDTH, NEIGHBOURS), D).to(tl.float32)
+            other = rows_at(Keys, place, here, partner_of(d, WIDTH, NEIGHBOURS), D).to(tl.float32)
             far_k = turned(key.to(tl.float32), other, pos, 0.0, Frequencies, d, WIDTH, NEIGHBOURS)
             far = tl.dot(far_q, tl.trans(far_k), input_precision="ieee") * scaling
             s = tl.where((seen - pos > reach)[None, :], far, s)
@@ -387,11 +423,11 @@ def softplus(x):
 @jit
 def read_kernel(
     Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogDecay, DecayWeight, SinkLogit,
-    Frequencies, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
+    Frequencies, Owned, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
     HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
     G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
-    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, BLOCK: constexpr, TILE: constexpr, COUNT: constexpr,
-    UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr,
+    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr,
+    COUNT: constexpr, UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -435,16 +471,18 @@ def read_kernel(
     LOCAL: constexpr = SINKS + RING
     for first in range(0, LOCAL, TILE):
         t = first + tl.arange(0, TILE)
-        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap,
+        s, _ = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
                              far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
         old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
         m, l, acc = absorb(s, old, m, l, acc)
     local_m, local_l = m, l
-    for first in range(LOCAL, LOCAL + SLOTS, TILE):
+    number, _one, own_slots = slots_of(Owned, row, b, h, kv_heads, SLOTS, SLOTS, PACKED)
+    for first in range(LOCAL, LOCAL + own_slots, TILE):
         t = first + tl.arange(0, TILE)
-        s, _ = tile_scores(q, Keys, Pos, base, t, LOCAL + SLOTS, entry, seen, key, d, scaling, softcap,
+        place = slot_at(base + LOCAL, number, t - LOCAL, SINKS, RING, SLOTS, PACKED)
+        s, _ = tile_scores(q, Keys, Pos, place, t, LOCAL + own_slots, entry, seen, key, d, scaling, softcap,
                              far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
-        m, l, acc = absorb(s, rows_at(Values, base + t, t < LOCAL + SLOTS, d, D), m, l, acc)
+        m, l, acc = absorb(s, rows_at(Values, place, t < LOCAL + own_slots, d, D), m, l, acc)
     filled = l > 0.0
     lse = tl.where(filled, m + tl.log(tl.where(filled, l, 1.0)), -1e30)
     y = acc / tl.where(filled, l, 1.0)[:, None]
@@ -470,7 +508,7 @@ def read_kernel(
     if MASS:
         for first in range(0, LOCAL, TILE):
             t = first + tl.arange(0, TILE)
-            s, pos = tile_scores(q, Keys, Pos, base, t, LOCAL, entry, seen, key, d, scaling, softcap,
+            s, pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
                              far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
             p = tl.exp(s - local_m[:, None]) / tl.where(local_l > 0.0, local_l, 1.0)[:, None]
             got = tl.sum(tl.where((g < G)[:, None], p, 0.0), 0)
@@ -512,19 +550,37 @@ def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
     return {
         "HAS_VALID": False, "MEMORY": spec.has_memory, "D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C),
         "SINKS": spec.sinks, "RING": spec.ring, "SLOTS": spec.slots, "BLOCK": spec.block,
+        "PACKED": spec.is_packed,
         "TILE": TILE if power_of_two(D) * q.element_size() <= NARROW else SMALL_TILE,
     }  # fmt: skip
 
 
+def owned(spec: KernelSpec, nothing: Tensor) -> Tensor:
+    """What `slots_of` looks up, on the device of `nothing`: that where all KV heads have as many slots."""
+    return slot_table(spec, nothing.device) if spec.is_packed else nothing
+
+
+@lru_cache(maxsize=64)
+def slot_table(spec: KernelSpec, device: torch.device) -> Tensor:
+    """[Hk, 3] int32: of each KV head the number of its first slot, the slots of its first share, its slots."""
+    rows, start = [], 0
+    for head, slots in enumerate(spec.head_slots):
+        rows.append([start, spec.shares_of(head)[0][1], slots])
+        start += slots
+    with torch.inference_mode(False):  # it outlives this call
+        return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
 def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, common: dict[str, Any]) -> None:
     spec = kernel.spec
-    shares = spec.shares if spec.slots else ((KINDS[0], 0),)
+    shares = (spec.spread if spec.is_packed else spec).shares if spec.slots else ((KINDS[0], 0),)
     kinds = [KINDS.index(name) for name, _ in shares] + [-1]
     rest = shares[1][1] if len(shares) == 2 else 0
     weight = kernel.map_k.weight.contiguous() if isinstance(kernel.map_k, Hedgehog) else state.memory
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
-        state.seen if valid is None else valid, weight, kernel.scaling**0.5, float(spec.aging), state.pos.shape[1],
+        state.seen if valid is None else valid, weight, owned(spec, state.seen), kernel.scaling**0.5, float(spec.aging),
+        state.pos.shape[1],
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         FIRST=shares[0][1], SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
@@ -547,7 +603,7 @@ def read(
     read_kernel[grid](
         q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
-        nothing if rotation is None else rotation.frequencies.float().contiguous(),
+        nothing if rotation is None else rotation.frequencies.float().contiguous(), owned(spec, state.seen),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
         kernel.softcap or 1.0, spec.reach, state.pos.shape[1],
         **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),

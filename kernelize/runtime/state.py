@@ -242,7 +242,8 @@ def cells(spec: KernelSpec) -> tuple[Cells, Cells]:
 
 def moved(state: State, spec: KernelSpec, places: Cells) -> State:
     """The state with its slots from `places` among those it has, counted through the rows of all heads."""
-    first, index = spec.sinks + spec.ring, torch.tensor(places, dtype=torch.int64, device=state.pos.device)
+    first = spec.sinks + spec.ring
+    index = torch.tensor(places, dtype=torch.int64).to(state.pos.device, non_blocking=True)  # a GPU is not waited for
 
     def move(x: Tensor, start: int, blank: float = 0.0) -> Tensor:  # x [B, Hk, start + slots, ...]
         flat = x[:, :, start:].flatten(1, 2)
@@ -277,7 +278,7 @@ def by_head(run: Callable[..., tuple[AttentionOutput, State]]) -> Callable[..., 
         spec = kernel.spec
         if not spec.is_packed:
             return run(q, k, v, kernel, state, *others, **named)
-        wide, before = unpacked(kernel, empty_state(spec, k, v) if state is None else state)
+        wide, before = (kernel._replace(spec=spec.spread), None) if state is None else unpacked(kernel, state)
         out, after = run(q, k, v, wide, before, *others, **named)
         return out, moved(after, spec, cells(spec)[1])
 
