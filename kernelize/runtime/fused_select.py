@@ -329,7 +329,7 @@ class Room(NamedTuple):
     own: Tensor  # [Hk] int32, each KV head's; [1] where all have as many
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # layers may differ
 def rooms(spec: KernelSpec, device: torch.device) -> tuple[Room, ...]:
     """The slots of each share."""
     heads = [spec.shares_of(head) for head in range(len(spec.head_slots))] or [spec.shares]

@@ -560,7 +560,7 @@ def owned(spec: KernelSpec, nothing: Tensor) -> Tensor:
     return slot_table(spec, nothing.device) if spec.is_packed else nothing
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # layers may differ; a captured step must find its own
 def slot_table(spec: KernelSpec, device: torch.device) -> Tensor:
     """[Hk, 3] int32: of each KV head the number of its first slot, the slots of its first share, its slots."""
     rows, start = [], 0

@@ -253,7 +253,7 @@ class Spread(KernelSpec):
         pass
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # layers may differ
 def spread(spec: KernelSpec) -> Spread:
     return Spread(**{**vars(spec), "slots": max(spec.head_slots)})
 

@@ -221,7 +221,7 @@ def quota(spec: KernelSpec, share: int, like: Tensor) -> Tensor | int:
 Cells = list[list[int]]  # [Hk, slots]
 
 
-@lru_cache(maxsize=64)  # numbers, not tensors: those would belong to the mode and device of whoever came first
+@lru_cache(maxsize=512)  # numbers, not tensors: those would belong to the mode and device of whoever came first
 def cells(spec: KernelSpec) -> tuple[Cells, Cells]:
     """Where a packed spec's slots lie: (in the packed state, for each of the `spread` one's; the other way round).
 
