@@ -54,6 +54,7 @@ CASES = [
     ("no slots, no decay", {**LLAMA, "slots": 0, "decay": "none"}, (1, 4, 2, 128), 2048, BFLOAT),
     ("gated decay", {**LLAMA, "decay": "gated"}, (1, 8, 2, 128), 2048, BFLOAT),
     ("forecast", {**LLAMA, "policy": "attention+forecast", "aging": 1024}, (1, 8, 2, 128), 2048, BFLOAT),
+    ("slots by KV head", {**LLAMA, "head_slots": (216, 40)}, (1, 8, 2, 128), 2048, BFLOAT),
     ("llama 32k", dict(LLAMA), (1, 8, 2, 128), 32768, BFLOAT),
     ("llama 262k", dict(LLAMA), (1, 4, 1, 128), 262144, BFLOAT),
 ]
@@ -162,8 +163,9 @@ def check(case: tuple) -> dict:
     if refused:
         return {"case": name, "T": T, "dtype": str(dtype).split(".")[1], "ok": True, "refused": refused}
     with torch.no_grad():
-        death, scores = lives_of(*leaves, kernel)
-        differ = lifetimes_differ(kernel, death, scores, T)
+        given = kernel._replace(spec=spec.spread) if spec.is_packed else kernel
+        death, scores = lives_of(*leaves, given)
+        differ = lifetimes_differ(given, death, scores, T)
     rows = torch.arange(T, device="cuda")
     if T > DENSE:
         rows = torch.randperm(T, device="cuda", generator=torch.Generator("cuda").manual_seed(1))[:ROWS].sort()[0]
