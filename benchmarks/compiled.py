@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernelize.runtime import fused
 from kernelize.runtime.attention import KernelAttention
-from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.spec import KernelSpec, mean_slots
 
 TARGET = GPUTarget("cuda", 90, 32)
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "alias"}
@@ -135,6 +135,7 @@ def layer_call(
     def call() -> None:
         with torch.set_grad_enabled(train):
             kernel = attention.kernel(D**-0.5)
+            kernel = kernel._replace(spec=kernel.spec.spread) if kernel.spec.is_packed else kernel
             y = fused.attend_plainly(*leaves, kernel, None, None, branches=False, keep=keep)[0].y
         if train:
             torch.autograd.grad(y, [*leaves, *attention.parameters()], torch.empty_like(y), allow_unused=True)
@@ -156,6 +157,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--policy", default="attention")
     parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument(
+        "--head-slots", type=int, nargs="+", default=(), help="one number a KV head, instead of --slots"
+    )
     parser.add_argument("--shape", type=int, nargs=4, default=(1, 32, 8, 128), metavar=("B", "H", "Hk", "D"))
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--keep", action="store_true", help="the state afterwards, too")
@@ -163,6 +167,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     given = parser.parse_args()
     fields = {"feature_dim": 128, "window": 64, "sinks": 4, "block": 16, "policy": given.policy, "slots": given.slots}
+    if given.head_slots:
+        fields |= {"slots": mean_slots(given.head_slots), "head_slots": tuple(given.head_slots)}
     call = layer_call(fields, tuple(given.shape), given.length, given.train, given.keep)
     launches, operations = launches_of(call)
     print(f"{len(launches)} kernels, {sum(operations.values())} torch operations")
