@@ -33,6 +33,7 @@ from .runtime.state import Seen
 
 SIZES = (16, 64, 176, 416)  # slots at which a layer's cost is measured
 LEAST, STEP = 16, 8  # slots: the smallest budget of a layer, and the unit in which the rest is given out
+MOST = 1024  # slots: what the fused kernels take; no layer or head gets more, unless all have as many on average
 RETRIEVAL_WEIGHT = 0.03  # of a nat of an answer's loss, against a nat of ordinary text's divergence
 K = TypeVar("K")
 NAMES = ("Abel", "Brook", "Cleo", "Dorian", "Edda", "Flint", "Greta", "Hollis", "Ivor", "Juno", "Kell", "Lark")
@@ -167,13 +168,15 @@ def share_out(costs: dict[K, Tensor], total: int, sizes: Sequence[int] = SIZES) 
     """Slots for each layer, or what else `costs` [sizes] are of, `total` in all: each next `STEP` goes where it saves
     most.
 
-    Between and beyond the measured sizes the cost is taken to be linear in 1/√slots.
+    None gets more than `MOST`. Between and beyond the measured sizes the cost is taken to be linear in 1/√slots.
     """
-    least = min(LEAST, total // len(costs))
+    mean = total // len(costs)
+    least, most = min(LEAST, mean), max(MOST, mean + STEP)
     curves = {i: _slopes(cost, sizes) for i, cost in costs.items()}
     budget = dict.fromkeys(costs, least)
     for _ in range((total - least * len(costs)) // STEP):
-        gains = {i: _cost(curves[i], sizes, c) - _cost(curves[i], sizes, c + STEP) for i, c in budget.items()}
+        room = {i: c for i, c in budget.items() if c + STEP <= most}
+        gains = {i: _cost(curves[i], sizes, c) - _cost(curves[i], sizes, c + STEP) for i, c in room.items()}
         budget[max(gains, key=lambda i: gains[i])] += STEP
     return budget
 

@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.budget import (
     LEAST,
+    MOST,
     SIZES,
     STEP,
     BudgetText,
@@ -50,6 +51,13 @@ def test_few_slots_are_shared_out_too():
     budget = share_out({0: falling(1.0), 1: falling(9.0)}, 2 * STEP)
     assert sum(budget.values()) <= 2 * STEP
     assert budget[1] >= budget[0]
+
+
+def test_nobody_gets_more_slots_than_the_kernels_take_unless_all_have_as_many():
+    assert share_out({0: falling(0.0), 1: falling(9.0)}, 1600) == {0: 1600 - MOST, 1: MOST}
+    assert sum(share_out(dict.fromkeys(range(2), falling(1.0)), 2 * (MOST + 8 * STEP)).values()) == 2 * (
+        MOST + 8 * STEP
+    )
 
 
 def test_retrieval_text_has_its_length_and_its_answer():
