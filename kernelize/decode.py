@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache
 
+from .compiled import compiled_layers
 from .errors import InputError
 from .runtime.cache import CACHE, kernel_layers
-from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
+from .runtime.modeling import KernelizedModelMixin
 
 log = logging.getLogger("kernelize")
 
@@ -88,26 +89,6 @@ def uncapturable(model: Any) -> str | None:
         return f"the model is on {model.device.type}, not on a GPU"
     rope = (model.config.to_dict().get("rope_parameters") or {}).get("rope_type")
     return f"rope_type={rope!r} asks the host for the length" if rope in HOST_ROPES else None
-
-
-@contextmanager
-def compiled_layers(model: Any, backend: str = "inductor") -> Iterator[None]:
-    """Within the context torch.compile fuses what stands around the attention of each decoder layer: norms, rotation,
-    activation. Kernelized attention itself keeps its own kernels."""
-    layers = list(model.get_submodule(family_of(model.config.model_type).layers))
-    kernelized: Any = model if isinstance(model, KernelizedModelMixin) else None
-    own = [x.kernelize for x in kernelized_layers(kernelized).values()] if kernelized else []
-    try:
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
-        for attention in own:
-            attention.forward = torch.compiler.disable(attention.forward)
-        # attention classes know their layer's number, so each layer is a variant
-        with torch._dynamo.config.patch(recompile_limit=8 * len(layers), accumulated_recompile_limit=64 * len(layers)):
-            yield
-    finally:
-        for module in (*layers, *own):
-            vars(module).pop("forward", None)
 
 
 @torch.no_grad()

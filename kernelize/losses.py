@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .fused_losses import divergence, head_weight
 from .recipe import DistilWeights, TransferWeights
 from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
@@ -284,21 +285,43 @@ def distillation(
     """KL(teacher || student) at a temperature, times its square (arXiv 1503.02531), plus next-token cross-entropy, of
     all tokens, of answers' and of those beyond the teacher's context, where it stands for the KL.
 
-    A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once.
+    A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once. On a GPU in
+    Triton kernels, where both heads are plain matrices.
     """
-    counted = (labels != -100).nonzero()[:, 0]  # one sync; a mask would be one for each part
-    tokens = [None if part is None else part[counted] for part in (student, teacher, labels, asked, beyond)]
     step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
-    totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
     with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
-    for start in range(0, len(counted), step):
-        chunk = (None if part is None else part[start : start + step] for part in tokens)
-        totals = totals + checkpoint(
-            _divergence, *chunk, student_head, teacher_head, weights.temperature, with_ce, use_reentrant=False
-        )
+    tokens, heads = (student, teacher, labels, asked, beyond), (student_head, teacher_head)
+    mine, theirs = map(head_weight, heads)
+    if teacher is None or mine is None or theirs is None:
+        totals = _chunked_totals(tokens, heads, weights.temperature, with_ce, step)
+    else:
+        kl, ce = divergence(student, mine, teacher, theirs, labels, weights.temperature, step)
+        kl, ce = (x.masked_fill(labels == -100, 0) for x in (kl, ce))
+        totals = _totals(kl, ce if with_ce else torch.zeros_like(ce), asked, beyond)
     kl, ce, answer, past = totals
     loss = kl * weights.kl + ce * weights.ce + past * (weights.beyond or 0.0)
     return Distilled(loss, answer * weights.answer, *totals.detach()[:3])
+
+
+def _chunked_totals(
+    tokens: tuple[Tensor | None, ...], heads: tuple[Head, Head | None], temperature: float, with_ce: bool, step: int
+) -> Tensor:
+    """The sums of `_totals`; tokens are those of `distillation`."""
+    student, _, labels, *_ = tokens
+    assert student is not None
+    assert labels is not None
+    counted = (labels != -100).nonzero()[:, 0]  # one sync; a mask would be one for each part
+    tokens = tuple(None if part is None else part[counted] for part in tokens)
+    totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
+    for start in range(0, len(counted), step):
+        chunk = (None if part is None else part[start : start + step] for part in tokens)
+        totals = totals + checkpoint(_divergence, *chunk, *heads, temperature, with_ce, use_reentrant=False)
+    return totals
+
+
+def _totals(kl: Tensor, ce: Tensor, asked: Tensor, beyond: Tensor) -> Tensor:
+    """Sums [4] over the tokens [N]: KL where the teacher can teach; cross-entropy, that of answers, that beyond."""
+    return torch.stack((kl.masked_fill(beyond, 0).sum(), ce.sum(), (ce * asked).sum(), (ce * beyond).sum()))
 
 
 def _divergence(
@@ -313,16 +336,14 @@ def _divergence(
     with_ce: bool,
 ) -> Tensor:
     logits = student_head(student)
-    kl = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    kl = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     if teacher is not None and teacher_head is not None:
         with torch.no_grad():
             target = _log_probabilities(teacher_head(teacher), temperature)
         kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="none", log_target=True).sum(-1)
-        kl = kl.masked_fill(beyond, 0).sum() * temperature**2
-    if not with_ce:
-        return torch.stack((kl, *torch.zeros_like(kl).expand(3)))
-    ce = F.cross_entropy(logits.to(kl), labels, reduction="none")
-    return torch.stack((kl, ce.sum(), (ce * asked).sum(), (ce * beyond).sum()))
+        kl = kl * temperature**2
+    ce = F.cross_entropy(logits.to(kl), labels, reduction="none") if with_ce else torch.zeros_like(kl)
+    return _totals(kl, ce, asked, beyond)
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

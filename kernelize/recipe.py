@@ -124,6 +124,8 @@ class Stage(_Strict):
     memory that does not depend on its length; gradients end at a chunk's start (`across: truncate`, the default), or
     follow through all chunks, which are then read twice (`recompute`).
     A step whose loss or gradient is no finite number stops the run or, with `on_nonfinite: skip`, is left out.
+    With `compiled`, a GPU runs what stands around the attention through torch.compile, which takes half a minute once:
+    of joined rows, without gradient_checkpointing, chunk_tokens or layers_at_a_time.
     A transfer with `layers_at_a_time` trains so many layers after the other, and holds no more of the model than those:
     each group sees all of the stage's batches, as hidden states that are stored in the output folder meanwhile.
     """
@@ -151,7 +153,14 @@ class Stage(_Strict):
     across: Literal["truncate", "recompute"] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     layers_at_a_time: int | None = Field(default=None, ge=1)
+    compiled: bool = True
     data: Sequence[DataSource] = Field(min_length=1)
+
+    @property
+    def is_compilable(self) -> bool:
+        """Whether one code serves all batches: documents of a row are as many shapes as there are rows."""
+        others = self.gradient_checkpointing or self.chunk_tokens or self.layers_at_a_time
+        return self.compiled and self.packing == "joined" and not others
 
     @field_validator("betas")
     @classmethod

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from . import checkpoints, sharding
 from .blockwise import BlockTransfer, Group, Store, blocks_of, groups, place
 from .chunks import ChunkedDistil
+from .compiled import compiled_layers
 from .data import (
     HAYSTACK_PER_TOKEN,
     Documents,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINTS, LOG, WRITTEN, HIDDEN = "checkpoints", "train.jsonl", "data", "hidden"
+COMPILED_ON, BACKEND = ("cuda",), "inductor"
 SKIPPED = 8  # steps in a row that cannot be used end a run even if its recipe skips them
 
 Event = dict[str, Any]
@@ -336,7 +338,7 @@ class _Run:
         for number, group in list(enumerate(self._groups(stage)))[rounds:]:
             training = self._prepare(index, stage, last if first else None, number, group)
             try:
-                with closing(stream(last.position if last and first else None)) as data:
+                with closing(stream(last.position if last and first else None)) as data, self._compiled(stage):
                     results.append(self._steps(index, training, data, first))
             finally:
                 self._leave(training)
@@ -346,6 +348,16 @@ class _Run:
                 self._store().forget(group.first)
             last, first = None, 0
         return _joined(results)
+
+    @contextmanager
+    def _compiled(self, stage: Stage) -> Iterator[None]:
+        """On a GPU the stage's models run compiled around their attention, where the stage allows it."""
+        with ExitStack() as stack:
+            if self.accelerator.device.type in COMPILED_ON and stage.is_compilable and not self.sharded:
+                for model in (self.model, self.teacher if stage.kind == "distil" else None):
+                    if model is not None:
+                        stack.enter_context(compiled_layers(model, BACKEND))
+            yield
 
     def _store(self) -> Store:
         return Store(self.output / HIDDEN, self.accelerator.process_index)

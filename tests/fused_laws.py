@@ -15,6 +15,8 @@ import triton.language as tl
 from tolerances import GRADIENT_TOLERANCE, assert_same
 from triton.runtime.errors import InterpreterError
 
+from kernelize import fused_losses, losses
+from kernelize.recipe import DistilWeights
 from kernelize.runtime import (
     chunked,
     fused,
@@ -405,10 +407,33 @@ def bounds() -> None:
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+def divergence() -> None:
+    """Of two LM heads: kernels = dense, with gradients, for vocabularies of one and of several steps."""
+    generator = torch.Generator().manual_seed(0)
+    fused_losses.COLUMNS = 16
+    for V, temperature in ((19, 1.0), (19, 2.0), (70, 1.0), (16, 3.0)):
+        heads = [torch.nn.Linear(width, V, bias=False) for width in (6, 5)]
+        x, t = torch.randn(13, 6, generator=generator, requires_grad=True), torch.randn(13, 5, generator=generator)
+        labels = torch.randint(0, V, (13,), generator=generator).masked_fill(torch.arange(13) % 5 == 2, -100)
+        asked, beyond = torch.arange(13) % 3 == 0, torch.arange(13) >= 10
+        for weights in (DistilWeights(temperature=temperature),
+                        DistilWeights(kl=0.7, ce=0.3, answer=0.2, beyond=0.4, temperature=temperature)):  # fmt: skip
+            for held in (1, 4 * V, 1 << 20):
+                losses.LOGITS_HELD["cpu"] = held
+                found = []
+                for given in (heads, [lambda y, head=head: head(y) for head in heads]):
+                    assert (fused_losses.head_weight(given[0]) is None) == (given is not heads)
+                    got = losses.distillation(x, t, labels, asked, beyond, *given, weights, V)
+                    grads = torch.autograd.grad(got.loss + got.answers, (x, heads[0].weight))
+                    found.append((*got, *grads))
+                for a, b in zip(*found, strict=True):
+                    assert_same(a, b, f"V={V}, temperature={temperature}, {held} held", GRADIENT_TOLERANCE)
+
+
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
-    heads,
+    heads, divergence,
 )  # fmt: skip
 
 if __name__ == "__main__":

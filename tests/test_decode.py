@@ -9,7 +9,8 @@ import torch
 from families import tiny_student, tiny_teacher
 from tiny import byte_tokenizer
 
-from kernelize.decode import BLOCK, Decoder, Sampling, compiled_layers, prefill, refused
+from kernelize.compiled import compiled_layers
+from kernelize.decode import BLOCK, Decoder, Sampling, prefill, refused
 from kernelize.errors import InputError
 from kernelize.generate import Conversation
 from kernelize.runtime.cache import CACHE

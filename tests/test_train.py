@@ -10,9 +10,10 @@ import signal
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_llama
+from tolerances import assert_same
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
-from kernelize import objectives
+from kernelize import objectives, train
 from kernelize.convert import load
 from kernelize.errors import InputError, KernelizeError
 from kernelize.objectives import NEW, Features, attach_lora
@@ -121,6 +122,23 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(text, tmp_path, stage):
     assert changed == expected
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("packing", ["documents", "joined"])
+def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, packing):
+    """A few graphs serve all layers, batches and both models; none is left behind."""
+    stage, losses = ALL | {"packing": packing, "steps": 4}, {}
+    for on in ((), ("cpu",)):
+        monkeypatch.setattr(train, "COMPILED_ON", on)
+        monkeypatch.setattr(train, "BACKEND", "eager")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, _, events = run(recipe(text, stage), tmp_path / f"out{len(on)}")
+        losses[on] = torch.tensor(losses_of(events))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (0 < graphs <= 8) if on and packing == "joined" else graphs == 0
+        assert not [m for m in model.modules() if "forward" in vars(m)]
+    assert_same(losses["cpu",], losses[()], "losses")
 
 
 def test_the_result_is_an_ordinary_checkpoint_with_its_log(text, tmp_path):
