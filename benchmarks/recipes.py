@@ -5,9 +5,9 @@
 
 DATA holds train/*.parquet, eval/*.jsonl (wikitext2_test.jsonl: rows with a column `text`, joined; and question sets)
 and longdocs/*.txt.xz. A recipe's own data is replaced by that text; `retrieval` hides its facts in it. In turn: the
-training text is searched for evaluation text; all recipes are trained, `--jobs` at a time, seed after seed; all models
-are measured side by side; OUT/table.md says what came out. With `--minutes` the work ends in time, and the same command
-goes on.
+training text is searched for evaluation text; all are converted; all are trained, `--jobs` at a time, seed after seed;
+all models are measured side by side; OUT/table.md says what came out. With `--minutes` the work ends in time, and the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,14 +41,14 @@ from kernelize.report import write_report
 from kernelize.runtime.modeling import kernelized_layers, plan_entry, plan_of
 from kernelize.train import finetune
 
-RECIPES = ("recall", "default", "dropout", "window-distilled", "hybrid-quarter", "lolcats", "liger", "pure-linear",
-           "window-only")  # fmt: skip
+RECIPES = ("recall", "default", "heads", "dropout", "window-distilled", "hybrid-quarter", "lolcats", "liger",
+           "pure-linear", "window-only")  # fmt: skip
 # shares of documents: of the tokens about .2 books, .3 textbooks, .12 documentation, .06 code, .07 chat
 TEXT = {"books_fiction_nonfiction": 0.042, "openstax_textbooks": 0.118, "technical_docs": 0.041, "code": 0.021,
         "instruct": 0.44}  # fmt: skip
 HAYSTACKS = {"books_fiction_nonfiction": 0.11, "openstax_textbooks": 0.04, "technical_docs": 0.02}
 WIKI, BOOK, WITHOUT_QUESTIONS = "eval/wikitext2_test.jsonl", "longdocs/middlemarch.txt.xz", ("wikitext2_test",)
-PARTS = ("overlap", "train", "measure")
+PARTS = ("overlap", "convert", "train", "measure")
 SUITES = ("wikitext", "book", "passkey", "tasks", "audit")
 GRACE = 40  # seconds before the end at which trainings are told to stop: a step and a checkpoint
 TEACHER = "teacher"
@@ -132,6 +135,16 @@ def converted(name: str, args: argparse.Namespace) -> tuple[Any, Any, Recipe]:
     return *load(str(folder), device=args.device, dtype="float32"), recipe
 
 
+def convert_all(args: argparse.Namespace) -> None:
+    """Before anything trains: a conversion is the host's work, so on a GPU several go on at once."""
+    with ProcessPoolExecutor(args.converting, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(convert_one, args=args), dict.fromkeys((*args.recipes, *args.untrained))))
+
+
+def convert_one(name: str, args: argparse.Namespace) -> None:
+    converted(name, args)
+
+
 def _convert(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     began = time.monotonic()
     if recipe.keep_auto:
@@ -216,7 +229,7 @@ def question_sets(data: Path) -> tuple[str, ...]:
 def suites(args: argparse.Namespace) -> dict[str, Suite]:
     """What is measured, in this order."""
     wiki, book = str(args.data / WIKI), str(args.data / BOOK)
-    tasks = Tasks(folder=str(args.data / "eval"), names=question_sets(args.data))
+    tasks = Tasks(folder=str(args.data / "eval"), names=question_sets(args.data), batch=args.batch)
     if args.trial:
         return {
             "wikitext": Perplexity(lengths=(512,), pieces=2, text=wiki),
@@ -226,8 +239,8 @@ def suites(args: argparse.Namespace) -> dict[str, Suite]:
         }
     return {
         "wikitext": Perplexity(lengths=(2048,), pieces=args.pieces, text=wiki, chunk=2048),
-        "book": Perplexity(lengths=(8192, 65536), pieces=args.book_pieces, text=book, chunk=2048),
-        "passkey": Passkey(lengths=tuple(512 * 2**i for i in range(7)), chunk=2048),
+        "book": Perplexity(lengths=(8192, 65536), pieces=args.book_pieces, text=book, chunk=args.chunk),
+        "passkey": Passkey(lengths=tuple(512 * 2**i for i in range(7)), chunk=args.chunk),
         "tasks": tasks,
     }
 
@@ -266,7 +279,7 @@ def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None
     for name, suite in suites(args).items():
         if name not in args.suites:
             continue
-        rows = evaluate(found, [suite], cache=args.output / "measured.jsonl", on_progress=clock)
+        rows = evaluate(found, [suite], cache=args.output / f"measured-{name}.jsonl", on_progress=clock)
         save_rows(rows, folder / f"{name}.json")
         write_report(rows, args.output / f"report-{name}")
         write_table(args, list(found))
@@ -398,7 +411,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--minutes", type=float, default=None, help="after which the work ends, to go on next time")
-    parser.add_argument("--jobs", type=int, default=None, help="trainings at a time: by default 3 on a GPU, 1 without")
+    parser.add_argument("--jobs", type=int, default=None, help="trainings at a time: by default 2 on a GPU, 1 without")
+    parser.add_argument("--converting", type=int, default=None, help="conversions at a time: by default 8 on a GPU")
     parser.add_argument("--tokens", type=int, default=None, help="of every recipe in all; by default its own")
     parser.add_argument("--source", default=None, help="the teacher; by default the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -410,7 +424,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    args.jobs = args.jobs or (3 if gpu else 1)
+    args.jobs, args.converting = args.jobs or (2 if gpu else 1), args.converting or (8 if gpu else 1)
+    args.chunk, args.batch = (8192, 128) if gpu else (2048, 16)  # of tokens, of questions: a GPU waits for the host
     args.pieces = args.pieces or (None if gpu else 8)
     args.output.mkdir(parents=True, exist_ok=True)
     return args
@@ -421,6 +436,8 @@ def work(args: argparse.Namespace) -> None:
     try:
         if "overlap" in args.only:
             check_overlap(args)
+        if "convert" in args.only:
+            convert_all(args)
         if "train" in args.only:
             train_all(runs, args, clock)
         if "measure" in args.only:

@@ -124,10 +124,12 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(text, tmp_path, stage):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("packing", ["documents", "joined"])
-def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, packing):
-    """A few graphs serve all layers, batches and both models; none is left behind."""
-    stage, losses = ALL | {"packing": packing, "steps": 4}, {}
+@pytest.mark.parametrize(
+    ("stage", "packing"), [(ALL, "joined"), (ALL, "documents"), (TRANSFER, "joined"), (LORA, "joined")]
+)
+def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, stage, packing):
+    """A few graphs serve all batches and both models (a first layer without a gradient has its own); none stays."""
+    stage, losses = stage | {"packing": packing, "steps": 4}, {}
     for on in ((), ("cpu",)):
         monkeypatch.setattr(train, "COMPILED_ON", on)
         monkeypatch.setattr(train, "BACKEND", "eager")
@@ -136,7 +138,7 @@ def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, packing):
         model, _, events = run(recipe(text, stage), tmp_path / f"out{len(on)}")
         losses[on] = torch.tensor(losses_of(events))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert (0 < graphs <= 8) if on and packing == "joined" else graphs == 0
+        assert (0 < graphs <= 12) if on and packing == "joined" else graphs == 0
         assert not [m for m in model.modules() if "forward" in vars(m)]
     assert_same(losses["cpu",], losses[()], "losses")
 
