@@ -7,6 +7,7 @@ BASE   := $(VENV)/.base
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 OLDEST := .venv-oldest
+ZERO3  := .venv-deepspeed
 
 .PHONY: demo test test-slow test-scale test-oldest soak fuzz check format venv clean browser
 
@@ -32,9 +33,10 @@ soak: $(STAMP) fuzz
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py 10000 0
 
-# Four processes, shards with chunks, more families by groups of layers: minutes on two cores.
-test-scale: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 0 -m slow tests/test_scale.py tests/test_blockwise.py
+# Four processes, DeepSpeed, shards with chunks, more families by groups of layers: minutes on two cores.
+test-scale: $(ZERO3)/.installed
+	OMP_NUM_THREADS=1 KERNELIZE_DEEPSPEED=$(abspath $(ZERO3)) \
+	  $(BIN)/python -m pytest --numprocesses 0 -m slow tests/test_scale.py tests/test_blockwise.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -83,5 +85,12 @@ $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	@$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python install --quiet -r constraints-oldest.txt
 	@touch $@
 
+# DeepSpeed in a folder of its own, seen only by the processes that it runs: it needs no CUDA compiler to be installed so.
+$(ZERO3)/.installed: $(STAMP) constraints-deepspeed.txt
+	@echo "installing DeepSpeed"
+	@rm -rf $(ZERO3)
+	@DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $(ZERO3) -r constraints-deepspeed.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) $(OLDEST) $(ZERO3) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out

@@ -22,7 +22,7 @@ def engines() -> dict[str, Path]:
 def engine_environment(engine: str, processes: int) -> dict[str, str]:
     """What `accelerate launch --config_file` sets for the script's processes, but for where they run."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     try:
         choose("engine", engine, tuple(engines()))
@@ -30,7 +30,8 @@ def engine_environment(engine: str, processes: int) -> dict[str, str]:
         raise InputError(str(error)) from None
     options = ["--config_file", str(engines()[engine]), "--num_processes", str(processes), "script.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
-    made = prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config, arguments.main_process_port = "", 0
+    made = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     return {key: value for key, value in made.items() if key.startswith(KEPT)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import peft
 import torch
@@ -42,6 +42,7 @@ class Objective(nn.Module):
     """Model and loss as one module, so that data-parallel wrappers see all that the loss depends on."""
 
     terms: dict[str, int]  # name -> index of the count that it is divided by
+    probed: ClassVar[bool] = False  # whether its losses are taken inside the layers
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -82,6 +83,7 @@ class RowObjective(Objective):
 class Transfer(RowObjective):
     """Per-layer errors of the attention against softmax on the same q, k, v, averaged over layers; summed over rows."""
 
+    probed = True
     terms = {"output": 0, "far": 0, "mass": 0}
 
     def __init__(self, model: PreTrainedModel, weights: TransferWeights):
@@ -114,6 +116,7 @@ class Transfer(RowObjective):
 class Forecast(RowObjective):
     """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows."""
 
+    probed = True
     terms = dict.fromkeys(ForecastTerms._fields, 0)
 
     def __init__(self, model: PreTrainedModel):

@@ -17,8 +17,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -214,8 +214,8 @@ class _Run:
         self.model, self.tokenizer, self.recipe, self.output = model, tokenizer, recipe, output
         self.teacher, self.on_event, self.document = teacher, on_event, document
         self.accelerator = sharding.make_accelerator()
-        self.sharded = sharding.is_sharded(self.accelerator)
-        self.teacher_shards: PreTrainedModel | None = None
+        self.engine = sharding.engine_of(self.accelerator)
+        self.reading: PreTrainedModel | None = None  # the teacher, as a distillation has it
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.changed: set[str] = set()  # original parameters that ended stages have changed
         self.stop = _Stop()
@@ -252,7 +252,7 @@ class _Run:
             raise InputError(
                 f"stage {stage.name!r} fits forecasts, but no layer's policy has one, as attention+forecast"
             )
-        if stage.layers_at_a_time and self.sharded:
+        if stage.layers_at_a_time and self.engine.sharded:
             raise InputError(
                 f"stage {stage.name!r}: layers_at_a_time={stage.layers_at_a_time} holds those layers whole; use ddp"
             )
@@ -403,21 +403,18 @@ class _Run:
         adapter, adapted = None, list[str]()
         if stage.trainable == "new+lora":
             adapter, adapted = attach_lora(self.model, stage.lora or Lora())
-        on_device = None if self.sharded else place(self.model, group, self.accelerator.device, "cpu")
+        on_device = None if self.engine.sharded else place(self.model, group, self.accelerator.device, "cpu")
         self._choose(stage, group)
         if last:
             self.changed = set(last.changed)
             last.load_parameters(self._parameters())
         self._mode(stage)
-        objective = self._objective(stage, copy.deepcopy(self.model) if self.sharded else self.model, group)
+        objective = self._objective(stage, copy.deepcopy(self.model) if self.engine.sharded else self.model, group)
         optimizer, scheduler = self._optimizer(stage, objective.model)
-        wrapped, prepared = self.accelerator.prepare(objective, optimizer)
-        if self.sharded:
-            sharding.check_sharded(objective.model)
+        wrapped, prepared = self.engine.prepare(objective, optimizer, stage.clip)
         if last:
             state, schedule = last.load_optimizer(self.accelerator.device)
-            held = [parameter for part in prepared.param_groups for parameter in part["params"]]
-            prepared.load_state_dict(sharding.sharded_state(state, held))
+            self.engine.load_optimizer(wrapped, prepared, state)
             scheduler.load_state_dict(schedule)
         fitting = fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
         self._tell(
@@ -427,7 +424,7 @@ class _Run:
             steps=self._rounds(stage) * stage.total_steps,
             tokens=stage.total_steps * stage.batch_tokens,
             parameters=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
-            held_parameters=sharding.held(objective.model, self.teacher_shards) if on_device is None else on_device,
+            held_parameters=self.engine.held(objective.model, self.reading) if on_device is None else on_device,
             lora_layers=adapted,
         )
         return _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted, number)
@@ -475,15 +472,13 @@ class _Run:
 
     def _reading_teacher(self) -> PreTrainedModel:
         """The teacher as distillation reads it: sharded where the model is."""
-        if not self.sharded:
-            return self._teacher()
-        if self.teacher_shards is None:
-            self.teacher_shards = sharding.sharded_teacher(self._original().cpu())
-        return self.teacher_shards
+        if self.reading is None:
+            self.reading = self.engine.teacher(self._original())
+        return self.reading
 
     def _leave(self, training: _Training) -> None:
         training.objective.close()
-        self.accelerator.free_memory()
+        self.engine.leave(training.wrapped)
         _recompute_layers(self.model, False)
         for layer in kernelized_layers(self.model).values():
             layer.kernelize.window_dropout = 0.0
@@ -523,14 +518,13 @@ class _Run:
     def _step(self, index: int, step: int, training: _Training, micro: list[Row]) -> dict[str, float]:
         summed = self._gradients_in_memory(index, step, training, micro)
         self.stop.asked = summed.pop() > 0
-        norm = float(self.accelerator.clip_grad_norm_(training.wrapped.parameters(), training.stage.clip))
+        norm = self.engine.clipped_norm(training.wrapped, training.stage.clip)
         if not math.isfinite(norm) or not all(map(math.isfinite, summed)):
             problem = self._loss_problem(training, summed) or self._gradient_problem(index, step, training, micro)
             raise NonfiniteError(f"stage {training.stage.name!r}, step {step}: {problem}")
         rate = training.scheduler.get_last_lr()[0]
-        training.optimizer.step()
+        self.engine.step(training.wrapped, training.optimizer)
         training.scheduler.step()
-        training.optimizer.zero_grad()
         names = ("loss", *training.objective.terms)
         return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
 
@@ -540,7 +534,7 @@ class _Run:
             raise NonfiniteError(problem) from error
         if skipped == SKIPPED:
             raise NonfiniteError(f"{problem}; {skipped} steps in a row could not be used") from error
-        training.optimizer.zero_grad()
+        self.engine.forget(training.wrapped, training.optimizer)
         self._tell(event="skipped", stage=training.stage.name, problem=problem)
 
     def _gradients_in_memory(self, index: int, step: int, training: _Training, micro: list[Row]) -> list[float]:
@@ -550,7 +544,7 @@ class _Run:
                 return self._gradients(index, step, training, micro)
             except torch.OutOfMemoryError as error:
                 self._halve(training, error)
-            training.optimizer.zero_grad()
+            self.engine.forget(training.wrapped, training.optimizer)
             torch.cuda.empty_cache()
 
     def _halve(self, training: _Training, error: torch.OutOfMemoryError) -> None:
@@ -582,12 +576,12 @@ class _Run:
             self._seed(index, step, number * processes + self.accelerator.process_index)
             for part, ends in self._parts(objective, rows):
                 last = ends and number == len(micro) - 1
-                with nullcontext() if last else self.accelerator.no_sync(training.wrapped):
+                with self.engine.micro(training.wrapped, last):
                     with self.accelerator.autocast():  # which FSDP2's wrapper leaves to the loop
                         losses: Losses = training.wrapped(*part)
                     # data-parallel gradients are means over processes; those of a state are a process's own
                     loss = (losses.loss / counts).sum() * processes
-                    self.accelerator.backward(loss if losses.carried is None else loss + losses.carried)
+                    self.engine.backward(training.wrapped, loss if losses.carried is None else loss + losses.carried)
                 total = total + _means(losses, counts, list(objective.terms.values()))
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
         return self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
@@ -613,10 +607,10 @@ class _Run:
 
     def _gradient_problem(self, index: int, step: int, training: _Training, micro: list[Row]) -> str:
         """Which gradient is no number. They are made once more: clipping has spread it over all of them."""
-        training.optimizer.zero_grad()
+        self.engine.forget(training.wrapped, training.optimizer)
         self._gradients(index, step, training, micro)
-        grads = {name: parameter.grad for name, parameter in training.objective.model.named_parameters()}
-        return f"the gradient of {_nonfinite(grads) or 'all parameters together'} is not finite"
+        name = self.engine.nonfinite_gradient(training.objective.model)
+        return f"the gradient of {name or 'all parameters together'} is not finite"
 
     def _merge(self, training: _Training) -> None:
         """Folds LoRA into the weights and notes what this stage has changed."""
@@ -629,9 +623,9 @@ class _Run:
 
     def _collect(self, training: _Training) -> None:
         """Brings what the stage's sharded copy has learned into the model."""
-        if self.sharded:
+        if self.engine.sharded:
             shards = dict(training.objective.model.named_parameters())
-            sharding.collect(shards, dict(self.model.named_parameters()))
+            self.engine.collect(shards, dict(self.model.named_parameters()))
 
     # --- keeping ---
 
@@ -644,8 +638,8 @@ class _Run:
         optimizer, stage = None, self.recipe.stages[index].name
         if training is not None:
             self._collect(training)
-            optimizer = sharding.whole(training.optimizer.state_dict())
-        if bad := _nonfinite(self._parameters()):
+            optimizer = self.engine.optimizer_state(training.wrapped, training.optimizer)
+        if bad := sharding.nonfinite(self._parameters()):
             raise KernelizeError(f"stage {stage!r}, step {step}: {bad} is not finite, not saved")
         if self.accelerator.is_main_process:
             path = checkpoints.write(
@@ -671,19 +665,12 @@ class _Run:
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
             parameter.requires_grad_(True)
-        if bad := _nonfinite(dict(self.model.named_parameters())):
+        if bad := sharding.nonfinite(dict(self.model.named_parameters())):
             raise KernelizeError(f"{bad} is not finite in {self.dtypes[bad]}, nothing is saved")
         if self.accelerator.is_main_process:
             save(self.model, self.tokenizer, self.output, overwrite=True, document=self.document)
             self._tell(event="done", output=str(self.output))
         self.accelerator.wait_for_everyone()
-
-
-def _nonfinite(tensors: Mapping[str, Tensor | None]) -> str | None:
-    """The first name whose tensor has a value that is no finite number."""
-    return next(
-        (n for n, value in tensors.items() if value is not None and not sharding.whole(value.isfinite().all())), None
-    )
 
 
 def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:

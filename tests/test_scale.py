@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
+import sys
 
 import pytest
 from launching import launch
 from test_train import ALL, LORA, TEXT, TRANSFER, losses_of, metric_of, recipe, run, student
 
 from kernelize.errors import InputError
+from kernelize.objectives import Transfer
 from kernelize.sharding import make_accelerator
 
 SCRIPT = """
 import json, sys
 from test_scale import stages
-from test_train import losses_of, metric_of, recipe, run, student
+from test_train import losses_of, metric_of, recipe, run
 
-text, output, found, processes = sys.argv[1:]
-_, _, events = run(recipe(text, *stages(int(processes)), checkpoint_steps=1), output)
+text, output, found, processes, resume = sys.argv[1:]
+_, _, events = run(recipe(text, *stages(int(processes)), checkpoint_steps=1), output, resume=resume == "resume")
 if events:
     held = [event["held_parameters"] for event in events if event["event"] == "stage"]
     json.dump([losses_of(events), metric_of(events, "gradient_norm"), held], open(found, "w"))
@@ -45,12 +50,20 @@ def alone(text, tmp_path_factory):
     return run(recipe(text, *stages(1), checkpoint_steps=1), tmp_path_factory.mktemp("alone"))[2]
 
 
+ENGINES = [
+    "fsdp2",
+    pytest.param(
+        "zero3",
+        marks=pytest.mark.skipif("KERNELIZE_DEEPSPEED" not in os.environ, reason="needs DeepSpeed: make test-scale"),
+    ),
+]
 CASES = [
     ("ddp", 2),
     ("fsdp2", 2),
-    pytest.param("ddp", 4, marks=pytest.mark.slow),
-    pytest.param("fsdp2", 4, marks=pytest.mark.slow),
-]
+    *(pytest.param(*case, marks=[pytest.mark.slow, *marks]) for *case, marks in (
+        ("ddp", 4, []), ("fsdp2", 4, []), ("zero3", 2, ENGINES[1].marks), ("zero3", 4, ENGINES[1].marks)
+    )),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("engine", "processes"), CASES)
@@ -58,16 +71,16 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     """And the checkpoint that they leave is one that a single process goes on from."""
     script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
     script.write_text(SCRIPT)
-    launch(script, text, str(output), str(found), str(processes), engine=engine, processes=processes)
+    launch(script, text, str(output), str(found), str(processes), "anew", engine=engine, processes=processes)
     losses, norms, held = json.loads(found.read_text())
     events = alone
     assert losses == pytest.approx(losses_of(events), rel=1e-4)
     assert norms == pytest.approx(metric_of(events, "gradient_norm"), rel=1e-3)
     start = json.loads((output / "train.jsonl").read_text().splitlines()[0])
     assert start["processes"] == processes
-    assert start["engine"] == {"ddp": "multi_cpu", "fsdp2": "fsdp"}[engine]
+    assert start["engine"] == {"ddp": "multi_cpu", "fsdp2": "fsdp", "zero3": "deepspeed"}[engine]
     whole = sum(p.numel() for p in student().parameters())
-    if engine == "fsdp2":  # a distillation's teacher keeps embeddings and LM head gathered, half of this one
+    if engine != "ddp":  # a distillation's teacher keeps embeddings and LM head gathered, half of this one
         around = sum(p.numel() for p in (student().lm_head.weight, student().model.embed_tokens.weight))
         assert whole / processes <= held[0] < 1.2 * whole / processes
         assert 1.8 * whole / processes < held[2] < 2.2 * whole / processes + around
@@ -76,6 +89,17 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     shutil.rmtree(output / "checkpoints/2-all-3")
     _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
     assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shards_go_on_from_what_one_process_has_left(text, alone, tmp_path, engine):
+    script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
+    script.write_text(SCRIPT)
+    run(recipe(text, *stages(2), checkpoint_steps=1), output)
+    shutil.rmtree(output / "checkpoints/2-all-3")
+    launch(script, text, str(output), str(found), "2", "resume", engine=engine)
+    assert json.loads(found.read_text())[0] == pytest.approx(losses_of(alone)[-1:], rel=1e-4)
 
 
 CHUNKS = """
@@ -93,26 +117,73 @@ if events:
 def chunked_stages():
     far = {"name": "truncate", "kind": "distil", "trainable": "all", "steps": 2, "packing": "joined"}
     far |= {"sequence_length": 128, "batch_tokens": 512, "micro_batch": 1, "chunk_tokens": 64, "data": ["sample"]}
-    return far, far | {"name": "recompute", "across": "recompute"}
+    again = far | {"name": "again", "chunk_tokens": None, "gradient_checkpointing": True}
+    return far, far | {"name": "recompute", "across": "recompute"}, again
 
 
 @pytest.mark.slow
-def test_shards_and_chunks_go_together(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shards_and_chunks_and_checkpointing_go_together(tmp_path, engine):
     script, found = tmp_path / "script.py", tmp_path / "found.json"
     script.write_text(CHUNKS)
-    launch(script, str(tmp_path / "two"), str(found), engine="fsdp2")
+    launch(script, str(tmp_path / "two"), str(found), engine=engine)
     _, _, alone = run(recipe("", *chunked_stages()), tmp_path / "one")
     assert json.loads(found.read_text()) == pytest.approx(losses_of(alone), rel=1e-4)
+
+
+SPOILT = """
+import json, sys
+from test_scale import spoilt_run
+from test_train import losses_of
+
+text, output, found = sys.argv[1:]
+events = spoilt_run(text, output)
+if events:
+    json.dump([losses_of(events), [e["problem"] for e in events if e["event"] == "skipped"]], open(found, "w"))
+"""
+
+
+def spoilt_run(text, output):
+    """Events of a run in whose second step the gradients are no numbers, though the losses are."""
+    plain, calls = Transfer.forward, []
+
+    def forward(self, *arguments):
+        losses = plain(self, *arguments)
+        if len(calls) == 1:
+            losses.loss.register_hook(lambda gradient: gradient * math.nan)
+        return losses
+
+    def begin(self, step):
+        calls[:] = [step] if step == 2 else []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transfer, "forward", forward)
+        patch.setattr(Transfer, "begin", begin)
+        return run(recipe(text, TRANSFER | {"steps": 4, "micro_batch": 2, "on_nonfinite": "skip"}), output)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_cannot_be_used_is_skipped_by_all_processes(text, tmp_path, engine):
+    script, found = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(SPOILT)
+    launch(script, text, str(tmp_path / "two"), str(found), engine=engine)
+    losses, problems = json.loads(found.read_text())
+    assert losses == pytest.approx(losses_of(spoilt_run(text, tmp_path / "one")), rel=1e-4)
+    assert len(losses) == 3
+    assert len(problems) == 1
+    assert re.match("stage 'transfer', step 2: the gradient of .*kernelize.* is not finite", problems[0])
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not installed"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1 is not supported"),
     ],
 )
 def test_an_engine_that_is_not_supported_is_refused(monkeypatch, environment, message):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=message):
