@@ -353,7 +353,7 @@ class _Run:
     def _compiled(self, stage: Stage) -> Iterator[None]:
         """On a GPU the stage's models run compiled around their attention, where the stage allows it."""
         with ExitStack() as stack:
-            if self.accelerator.device.type in COMPILED_ON and stage.is_compilable and not self.sharded:
+            if self.accelerator.device.type in COMPILED_ON and stage.is_compilable and not self.engine.sharded:
                 for model in (self.model, self.teacher if stage.kind == "distil" else None):
                     if model is not None:
                         stack.enter_context(compiled_layers(model, BACKEND))
