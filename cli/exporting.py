@@ -15,16 +15,16 @@ from .output import data_size, say, table, write_json
 def export(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A kernelized checkpoint: folder or Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("edge"),
-    to: Annotated[str, typer.Option("--to", help="onnx.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32, fp16, int8 or int4.")] = "fp32",
+    to: Annotated[str, typer.Option("--to", help="onnx or executorch.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of the weights: fp32; for ONNX fp16, int8 or int4 too.")] = "fp32",
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust: Trust = False,
     json: Json = None,
 ) -> None:
-    """Write a checkpoint as graphs for ONNX Runtime, which needs no torch.
+    """Write a checkpoint as graphs for ONNX Runtime, which needs no torch, or as a program (.pte) for ExecuTorch.
 
-    The graphs are run and compared with the checkpoint before the folder appears. `python -m kernelize.edge` runs them.
+    They are run and compared with the checkpoint before the folder appears. `python -m kernelize.edge` runs them.
     """
     from kernelize.export import export as export_source
 

@@ -1,4 +1,4 @@
-"""Runs what `kernelize export --to onnx` wrote: needs onnxruntime, tokenizers and numpy, and neither torch nor a GPU.
+"""Runs what `kernelize export` wrote: needs onnxruntime, tokenizers and numpy, and neither torch nor a GPU.
 
     model = EdgeModel("exported")
     state = model.start()
@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from .errors import InputError, KernelizeError
 
 FORMAT = "kernelize-edge 1"
+PROGRAM_FORMAT = "kernelize-pte 1"  # an ExecuTorch program: edge_program.py runs it
 STATE_FORMAT = "kernelize-edge state 1"
 METADATA = "kernelize-edge.json"
 DTYPES = {"float32": np.float32, "int64": np.int64}
@@ -97,7 +98,6 @@ class State:
         self.model, self.rows, self.current = model, rows, 0
         self.logits = np.zeros((rows, model.facts["vocabulary"]), np.float32)
         self.sets = [model.blank(rows) for _ in range(2)]
-        self.values = [{n: ort.OrtValue.ortvalue_from_numpy(x) for n, x in arrays.items()} for arrays in self.sets]
         self.bindings: dict[tuple[str, int], Any] = {}
 
     @property
@@ -146,12 +146,17 @@ class State:
 class EdgeModel:
     """An exported folder, ready to run. InputError for one that is none, is incomplete, or is of another format."""
 
+    FORMAT = FORMAT
+
     def __init__(self, folder: str | Path, *, threads: int = 0):
         self.folder = Path(folder)
-        self.facts = read_facts(self.folder)
+        self.facts = read_facts(self.folder, self.FORMAT)
         self.tokenizer = self._tokenizer()
-        self.sessions = {name: self._session(name, threads) for name in self.facts["graphs"]}
         self.eos = set(self.facts["eos"])
+        self._load(threads)
+
+    def _load(self, threads: int) -> None:
+        self.sessions = {name: self._session(name, threads) for name in self.facts["graphs"]}
         whole = self.facts["graphs"]["model"]
         changed = [name.removeprefix("new.") for name in whole["outputs"] if name != "logits"]
         self.aside = [name for name in changed if name not in whole["in_place"]]  # written beside, then copied
@@ -240,10 +245,13 @@ class EdgeModel:
             left = np.minimum(left, entry["block"] - seen % entry["block"])
         return left
 
+    def _block_begins(self, seen: np.ndarray) -> bool:
+        """Whether a block leaves the window of any row before its next token."""
+        return any(((seen % e["block"] == 0) & (seen >= e["ring"])).any() for e in self.facts["blocks"])
+
     def _advance(self, state: State, chunk: np.ndarray, count: np.ndarray) -> None:
         """chunk [B, T], of which a row's first count [B] are meant, all inside a block."""
-        seen = state.seen
-        if any(((seen % e["block"] == 0) & (seen >= e["ring"])).any() for e in self.facts["blocks"]):
+        if self._block_begins(state.seen):
             self._leave(state)
         binding = self._binding(state, "model")
         binding.bind_cpu_input("ids", chunk)
@@ -269,7 +277,7 @@ class EdgeModel:
         key = (name, state.current)
         if key not in state.bindings:
             graph = self.facts["graphs"][name]
-            source, other = state.values[state.current], state.values[1 - state.current]
+            source, other = (self._values(state.sets[at]) for at in (state.current, 1 - state.current))
             binding = state.bindings[key] = self.sessions[name].io_binding()
             for entry in graph["inputs"]:
                 if entry in source:
@@ -281,6 +289,10 @@ class EdgeModel:
                     changed = entry.removeprefix("new.")
                     binding.bind_ortvalue_output(entry, (source if changed in graph["in_place"] else other)[changed])
         return state.bindings[key]
+
+    def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The arrays' own memory, as ONNX Runtime takes it."""
+        return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
 
     # --- text -----------------------------------------------------------------------------------------------
 
@@ -345,8 +357,22 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """kernelize-edge.json of a folder whose files are all there, and whole; else InputError."""
+def open_model(folder: str | Path, *, threads: int = 0) -> EdgeModel:
+    """The exported folder with the runtime that it was made for; InputError as EdgeModel has it."""
+    if read_format(Path(folder)) != PROGRAM_FORMAT:
+        return EdgeModel(folder, threads=threads)
+    try:
+        from .edge_program import ProgramModel
+    except ImportError as error:
+        raise InputError(f"{str(folder)!r} is for ExecuTorch; run: pip install 'kernelize[executorch]'") from error
+    return ProgramModel(folder, threads=threads)
+
+
+def read_format(folder: Path) -> Any:
+    return read_description(folder).get("format")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     try:
         facts = json.loads(path.read_text("utf-8"))
@@ -354,8 +380,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise InputError(f"{str(folder)!r} is no exported model: it has no {METADATA}") from error
     except ValueError as error:
         raise InputError(f"{str(path)!r} is damaged: {first_line(error)}") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f"{str(path)!r} is not of the format {FORMAT!r}")
+    if not isinstance(facts, dict):
+        raise InputError(f"{str(path)!r} is damaged: no object")
+    return facts
+
+
+def read_facts(folder: Path, wanted: str) -> dict[str, Any]:
+    """kernelize-edge.json of a folder in the `wanted` format whose files are all there, and whole; else InputError."""
+    facts = read_description(folder)
+    if facts.get("format") != wanted:
+        raise InputError(f"{str(folder / METADATA)!r} is not of the format {wanted!r}")
     for name, size in facts["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found is None:
@@ -370,7 +404,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("python -m kernelize.edge", description="Write text with an exported model.")
-    found.add_argument("folder", help="what `kernelize export --to onnx` wrote")
+    found.add_argument("folder", help="what `kernelize export` wrote")
     found.add_argument("--prompt", required=True, help="text to go on from")
     found.add_argument("--document", metavar="FILE", help="text that is read first")
     found.add_argument("--chat", action="store_true", help="the prompt is a question, in the model's chat template")
@@ -387,7 +421,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    model = EdgeModel(options.folder, threads=options.threads)
+    model = open_model(options.folder, threads=options.threads)
     state = model.load_state(options.load_state) if options.load_state else model.start()
     if options.document:
         model.read(state, [model.encode(read_document(options.document), begins=not state.seen[0])])
