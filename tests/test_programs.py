@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny import byte_tokenizer, tiny_llama
 from tolerances import assert_same
 
@@ -34,8 +36,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("program") / "out"
-    export_model(model, byte_tokenizer(chat=True), output, to="executorch", name="tiny")
+    """The exported model; lowered once for all test processes."""
+    own = tmp_path_factory.getbasetemp()
+    output = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "program"
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            export_model(model, byte_tokenizer(chat=True), output, to="executorch", name="tiny")
     return output
 
 
