@@ -6,10 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from compiled import launches_of, layer_call
+
+from kernelize.runtime import fused_step
+from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.state import empty_state
 
 SPEC = {"feature_dim": 16, "window": 64, "sinks": 4, "block": 16, "slots": 32}
 SHAPE = (1, 4, 2, 16)
@@ -39,3 +45,29 @@ def test_layers_of_different_budgets_share_their_bookkeeping():
     _, one = launches_of(calls[0])
     _, all_layers = launches_of(model)
     assert sum(all_layers.values()) == len(calls) * sum(one.values())
+
+
+def constants(launch) -> tuple:
+    """What a launch is compiled for."""
+    fixed = [p.name for p in launch.kernel.params if p.is_constexpr]
+    return launch.name, *((name, launch.options[name]) for name in fixed if name in launch.options)
+
+
+def step_call(slots: int):
+    spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots}), SHAPE
+    kernel = KernelAttention(spec, H, Hk, D).to("meta").kernel(D**-0.5)
+    q, k, v = (torch.empty(B, h, 1, D, device="meta", dtype=torch.bfloat16) for h in (H, Hk, Hk))
+    state = empty_state(spec, k, v)
+    return lambda: fused_step.step(q, k, v, kernel, state, in_place=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda slots: layer_call({**SPEC, "slots": slots}, SHAPE, 512, False),
+     lambda slots: layer_call({**SPEC, "slots": slots}, SHAPE, 512, True), step_call],
+    ids=["prefill", "training", "step"],
+)  # fmt: skip
+def test_layers_of_different_budgets_share_their_code(call):
+    """Compiling takes seconds a kernel, and each of thirty layers may have slots of its own."""
+    few, many = ({constants(launch) for launch in launches_of(call(slots))[0]} for slots in (72, 120))
+    assert few == many

@@ -82,21 +82,21 @@ def rows_at(X, index, here, d, D: constexpr):
 
 
 @jit
-def slots_of(Owned, row, b, h, kv_heads, FIRST: constexpr, SLOTS: constexpr, PACKED: constexpr):
+def slots_of(Owned, row, b, h, kv_heads, share, places, PACKED: constexpr):
     """(number of the head's first slot, counted through all rows; slots of its first share; its slots)."""
-    number, one, all_slots = row * SLOTS, FIRST, SLOTS
+    number, one, all_slots = row * places, share, places
     if PACKED:
-        number = b * kv_heads * SLOTS + tl.load(Owned + h * 3)
+        number = b * kv_heads * places + tl.load(Owned + h * 3)
         one, all_slots = tl.load(Owned + h * 3 + 1), tl.load(Owned + h * 3 + 2)
     return number, one, all_slots
 
 
 @jit
-def slot_at(slots, number, i, SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr):
+def slot_at(slots, number, i, places, SINKS: constexpr, RING: constexpr, PACKED: constexpr):
     """Where the position axes of all rows have the head's slot i; its first is at `slots` unless heads share rows."""
     if PACKED:
         at = number + i
-        return at // SLOTS * (SINKS + RING + SLOTS) + SINKS + RING + at % SLOTS
+        return at // places * (SINKS + RING + places) + SINKS + RING + at % places
     else:
         return slots + i
 
@@ -128,8 +128,8 @@ def fold(Memory, phi, lost, value, factor, f, inside, d, D: constexpr):
 
 @jit
 def recall_error(
-    Keys, Values, Pos, Decay, Memory, Wk, slots, number, own, h, up, down, value, scale, d, c,
-    D: constexpr, C: constexpr, SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr,
+    Keys, Values, Pos, Decay, Memory, Wk, slots, number, own, places, h, up, down, value, scale, d, c,
+    D: constexpr, C: constexpr, SINKS: constexpr, RING: constexpr, PACKED: constexpr,
     TILE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """‖v − what the memory and the slot holders answer‖ of the tokens whose features are up and down [rows, C]."""
@@ -141,7 +141,7 @@ def recall_error(
     norm += tl.sum(down * n[None, :], 1)
     for first in range(0, own, TILE):
         i = first + tl.arange(0, TILE)
-        slot = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+        slot = slot_at(slots, number, i, places, SINKS, RING, PACKED)
         held = tl.load(Pos + slot, mask=i < own, other=-1) >= 0
         age = tl.load(Decay + slot, mask=held, other=float("-inf"))
         key = rows_at(Keys, slot, held, d, D)
@@ -172,16 +172,16 @@ def score_of(mass, error, value, pos, aging, KIND: constexpr, AGING: constexpr, 
 
 @jit
 def compete(
-    Score, Pos, slots, number, capacity, score, pos, applies,
-    SHARE: constexpr, SHARES: constexpr, SP: constexpr, SINKS: constexpr, RING: constexpr, SLOTS: constexpr,
-    PACKED: constexpr, TILE: constexpr,
+    Score, Pos, slots, number, capacity, places, score, pos, applies,
+    SHARE: constexpr, SHARES: constexpr, SP: constexpr, SINKS: constexpr, RING: constexpr, PACKED: constexpr,
+    TILE: constexpr,
 ):  # fmt: skip
     """(slot of the share that a newcomer wins, slot whose holder it displaces there), −1 for none.
 
     The share's first slot is at `slots` in Pos, see `slot_at`, and its `number` that of the row in Score.
     """
     i = tl.arange(0, SP)
-    here = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+    here = slot_at(slots, number, i, places, SINKS, RING, PACKED)
     held_pos = tl.load(Pos + here, mask=i < capacity, other=-1)
     held = held_pos >= 0
     held_score = tl.load(Score + (number + i) * SHARES + SHARE, mask=held, other=0.0)
@@ -192,7 +192,7 @@ def compete(
     mine += tl.sum(among.to(tl.int32), 1)
     for first in range(0, capacity, TILE):
         j = first + tl.arange(0, TILE)
-        slot = slot_at(slots, number, j, SINKS, RING, SLOTS, PACKED)
+        slot = slot_at(slots, number, j, places, SINKS, RING, PACKED)
         other_pos = tl.load(Pos + slot, mask=j < capacity, other=-1)
         other = tl.load(Score + (number + j) * SHARES + SHARE, mask=other_pos >= 0, other=0.0)
         above = better(other[:, None], other_pos[:, None], held_score[None, :], held_pos[None, :])
@@ -224,8 +224,9 @@ def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos,
 @jit
 def leave_kernel(
     Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, scale, aging, kv_heads,
+    share, places,
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
-    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, FIRST: constexpr, SHARES: constexpr,
+    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, SHARES: constexpr,
     SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
     RECALL: constexpr, AGING: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -236,9 +237,9 @@ def leave_kernel(
     if HAS_VALID:
         begins = begins & (tl.load(Valid + b) != 0)
     if begins:
-        base = row * (SINKS + RING + SLOTS)
+        base = row * (SINKS + RING + places)
         slots = base + SINKS + RING
-        number, one, own_slots = slots_of(Owned, row, b, h, kv_heads, FIRST, SLOTS, PACKED)
+        number, one, own_slots = slots_of(Owned, row, b, h, kv_heads, share, places, PACKED)
         memory = Memory + row * (2 * C * (D + 1))
         d, c, j = tl.arange(0, DP), tl.arange(0, CP), tl.arange(0, BP)
         entry = base + SINKS + seen % RING + j
@@ -254,8 +255,8 @@ def leave_kernel(
         if RECALL:
             up, down = hedgehog(key, Wk, h, d, c, scale, D, C, PRECISION)
             error = recall_error(
-                Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, h, up, down, value, scale, d, c,
-                D, C, SINKS, RING, SLOTS, PACKED, TILE, PRECISION,
+                Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, places, h, up, down, value, scale, d, c,
+                D, C, SINKS, RING, PACKED, TILE, PRECISION,
             )  # fmt: skip
         s0 = score_of(mass, error, value, pos, aging, KIND0, AGING, TINY)
         s1 = s0
@@ -266,11 +267,11 @@ def leave_kernel(
         moved_key, moved_raw, moved_at, moved_age, moved_s0, moved_s1 = key, raw, pos, decay, s0, s0
         if SLOTS:
             place0, dropped = compete(
-                Score, Pos, slots, number, one, s0, pos, fresh, 0, SHARES, SP0, SINKS, RING, SLOTS, PACKED, TILE
+                Score, Pos, slots, number, one, places, s0, pos, fresh, 0, SHARES, SP0, SINKS, RING, PACKED, TILE
             )
             out = dropped >= 0
             gone = (fresh & (place0 < 0)) | out
-            source = tl.where(out, slot_at(slots, number, dropped, SINKS, RING, SLOTS, PACKED), entry)
+            source = tl.where(out, slot_at(slots, number, dropped, places, SINKS, RING, PACKED), entry)
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), pos)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
         if SHARES == 2:
@@ -281,12 +282,12 @@ def leave_kernel(
             moved_at, moved_age = at, age
             moved_key, moved_raw = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D)
             place1, dropped = compete(
-                Score, Pos, slots + one, number + one, own_slots - one, moved_s1, at, gone, 1, SHARES, SP1,
-                SINKS, RING, SLOTS, PACKED, TILE,
+                Score, Pos, slots + one, number + one, own_slots - one, places, moved_s1, at, gone, 1, SHARES, SP1,
+                SINKS, RING, PACKED, TILE,
             )  # fmt: skip
             out = dropped >= 0
             gone = (gone & (place1 < 0)) | out
-            source = tl.where(out, slot_at(slots, number, one + dropped, SINKS, RING, SLOTS, PACKED), source)
+            source = tl.where(out, slot_at(slots, number, one + dropped, places, SINKS, RING, PACKED), source)
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), at)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, age)
         gone_key, gone_value = rows_at(Keys, source, gone, d, D), rows_at(Values, source, gone, d, D).to(tl.float32)
@@ -298,18 +299,18 @@ def leave_kernel(
             fold(memory, down, lost, gone_value, factor, C + c, c < C, d, D)
         for first in range(0, own_slots, TILE):
             i = first + tl.arange(0, TILE)
-            slot = slot_at(slots, number, i, SINKS, RING, SLOTS, PACKED)
+            slot = slot_at(slots, number, i, places, SINKS, RING, PACKED)
             holds = tl.load(Pos + slot, mask=i < own_slots, other=-1) >= 0
             tl.store(Decay + slot, tl.load(Decay + slot, mask=holds, other=0.0) + total, mask=holds)
         tl.debug_barrier()
         if SHARES == 2:
-            slot = slot_at(slots, number, one + place1, SINKS, RING, SLOTS, PACKED)
+            slot = slot_at(slots, number, one + place1, places, SINKS, RING, PACKED)
             put_entries(
                 Pos, Decay, Mass, Score, Keys, Values, slot, number + one + place1, place1 >= 0,
                 moved_at, moved_age, moved_s0, moved_s1, moved_key, moved_raw, d, SHARES, D,
             )  # fmt: skip
         if SLOTS:
-            slot = slot_at(slots, number, place0, SINKS, RING, SLOTS, PACKED)
+            slot = slot_at(slots, number, place0, places, SINKS, RING, PACKED)
             put_entries(
                 Pos, Decay, Mass, Score, Keys, Values, slot, number + place0, place0 >= 0,
                 pos, decay, s0, s1, key, raw, d, SHARES, D,
@@ -424,9 +425,10 @@ def softplus(x):
 def read_kernel(
     Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogDecay, DecayWeight, SinkLogit,
     Frequencies, Owned, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
+    places,
     HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
     G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
-    SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr,
+    SINKS: constexpr, RING: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr,
     COUNT: constexpr, UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -435,7 +437,7 @@ def read_kernel(
     valid = 1
     if HAS_VALID:
         valid = (tl.load(Valid + b) != 0).to(tl.int32)
-    base = row * (SINKS + RING + SLOTS)
+    base = row * (SINKS + RING + places)
     d, g = tl.arange(0, DP), tl.arange(0, GP)
     entry = tl.where(seen < SINKS, seen, SINKS + seen % RING)
     entry = tl.where(valid != 0, entry, -1)
@@ -476,10 +478,10 @@ def read_kernel(
         old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
         m, l, acc = absorb(s, old, m, l, acc)
     local_m, local_l = m, l
-    number, _one, own_slots = slots_of(Owned, row, b, h, kv_heads, SLOTS, SLOTS, PACKED)
+    number, _one, own_slots = slots_of(Owned, row, b, h, kv_heads, places, places, PACKED)
     for first in range(LOCAL, LOCAL + own_slots, TILE):
         t = first + tl.arange(0, TILE)
-        place = slot_at(base + LOCAL, number, t - LOCAL, SINKS, RING, SLOTS, PACKED)
+        place = slot_at(base + LOCAL, number, t - LOCAL, places, SINKS, RING, PACKED)
         s, _ = tile_scores(q, Keys, Pos, place, t, LOCAL + own_slots, entry, seen, key, d, scaling, softcap,
                              far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
         m, l, acc = absorb(s, rows_at(Values, place, t < LOCAL + own_slots, d, D), m, l, acc)
@@ -544,12 +546,12 @@ def step(
 
 
 def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """What both kernels are compiled for: not the number of slots, in which layers differ."""
     spec, D = kernel.spec, q.shape[-1]
     C = state.memory.shape[2] // 2
     return {
         "HAS_VALID": False, "MEMORY": spec.has_memory, "D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C),
-        "SINKS": spec.sinks, "RING": spec.ring, "SLOTS": spec.slots, "BLOCK": spec.block,
+        "SINKS": spec.sinks, "RING": spec.ring, "BLOCK": spec.block,
         "PACKED": spec.is_packed,
         "TILE": TILE if power_of_two(D) * q.element_size() <= NARROW else SMALL_TILE,
     }  # fmt: skip
@@ -580,9 +582,9 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
         state.seen if valid is None else valid, weight, owned(spec, state.seen), kernel.scaling**0.5, float(spec.aging),
-        state.pos.shape[1],
+        state.pos.shape[1], shares[0][1], spec.slots,
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
-        FIRST=shares[0][1], SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
+        SLOTS=spec.slots > 0, SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
         RECALL=spec.measures("recall"), AGING=spec.aging > 0, TINY=TINY,
         PRECISION="ieee", num_warps=8,
@@ -605,7 +607,7 @@ def read(
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
         nothing if rotation is None else rotation.frequencies.float().contiguous(), owned(spec, state.seen),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
-        kernel.softcap or 1.0, spec.reach, state.pos.shape[1],
+        kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots,
         **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),
         SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
         COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None,

@@ -15,7 +15,8 @@ except ImportError:
     triton = tl = constexpr = None
 
 LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
-           "capacity", "width", "chunks", "limit", "items", "per", "groups", "in_row", "in_step")  # fmt: skip
+           "capacity", "width", "chunks", "limit", "items", "per", "groups", "in_row", "in_step", "share",
+           "places")  # fmt: skip
 
 
 def jit(function: Any) -> Any:
