@@ -155,8 +155,7 @@ def _convert(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
         teacher = stretch(teacher, recipe.context)
     sizes = {"length": 256, "texts": (1, 1)} if args.trial else {}
     texts, priced = calibration(tokenizer, teacher), budget(tokenizer, teacher, recipe, **sizes)
-    model = convert(teacher, plan, calibration=texts[:1] if args.trial else texts, budget=priced,
-                    by_head=recipe.budget == "heads")  # fmt: skip
+    model = convert(teacher, plan, calibration=texts[:1] if args.trial else texts, budget=priced)
     recipe = as_converted(recipe, model).model_copy(update={"source": source_of(args)})
     save(model, tokenizer, folder, document=lambda aside: _note(aside, recipe, folder.name, args))
     print(f"{recipe.name}: converted in {time.monotonic() - began:.0f} s", flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kernelize.budget import budget_texts
+from kernelize.budget import Budget, budget_texts
 from kernelize.convert import convert, demo_source, load, save
 from kernelize.evaluate import Passkey, Perplexity, Suite, evaluate, sample_text, save_rows
 from kernelize.pipeline import calibration
@@ -54,8 +54,7 @@ def make(source: str, folder: Path, wanted: Sequence[str]) -> None:
             copy.deepcopy(teacher),
             plan,
             calibration=texts if by else None,
-            budget=priced if by in ("layers", "heads") else None,
-            by_head=by == "heads",
+            budget=Budget(priced, by == "heads") if by in ("layers", "heads") else None,
         )
         save(model, tokenizer, folder / name)
         print(f"{name}: converted in {time.monotonic() - start:.1f} s", flush=True)

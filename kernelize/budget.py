@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -201,6 +201,13 @@ def _cost(slopes: list[float], sizes: Sequence[int], slots: int) -> float:
     return total
 
 
+class Budget(NamedTuple):
+    """By what slots are shared out: the texts that price them, over the layers or over every KV head."""
+
+    texts: Sequence[BudgetText]
+    by_head: bool = False
+
+
 def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
     """`plan` with the slots of its layers, as many in all, given out by `costs`: [1, sizes] a layer, or [Hk, sizes].
 
@@ -218,9 +225,8 @@ def budgeted(plan: ConversionPlan, costs: dict[int, Tensor]) -> ConversionPlan:
 
 def allot(
     model: PreTrainedModel,
-    texts: Sequence[BudgetText],
+    budget: Budget,
     on_text: Callable[[], None] = lambda: None,
-    by_head: bool = False,
 ) -> ConversionPlan:
     """Gives every layer of a converted model, or every KV head, its own number of slots, as many in all.
 
@@ -229,7 +235,7 @@ def allot(
     plan = ConversionPlan(tuple(plan_of(model.config)))
     if not any(spec.slots for spec in plan.converted.values()):
         return plan
-    plan = budgeted(plan, layer_costs(model, texts, on_text=on_text, by_head=by_head))
+    plan = budgeted(plan, layer_costs(model, budget.texts, on_text=on_text, by_head=budget.by_head))
     for layer, module in kernelized_layers(model).items():
         spec = plan.layers[layer]
         assert spec is not None

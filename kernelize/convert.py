@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import sources
-from .budget import BudgetText, allot
+from .budget import Budget, allot
 from .calibrate import calibrate, readings
 from .errors import InputError, KernelizeError
 from .files import new_folder
@@ -242,35 +242,32 @@ def convert(
     plan: ConversionPlan,
     *,
     calibration: Sequence[Tensor] | None = None,
-    budget: Sequence[BudgetText] | None = None,
-    by_head: bool = False,
+    budget: Budget | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> PreTrainedModel:
     """Turns `model` itself into its kernelized class after `plan`; nothing is trained.
 
-    `calibration` [B, T] token ids set maps, gates and decays. With `budget` texts the slots of all layers, as many in
-    all as the plan says, go where they save most, `by_head` those of every KV head (`model.config.kernelize` then holds
-    the plan that came out).
+    `calibration` [B, T] token ids set maps, gates and decays. With a `budget` the slots of all layers or KV heads, as
+    many in all as the plan says, go where they save most (`model.config.kernelize` then holds the plan that came out).
     `on_progress` hears (readings of a text done, in all, what is running).
     Raises SpecError for a model type that is not supported or a plan that does not fit.
     """
     layers = list(plan.layers)
     if len(layers) != model.config.num_hidden_layers:
         raise InputError(f"the plan has {len(layers)} layers, the model {model.config.num_hidden_layers}")
-    return initialise(kernelize_model(model, layers).eval(), calibration, budget, by_head, on_progress)
+    return initialise(kernelize_model(model, layers).eval(), calibration, budget, on_progress)
 
 
 def initialise(
     model: PreTrainedModel,
     calibration: Sequence[Tensor] | None,
-    budget: Sequence[BudgetText] | None,
-    by_head: bool = False,
+    budget: Budget | None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> PreTrainedModel:
     """The new parameters of a converted model from its own statistics, as `convert` does."""
-    tick = _Readings(len(budget or ()) + readings(model) * len(calibration or ()), on_progress)
+    tick = _Readings(len(budget.texts if budget else ()) + readings(model) * len(calibration or ()), on_progress)
     if budget:
-        allot(model, budget, tick("sharing out slots"), by_head)
+        allot(model, budget, tick("sharing out slots"))
     if calibration:
         calibrate(model, calibration, tick("calibrating"))
     return model

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .audit import Audit
     from .bench import Bench, Contender
-    from .budget import BudgetText
+    from .budget import Budget
     from .card import CardFacts
     from .evaluate import Row
     from .plan import ConversionPlan, PlanReport
@@ -174,8 +174,7 @@ def _convert_in_memory(
     if recipe.context:
         model = stretch(model, recipe.context)
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
-    by_head = recipe.budget == "heads"
-    model = convert(model, plan, calibration=texts, budget=priced, by_head=by_head, on_progress=on_progress)
+    model = convert(model, plan, calibration=texts, budget=priced, on_progress=on_progress)
     return model, partial(save, model, tokenizer, output, overwrite=overwrite)
 
 
@@ -194,7 +193,7 @@ def _convert_streamed(
     model, shards = streamed_model(source, folder, plan, context=recipe.context, device=chosen, **loading)
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     with recomputing(model):
-        initialise(model, texts, priced, recipe.budget == "heads", on_progress)
+        initialise(model, texts, priced, on_progress)
     return model, partial(save_streamed, model, tokenizer, shards, output, overwrite=overwrite)
 
 
@@ -212,14 +211,15 @@ def calibration(tokenizer, model) -> list[Tensor]:
 
 def budget(
     tokenizer, model, recipe: Recipe, *, length: int = BUDGET_TOKENS, texts: tuple[int, int] = BUDGET_TEXTS
-) -> list[BudgetText] | None:
-    """The texts by which the slots are shared out, if the recipe wants that: so many ordinary, so many to recall."""
-    from .budget import budget_texts
+) -> Budget | None:
+    """By what the slots are shared out, if the recipe wants that: so many ordinary texts, so many to recall."""
+    from .budget import Budget, budget_texts
     from .evaluate import sample_text
 
     if recipe.budget == "uniform":
         return None
-    return budget_texts(tokenizer, sample_text("train"), min(length, model.config.max_position_embeddings), *texts)
+    length = min(length, model.config.max_position_embeddings)
+    return Budget(budget_texts(tokenizer, sample_text("train"), length, *texts), recipe.budget == "heads")
 
 
 def as_converted(recipe: Recipe, model) -> Recipe:
