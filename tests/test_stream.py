@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_train import assert_same_weights
 from tiny import byte_tokenizer, tiny_llama
 
-from kernelize.budget import BudgetText
+from kernelize.budget import Budget, BudgetText
 from kernelize.convert import initialise, load
 from kernelize.errors import InputError
 from kernelize.objectives import NEW
@@ -64,7 +64,7 @@ def test_no_more_than_a_module_is_held(tmp_path):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
     with recomputing(model):
-        initialise(model, [torch.arange(1, 200)[None]], [BudgetText(torch.arange(1, 200)[None])])
+        initialise(model, [torch.arange(1, 200)[None]], Budget([BudgetText(torch.arange(1, 200)[None])]))
     largest = max(p.numel() for p in model.parameters())
     assert 0 < max(held) <= largest
     count()
