@@ -27,11 +27,10 @@ from .runtime.state import (
     Seen,
     State,
     add_sink_logits,
-    far_logits,
     features,
     log_decays,
-    logits,
     merge,
+    reaching_logits,
     weigh_answers,
     wide,
 )
@@ -234,16 +233,8 @@ def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tens
 
 def scores(query: Tensor, kernel: Kernel, state: State, span: Span) -> Tensor:
     """query [B, Hk, G·T, D] against the keys of the state -> [B, Hk, G·T, P], not masked."""
-    spec, keys = kernel.spec, state.keys.to(query.dtype)
-    near = logits(query, keys, kernel)
-    if kernel.rotation is None:
-        return near
     at = span.at.repeat(1, query.shape[2] // span.length)[:, None].expand(-1, query.shape[1], -1)  # [B, Hk, G·T]
-    ring = slice(spec.sinks, spec.sinks + spec.ring)  # the window is never beyond reach
-    sinks, window, slots = near.split((spec.sinks, spec.ring, spec.slots), -1)
-    outside = [torch.cat([x[:, :, : ring.start], x[:, :, ring.stop :]], 2) for x in (keys, state.pos)]
-    far = far_logits(torch.cat([sinks, slots], -1), query, outside[0], at, outside[1], kernel)
-    return torch.cat([far[..., : spec.sinks], window, far[..., spec.sinks :]], -1)
+    return reaching_logits(query, at, state.keys.to(query.dtype), state, kernel)
 
 
 def received(s: Tensor, spec: KernelSpec, state: State, span: Span) -> Tensor:

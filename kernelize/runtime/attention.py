@@ -160,6 +160,8 @@ class KernelAttention(nn.Module):
             return self.probe(self, seen, None)
         query, key, value, *_, layout = seen
         kernel = self.kernel_for(seen)
+        if cache is not None:
+            kernel = kernel._replace(turned=cache.turned)
         if layout is not None and layout.documents is not None:
             out = self.attend_documents(query, key, value, kernel, layout)
         else:

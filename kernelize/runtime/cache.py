@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from .spec import SpecError
-from .state import State
+from .state import State, Turned
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"  # the argument of Transformers that holds the cache
@@ -43,6 +43,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.state: State | None = None
         self.length: Tensor | int = 0  # tokens, padding included
         self.mask_peer: CacheLayerMixin | None = None  # a softmax layer of the same cache: masks are shared
+        self.turned = Turned()  # no part of the state: made of it, where it is missing
         self.record_past = False
         self.recorded: list[Advance] = []  # since the last `crop`
 

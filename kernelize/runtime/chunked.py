@@ -29,11 +29,11 @@ from .state import (
     add_sink_logits,
     betas,
     by_head,
+    capped,
     empty_state,
-    far_logits,
     features,
+    host_may_look,
     log_decays,
-    logits,
     merge,
     novelty,
     quota,
@@ -45,7 +45,7 @@ from .state import (
     within_reach,
 )
 
-SEGMENT = 2048  # tokens: what is held at once
+SEGMENT = 1024  # tokens: what is held at once
 
 
 @by_head
@@ -217,14 +217,14 @@ def align(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: 
 
 
 class Local(NamedTuple):
-    """Scores of every tile's queries on the sinks and on the positions that their windows reach."""
+    """Softmax of every tile's queries over the sinks and what their windows see, by itself."""
 
-    query: Tensor  # [B, Hk, n, G·tile, D]
-    pos: Tensor  # [B, 1, n, G·tile] of the queries
-    sinks: Tensor  # [B, Hk, n, G·tile, sinks], −inf where not visible
-    window: Tensor  # [B, Hk, n, G·tile, reach], not masked
-    inside: Tensor  # [B, 1, n, tile/block, block, reach] visible through the window
-    reach: int
+    query: Tensor  # [B, Hk, n, G·tile, D], scaled
+    far_query: Tensor | None  # the same as if they stood at `reach`; None: nothing is beyond it
+    pos: Tensor  # [B, n, tile] of the queries
+    weights: Tensor  # [B, Hk, n, G·tile, sinks + reach]
+    value: Tensor  # [B, Hk, n, sinks + reach, D]
+    lse: Tensor  # [B, Hk, n, G·tile]
 
 
 def tiles(x: Tensor, size: int, step: int, dim: int) -> Tensor:
@@ -257,15 +257,17 @@ def by_block(x: Tensor, tile: int, block: int) -> Tensor:
     return x.unflatten(3, (-1, tile // block, block))
 
 
-def hide(scores: Tensor, visible: Tensor, block: int) -> Tensor:
-    """scores [B, Hk, n, G·tile, X] with −inf where `visible` [B, 1 or Hk, n, tile/block, 1 or block, X] is False."""
-    per = visible.shape[3]
-    hidden = ~visible[:, :, :, None]
-    view = by_block(scores, per * block, block)
+def hide(scores: Tensor, visible: Tensor) -> None:
+    """Makes scores −inf where `visible`, which broadcasts to them, is False."""
+    scores.add_(torch.where(visible, 0.0, -torch.inf))  # faster than masked_fill_
+
+
+def softmax_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [..., X] and log-sum-exp [...] of rows of scores, of which none may be −inf throughout."""
     if scores.requires_grad:
-        return view.masked_fill(hidden, -torch.inf).view_as(scores)
-    view.masked_fill_(hidden, -torch.inf)
-    return scores
+        return scores.softmax(-1), scores.logsumexp(-1)
+    weights = scores.softmax(-1)  # one pass, where a sum of exponentials takes four
+    return weights, scores.amax(-1) - weights.amax(-1).log()
 
 
 def window_reach(grid: Grid, spec: KernelSpec) -> tuple[int, int]:
@@ -278,23 +280,53 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
     spec, acc = kernel.spec, wide(grid.q.dtype)
     Hk, (first, reach) = grid.k.shape[1], window_reach(grid, spec)
     query = query_rows(grid, grid.q.to(acc), Hk)
-    keys = tiles(grid.k[:, :, first:].to(acc), reach, grid.tile, 2)
-    query_pos = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=keys.device)).view(-1, grid.n, grid.tile)
-    key_pos = tiles(grid.pos[:, first:], reach, grid.tile, 1)[:, :, None]  # [B, n, 1, reach]
-    at = query_pos[..., None]
+    at = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=query.device)).view(-1, grid.n, grid.tile)
+    far_query = None
+    if spec.reach and kernel.rotation is not None:
+        rows = at.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
+        far_query = kernel.rotation.turn(query, rows, spec.reach) * kernel.scaling
+    local = Local(query * kernel.scaling, far_query, at, query, query, query)  # the last three are still to come
+
+    def beside_sinks(sinks: Tensor, x: Tensor) -> Tensor:  # -> [B, Hk, n, sinks + reach, D]
+        window = tiles(x[:, :, first:], reach, grid.tile, 2)
+        return torch.cat([sinks[:, :, None].expand(-1, -1, grid.n, -1, -1), window], 3).to(acc)
+
+    key, value = beside_sinks(grid.sink_k, grid.k), beside_sinks(grid.sink_v, grid.v)
+    scores = capped(local.query @ key.transpose(-1, -2), kernel.softcap)
+    if far_query is not None:
+        sink_k = kernel.rotation.turn(grid.sink_k.to(acc), grid.sink_pos[:, None], 0)[:, :, None]
+        scores[..., : spec.sinks] = reaching(
+            scores[..., : spec.sinks], local, sink_k, grid.sink_pos[:, None, None], kernel
+        )
+    hide(scores.unflatten(3, (-1, grid.tile)), visible_locally(grid, at, spec)[:, None, :, None])
+    weights, lse = softmax_of(scores)
+    return local._replace(weights=weights, value=value, lse=lse)
+
+
+def visible_locally(grid: Grid, at: Tensor, spec: KernelSpec) -> Tensor:
+    """[B, n, tile, sinks + reach]: sinks and positions that queries at [B, n, tile] see, sinks apart, by the window.
+
+    A query that sees nothing, which is padding, sees itself.
+    """
+    first, reach = window_reach(grid, spec)
+    key_pos, at = tiles(grid.pos[:, first:], reach, grid.tile, 1)[:, :, None], at[..., None]
     inside = (key_pos != EMPTY) & (key_pos <= at) & (at // spec.block - key_pos // spec.block <= spec.back)
     sink_pos = grid.sink_pos[:, None, None]
-    seen = grouped((sink_pos != EMPTY) & (sink_pos <= at), query.shape[3])
-    rows = query_pos.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
-    sinks = scores_on(query, rows, grid.sink_k.to(acc)[:, :, None], sink_pos, kernel)
-    sinks = sinks.masked_fill(~seen[:, None], -torch.inf)
-    inside = inside.unflatten(2, (-1, spec.block))[:, None]
-    return Local(query, rows, sinks, logits(query, keys, kernel), inside, reach)
+    visible = torch.cat([(sink_pos != EMPTY) & (sink_pos <= at), inside], -1)
+    itself = visible.diagonal(spec.sinks + reach - grid.tile, 2, 3)  # [B, n, tile]
+    itself |= ~visible.any(-1)
+    return visible
 
 
-def scores_on(query: Tensor, pos: Tensor, keys: Tensor, key_pos: Tensor, kernel: Kernel) -> Tensor:
-    """Scores [B, Hk, n, R, X] of queries [B, Hk, n, R, D] at `pos` on keys [B, Hk, 1 or n, X, D] out of the window."""
-    return far_logits(logits(query, keys, kernel), query, keys, pos, key_pos, kernel)
+def reaching(near: Tensor, local: Local, key: Tensor, key_pos: Tensor, kernel: Kernel) -> Tensor:
+    """Scores `near` [B, Hk, n, G·tile, X], but with keys at `key_pos` [B, 1 or Hk, 1 or n, X] that are beyond reach
+    standing there; `key` [B, Hk, 1 or n, X, D] are the keys as they would be at position 0."""
+    assert local.far_query is not None
+    tile = local.pos.shape[2]
+    beyond = key_pos[..., None, :] < (local.pos - kernel.spec.reach)[:, None, :, :, None]  # [B, 1 or Hk, n, tile, X]
+    far = capped(local.far_query @ key.transpose(-1, -2), kernel.softcap)
+    near, far = (x.unflatten(3, (-1, tile)) for x in (near, far))
+    return torch.where(beyond[:, :, :, None], far, near).flatten(3, 4)
 
 
 @torch.no_grad()
@@ -303,17 +335,10 @@ def received(grid: Grid, local: Local, spec: KernelSpec) -> Tensor:
     if not spec.measures("attention"):
         return grid.mass
     first, reach = window_reach(grid, spec)
-    coordinate = torch.arange(grid.n * grid.tile, device=grid.k.device)
-    at = grid.base[:, None] + coordinate
-    is_query = (at >= grid.state.seen[:, None]) & (at < grid.seen[:, None])  # [B, n·tile]
-    window = hide(local.window.detach().clone(), local.inside, spec.block)
-    top = torch.maximum(window.amax(-1), local.sinks.amax(-1)) if spec.sinks else window.amax(-1)
-    top = torch.where(top == -torch.inf, 0.0, top)[..., None]
-    p = window.sub_(top).exp_()
-    norm = p.sum(-1) + (local.sinks.detach() - top).exp().sum(-1)
-    norm = torch.where(norm == 0, 1.0, norm)  # rows of padding see nothing
-    part = is_query.view(-1, 1, grid.n, 1, grid.tile) / norm.unflatten(3, (-1, grid.tile))  # [B, Hk, n, G, tile]
-    p = by_block(p.mul_(part.flatten(3)[..., None]), grid.tile, spec.block).sum((3, 5))  # [B, Hk, n, tile/block, reach]
+    is_query = (local.pos >= grid.state.seen[:, None, None]) & (local.pos < grid.seen[:, None, None])  # [B, n, tile]
+    p = local.weights.detach().unflatten(3, (-1, grid.tile // spec.block, spec.block))  # [B, Hk, n, G, per, block, X]
+    counts = is_query.to(p.dtype).view(-1, 1, grid.n, 1, p.shape[4], 1, spec.block)
+    p = (counts @ p)[..., 0, spec.sinks :].sum(3)  # [B, Hk, n, tile/block, reach]
     key_block = (torch.arange(reach, device=p.device) - (reach - grid.tile)) // spec.block
     p = (p * (key_block < torch.arange(p.shape[3], device=p.device)[:, None])).sum(3)  # [B, Hk, n, reach]
     mass = grid.mass.clone()
@@ -469,13 +494,14 @@ def outlives(score: Tensor, arrive: Tensor, capacity: Tensor | int, blocks: int)
     """The first block by which `capacity` (or [Hk, 1]) better tokens have arrived, [B, Hk, X]; `blocks` if none."""
     if not isinstance(capacity, Tensor) and not capacity:
         return torch.zeros_like(arrive)
-    limit = capacity[..., None] if isinstance(capacity, Tensor) else capacity
     order = score.masked_fill(arrive >= blocks, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    ordered = arrive.gather(-1, order)
-    slots = torch.arange(blocks, device=arrive.device)
-    here = ordered[..., None].clamp(min=0) == slots  # [B, Hk, X, blocks]
-    better = here.int().cumsum(2) - here.int()
-    held = (better.cumsum(-1) < limit).sum(-1)  # counts only grow, so this is the first block that fails
+    here = arrive.gather(-1, order)[:, :, None] <= torch.arange(blocks, device=arrive.device)[:, None]
+    limit = capacity[..., None] if isinstance(capacity, Tensor) else capacity
+    # [B, Hk, blocks] the rank of the worst that `capacity` places hold; it only ever falls
+    worst = (here.cumsum(-1, dtype=torch.int32) < limit).sum(-1)
+    worst = torch.where(torch.as_tensor(capacity, device=worst.device) > 0, worst, EMPTY)
+    rank = torch.arange(order.shape[-1], device=order.device).expand(order.shape).contiguous()
+    held = blocks - torch.searchsorted(worst.flip(-1), rank)
     return torch.empty_like(arrive).scatter_(-1, order, held)
 
 
@@ -504,74 +530,45 @@ def query_blocks(grid: Grid, spec: KernelSpec) -> Tensor:  # [n, tile]
 
 def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Softmax over sinks, window and slots -> (exact [B, H, n·tile, D], lse [B, H, n·tile])."""
-    spec, acc = kernel.spec, local.query.dtype
-    first, reach = window_reach(grid, spec)
-    values = [grid.sink_v.to(acc)[:, :, None], tiles(grid.v[:, :, first:].to(acc), reach, grid.tile, 2)]
-    window, visible = local.window, local.inside
-    if spec.slots:
-        visible = visible | holding_in_reach(grid, life, spec)[:, :, :, :, None]
-    if spec.learned_share is not None:
-        window = window + grouped(reach_bias(grid, life, spec), window.shape[3])
-    scores = [local.sinks, hide(window, visible, spec.block)]
-    if spec.slots:
-        slot_scores, slot_v = slot_attention(grid, local, life, kernel)
-        scores.append(slot_scores)
-        values.append(slot_v)
-    exact, lse = softmax_of(scores, values)
+    exact, lse = local.weights @ local.value, local.lse
+    if kernel.spec.slots:
+        exact, lse = beside_slots(exact, grid, local, life, kernel)
     return add_sink_logits(time_rows(grid, exact), time_rows(grid, lse), kernel)
 
 
-def slot_attention(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Scores [B, Hk, n, G·tile, slots] of the tokens that hold a slot when a tile begins, and their values."""
-    spec, acc = kernel.spec, local.query.dtype
-    first_block = query_blocks(grid, spec)[:, :1]  # [n, 1]
-    holder = (life.arrive[:, :, None] <= first_block) & (life.death[:, :, None] > first_block)
-    index = table(holder, spec.slots)  # [B, Hk, n, slots]
-    death = pick(life.death, index, EMPTY)[:, :, :, None]
-    alive = death > query_blocks(grid, spec)[..., :: spec.block, None]  # [B, Hk, n, tile/block, slots]
-    key, pos = pick(life.key, index).to(acc), pick(life.pos, index, EMPTY)
-    scores = scores_on(local.query, local.pos, key, pos, kernel)
+def beside_slots(exact: Tensor, grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """`exact` [B, Hk, n, G·tile, D], and what the tokens give that hold a slot, under one normaliser: (exact, lse)."""
+    spec, acc, index = kernel.spec, exact.dtype, holders(grid, life, kernel.spec)
+    pos = pick(life.pos, index, EMPTY)
+    scores = capped(local.query @ pick(life.key, index).to(acc).transpose(-1, -2), kernel.softcap)
+    if local.far_query is not None:
+        assert kernel.rotation is not None
+        origin = kernel.rotation.turn(life.key.to(acc), life.pos, 0)
+        scores = reaching(scores, local, pick(origin, index), pos, kernel)
+    first = query_blocks(grid, spec)[:, :: spec.block, None]  # [n, tile/block, 1]
+    arrive, death = (pick(x, index, EMPTY)[:, :, :, None] for x in (life.arrive, life.death))
+    alive = (arrive <= first) & (first < death)  # [B, Hk, n, tile/block, slots + 1]
+    hide(scores.unflatten(3, (-1, alive.shape[3], spec.block)), alive[:, :, :, None, :, None])
     if spec.learned_share is not None:
-        scores = scores + grouped(slot_bias(grid, life, index, spec), scores.shape[3])
-    return hide(scores, alive[:, :, :, :, None], spec.block), pick(life.value, index).to(acc)
+        bias = slot_bias(grid, life, index, spec)[:, :, :, None]
+        scores = (scores.unflatten(3, (-1, grid.tile)) + bias).flatten(3, 4)
+    scores[..., -1] = local.lse
+    weights, lse = softmax_of(scores)
+    return torch.addcmul(weights @ pick(life.value, index).to(acc), weights[..., -1:], exact), lse
 
 
-def softmax_of(scores: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One softmax over several pieces: scores [..., R, X], values [..., X, D] -> (y [..., R, D], lse [..., R]).
+def holders(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
+    """Entries of the store [B, Hk, n, X + 1] that hold a slot during some block of a tile; past the last: no entry.
 
-    Rows that see nothing (padding) give 0 and 0. The pieces are never joined: that would copy them all.
+    The last one is none of them: there stands what the window gives, as one more token.
     """
-    with torch.no_grad():
-        tops = [s.amax(-1, keepdim=True) for s in scores if s.shape[-1]]
-        top = torch.stack(tops).amax(0)
-        top = torch.where(top == -torch.inf, 0.0, top)
-    weights = [(s - top).exp_() for s in scores]
-    norm = torch.stack([w.sum(-1, keepdim=True) for w in weights]).sum(0)
-    norm = torch.where(norm == 0, 1.0, norm)
-    y = sum(
-        (w @ v for w, v in zip(weights, values, strict=True)),
-        start=torch.zeros((), dtype=norm.dtype, device=norm.device),
-    )
-    return y / norm, (top + norm.log())[..., 0]
-
-
-def over_reach(grid: Grid, x: Tensor, spec: KernelSpec, blank: float) -> Tensor:
-    """The leaving tokens' part of x [B, Hk, X], laid over the reach of every tile: [B, Hk, n, 1, reach]."""
-    first, reach = window_reach(grid, spec)
-    lead = first - (grid.front - spec.ring)  # entries between the first leaving token and the first reach
-    x = x[:, :, spec.slots :]
-    x = x[:, :, lead:] if lead >= 0 else torch.nn.functional.pad(x, (-lead, 0), value=blank)
-    need = reach + (grid.n - 1) * grid.tile
-    x = torch.nn.functional.pad(x, (0, max(0, need - x.shape[2])), value=blank)
-    return tiles(x, reach, grid.tile, 2)[:, :, :, None]
-
-
-def holding_in_reach(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
-    """[B, Hk, n, tile/block, reach]: tokens of the reach that left the window inside the tile and hold a slot."""
-    block = query_blocks(grid, spec)[:, :: spec.block, None]  # [n, tile/block, 1]
-    arrive = over_reach(grid, life.arrive, spec, torch.iinfo(torch.int64).max)
-    inside_tile = arrive > block[:, :1]  # earlier ones stand in the slot table
-    return inside_tile & (arrive <= block) & (over_reach(grid, life.death, spec, EMPTY) > block)
+    first = query_blocks(grid, spec)[:, :1]  # [n, 1]
+    last, arrive, death = first + grid.tile // spec.block, life.arrive[:, :, None], life.death[:, :, None]
+    member = (arrive < last) & (death > first) & (death > arrive)  # [B, Hk, n, X]
+    most = spec.slots + grid.tile - spec.block  # whoever holds one when the tile begins, and who comes later
+    if host_may_look(member):
+        most = int(member.sum(-1).max())
+    return torch.nn.functional.pad(table(member, most), (0, 1), value=member.shape[-1])
 
 
 def learned_tenure(life: Life, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -588,15 +585,6 @@ def slot_bias(grid: Grid, life: Life, index: Tensor, spec: KernelSpec) -> Tensor
     block = query_blocks(grid, spec)[..., None]
     holds = (pick(since, index)[:, :, :, None] <= block) & (pick(until, index, EMPTY)[:, :, :, None] > block)
     return torch.where(holds, pick(bias, index)[:, :, :, None], 0.0)
-
-
-def reach_bias(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
-    """[B, Hk, n, tile, reach]: the same for the tokens of the reach; 0 for those that are in the window."""
-    bias, since, until = learned_tenure(life, spec)
-    block = query_blocks(grid, spec)[..., None]
-    never = torch.iinfo(torch.int64).max
-    holds = (over_reach(grid, since, spec, never) <= block) & (over_reach(grid, until, spec, EMPTY) > block)
-    return torch.where(holds, over_reach(grid, bias, spec, 0.0), 0.0)
 
 
 # --- 5. the memory ------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from .state import (
     betas,
     by_head,
     empty_state,
-    far_logits,
     features,
+    host_may_look,
     log_decays,
-    logits,
     merge,
     novelty,
     quota,
+    reaching_logits,
     scores_from,
     unit,
     weigh_answers,
@@ -69,8 +69,7 @@ def step(
 def evict(kernel: Kernel, state: State, valid: Tensor | None) -> State:
     """When a block begins, the one it displaces in the ring leaves: it applies for the slots, the losers are folded."""
     spec = kernel.spec
-    # a host look costs nothing on the CPU; elsewhere it would be a sync
-    eager = state.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = host_may_look(state.seen)
     leaves = [seen % spec.block == 0 and seen >= spec.ring for seen in state.seen.tolist()] if eager else []
     if eager and not any(leaves):
         return state
@@ -314,8 +313,8 @@ def read(
 
 def exact_scores(query: Tensor, kernel: Kernel, state: State) -> Tensor:
     """Scores [B, Hk, G, P] of one token's queries [B, Hk, G, D] on what the state holds, −inf where that is nothing."""
-    keys, at = state.keys.to(query.dtype), state.seen[:, None, None].expand(query.shape[:3])
-    scores = far_logits(logits(query, keys, kernel), query, keys, at, state.pos, kernel)
+    at = state.seen[:, None, None].expand(query.shape[:3])
+    scores = reaching_logits(query, at, state.keys.to(query.dtype), state, kernel)
     return scores.masked_fill((state.pos == EMPTY)[:, :, None], -torch.inf)
 
 

@@ -41,6 +41,29 @@ class Rotation(NamedTuple):
         return torch.cat([turned.to(x.dtype), rest], -1)
 
 
+class Turned:
+    """Keys of one sequence at position 0, from one decoding step to the next.
+
+    Sinks and slots change once a block, and turning them costs more than the rest of their scores. What was turned is
+    kept beside copies of what it was made of, and serves while those are the same to the last bit: nobody has to say
+    that a state was restored, reordered or read on.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[tuple[Tensor, ...], Tensor] | None = None
+
+    def keys(self, keys: Tensor, pos: Tensor, rotation: Rotation) -> Tensor:
+        """`rotation.turn(keys, pos, 0)` of tensors that nobody overwrites; keys [..., T, D], pos [..., T]."""
+        given, last = (keys, pos, rotation.frequencies), self.last
+        if last is None or not all(map(same, given, last[0])):
+            self.last = last = given, rotation.turn(keys, pos, 0)
+        return last[1]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class Kernel(NamedTuple):
     """One layer's arithmetic: the spec and the tensors it works with."""
 
@@ -61,6 +84,7 @@ class Kernel(NamedTuple):
     forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
     rotation: Rotation | None = None  # how keys carry their positions, if by rotation
+    turned: Turned | None = None  # what earlier steps of the same sequence have turned
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
 
@@ -134,6 +158,11 @@ def empty_state(spec: KernelSpec, key: Tensor, value: Tensor) -> State:
     )
 
 
+def host_may_look(x: Tensor) -> bool:
+    """Whether a look at numbers of `x` costs nothing: elsewhere it is a sync, or stops torch.compile."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def with_ones(v: Tensor) -> Tensor:
     """[..., D] -> [..., D + 1]: the normaliser is one more value channel."""
     return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
@@ -177,14 +206,39 @@ def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor,
     return torch.where(q_pos[..., :, None] - k_pos[..., None, :] > reach, logits(q, k, kernel), near)
 
 
+def reaching_logits(query: Tensor, at: Tensor, keys: Tensor, state: State, kernel: Kernel) -> Tensor:
+    """Scores [B, Hk, X, P] of queries [B, Hk, X, D] at positions `at` on the state's keys, here in the queries' dtype.
+
+    The window is never beyond reach.
+    """
+    near, spec = logits(query, keys, kernel), kernel.spec
+    if not spec.reach or kernel.rotation is None:
+        return near
+    first, end = spec.sinks, spec.sinks + spec.ring
+    outside, pos = (torch.cat([x[:, :, :first], x[:, :, end:]], 2) for x in (keys, state.pos))
+    far = logits(kernel.rotation.turn(query, at, spec.reach), at_origin(outside, pos, kernel), kernel)
+    beyond = at[..., None] - pos[:, :, None] > spec.reach
+    sinks, window, slots = near.split((spec.sinks, spec.ring, spec.slots), -1)
+    outer = torch.where(beyond, far, torch.cat([sinks, slots], -1))
+    return torch.cat([outer[..., :first], window, outer[..., first:]], -1)
+
+
+def at_origin(keys: Tensor, pos: Tensor, kernel: Kernel) -> Tensor:
+    """keys [..., T, D] of positions [..., T] as they would be at position 0."""
+    assert kernel.rotation is not None
+    if kernel.turned is None or keys.requires_grad or not host_may_look(keys):
+        return kernel.rotation.turn(keys, pos, 0)
+    return kernel.turned.keys(keys, pos, kernel.rotation)
+
+
 def within_reach(kernel: Kernel, state: State | None, length: int) -> Kernel:
     """The kernel for `length` more tokens; without the rotation where the host sees that nothing is beyond reach."""
     if kernel.rotation is None:
         return kernel
     seen = 0
     if state is not None:
-        if state.seen.device.type != "cpu" or torch.compiler.is_compiling():
-            return kernel  # a look would be a sync
+        if not host_may_look(state.seen):
+            return kernel
         seen = int(state.seen.max())
     return kernel if seen + length > kernel.spec.reach > 0 else kernel._replace(rotation=None)
 
