@@ -233,7 +233,7 @@ def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tens
 
 def scores(query: Tensor, kernel: Kernel, state: State, span: Span) -> Tensor:
     """query [B, Hk, G·T, D] against the keys of the state -> [B, Hk, G·T, P], not masked."""
-    at = span.at.repeat(1, query.shape[2] // span.length)[:, None].expand(-1, query.shape[1], -1)  # [B, Hk, G·T]
+    at = span.at.repeat(1, query.shape[2] // span.length)[:, None]  # [B, 1, G·T]
     return reaching_logits(query, at, state.keys.to(query.dtype), state, kernel)
 
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import MEMORY_FACTOR
 
-from kernelize.runtime import chunked
+from kernelize.runtime import chunked, reference
 from kernelize.runtime import spec as spec_module
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
-from kernelize.runtime.state import Rotation, unpacked
+from kernelize.runtime.state import Rotation, State, Turned, unpacked
 
 CORE, MAPS, FEW = contract.core_specs(), contract.map_specs(), contract.few_specs()
 
@@ -72,6 +72,34 @@ def test_sinks_and_slots_beyond_reach_are_seen_at_reach(small_tiles, exact, inte
 @pytest.mark.parametrize("exact", contract.EXACT_SETS)
 def test_any_split_of_a_padded_batch_beyond_reach(small_tiles, exact):
     contract.law_streams(reaching(exact), [7, 1, 1, 20, 12], HOLES, rotation=rotation(True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_beyond_reach_turns_what_a_block_has_changed_and_nothing_else(small_tiles, monkeypatch, in_place):
+    spec = reaching(contract.EXACT_SETS[0])
+    plain = contract.kernel_of(contract.layer(spec), rotation=rotation(True))
+    kernel, turned, turn = plain._replace(turned=Turned()), [], Rotation.turn
+    before = spec.reach + 2 * spec.block
+    texts = [contract.tokens(1, before + 4 * spec.block, seed=seed) for seed in (0, 1)]
+    states = [chunked.attend(*(x[:, :, :before] for x in text), plain)[1].map(torch.clone) for text in texts]
+    monkeypatch.setattr(Rotation, "turn", lambda self, x, pos, to: turned.append(to) or turn(self, x, pos, to))
+
+    def read(i: int, steps: int, state: State) -> State:
+        for _ in range(steps):
+            t = int(state.seen)
+            now = [x[:, :, t : t + 1] for x in texts[i]]
+            expected = reference.step(*now, plain, state)[0].y
+            turned.remove(0)
+            out, state = reference.step(*now, kernel, state, None, in_place)
+            assert torch.equal(out.y, expected)
+        return state
+
+    state = read(0, 3 * spec.block, states[0])
+    assert 1 <= turned.count(0) <= 3  # blocks
+    for old, new in zip(state, states[1], strict=True):
+        old.copy_(new)  # as a roll-back does
+    read(1, 2, state)
 
 
 def test_gradients_beyond_reach(small_tiles):

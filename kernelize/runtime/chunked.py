@@ -38,6 +38,7 @@ from .state import (
     novelty,
     quota,
     scores_from,
+    softmax_of,
     unit,
     weigh_answers,
     wide,
@@ -252,22 +253,9 @@ def grouped(mask: Tensor, rows: int) -> Tensor:
     return mask.repeat(*[1] * (mask.ndim - 2), group, 1)
 
 
-def by_block(x: Tensor, tile: int, block: int) -> Tensor:
-    """[B, Hk, n, G·tile, X] -> the view [B, Hk, n, G, tile/block, block, X]."""
-    return x.unflatten(3, (-1, tile // block, block))
-
-
 def hide(scores: Tensor, visible: Tensor) -> None:
     """Makes scores −inf where `visible`, which broadcasts to them, is False."""
     scores.add_(torch.where(visible, 0.0, -torch.inf))  # faster than masked_fill_
-
-
-def softmax_of(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax [..., X] and log-sum-exp [...] of rows of scores, of which none may be −inf throughout."""
-    if scores.requires_grad:
-        return scores.softmax(-1), scores.logsumexp(-1)
-    weights = scores.softmax(-1)  # one pass, where a sum of exponentials takes four
-    return weights, scores.amax(-1) - weights.amax(-1).log()
 
 
 def window_reach(grid: Grid, spec: KernelSpec) -> tuple[int, int]:
@@ -282,9 +270,10 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
     query = query_rows(grid, grid.q.to(acc), Hk)
     at = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=query.device)).view(-1, grid.n, grid.tile)
     far_query = None
-    if spec.reach and kernel.rotation is not None:
+    rotation = kernel.rotation if spec.reach else None
+    if rotation is not None:
         rows = at.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
-        far_query = kernel.rotation.turn(query, rows, spec.reach) * kernel.scaling
+        far_query = rotation.turn(query, rows, spec.reach) * kernel.scaling
     local = Local(query * kernel.scaling, far_query, at, query, query, query)  # the last three are still to come
 
     def beside_sinks(sinks: Tensor, x: Tensor) -> Tensor:  # -> [B, Hk, n, sinks + reach, D]
@@ -293,8 +282,8 @@ def local_attention(grid: Grid, kernel: Kernel) -> Local:
 
     key, value = beside_sinks(grid.sink_k, grid.k), beside_sinks(grid.sink_v, grid.v)
     scores = capped(local.query @ key.transpose(-1, -2), kernel.softcap)
-    if far_query is not None:
-        sink_k = kernel.rotation.turn(grid.sink_k.to(acc), grid.sink_pos[:, None], 0)[:, :, None]
+    if rotation is not None:
+        sink_k = rotation.turn(grid.sink_k.to(acc), grid.sink_pos[:, None], 0)[:, :, None]
         scores[..., : spec.sinks] = reaching(
             scores[..., : spec.sinks], local, sink_k, grid.sink_pos[:, None, None], kernel
         )

@@ -26,6 +26,7 @@ from .state import (
     quota,
     reaching_logits,
     scores_from,
+    softmax_of,
     unit,
     weigh_answers,
     wide,
@@ -296,8 +297,9 @@ def read(
     query = q.to(acc).view(B, Hk, H // Hk, D)  # the queries of a group share a key head
     s = exact_scores(query, kernel, state)  # [B, Hk, G, P]
     joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None]
-    exact = joined.softmax(-1) @ state.values.to(acc)
-    exact, lse = add_sink_logits(exact.view(B, H, 1, -1), joined.logsumexp(-1).view(B, H, 1), kernel)
+    weights, lse = softmax_of(joined)
+    exact = weights @ state.values.to(acc)
+    exact, lse = add_sink_logits(exact.view(B, H, 1, -1), lse.view(B, H, 1), kernel)
     total = None
     if spec.has_memory:
         assert kernel.map_q is not None
@@ -313,8 +315,7 @@ def read(
 
 def exact_scores(query: Tensor, kernel: Kernel, state: State) -> Tensor:
     """Scores [B, Hk, G, P] of one token's queries [B, Hk, G, D] on what the state holds, −inf where that is nothing."""
-    at = state.seen[:, None, None].expand(query.shape[:3])
-    scores = reaching_logits(query, at, state.keys.to(query.dtype), state, kernel)
+    scores = reaching_logits(query, state.seen[:, None, None], state.keys.to(query.dtype), state, kernel)
     return scores.masked_fill((state.pos == EMPTY)[:, :, None], -torch.inf)
 
 

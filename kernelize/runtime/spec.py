@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 RULES = ("additive", "delta", "gated_delta")
 DECAYS = ("none", "fixed", "gated")
@@ -216,8 +216,12 @@ class KernelSpec:
 
     def measures(self, statistic: str) -> bool:
         """Whether some score needs `statistic` of every token."""
-        readers = [score for score in TRAINED if statistic in self.statistics(score)]
-        return any(map(self.scores_by, [statistic, *readers]))
+        return statistic in self._measured
+
+    @cached_property  # asked several times in every step
+    def _measured(self) -> frozenset[str]:
+        scores = filter(self.scores_by, SCORES)
+        return frozenset(s for score in scores for s in (self.statistics(score) if score in TRAINED else (score,)))
 
     @property
     def learned_share(self) -> int | None:
@@ -255,7 +259,7 @@ class Spread(KernelSpec):
 
 @lru_cache(maxsize=512)  # layers may differ
 def spread(spec: KernelSpec) -> Spread:
-    return Spread(**{**vars(spec), "slots": max(spec.head_slots)})
+    return Spread(**{**dataclasses.asdict(spec), "slots": max(spec.head_slots)})
 
 
 def mean_slots(head_slots: tuple[int, ...] | list[int]) -> int:

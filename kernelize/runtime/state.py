@@ -26,38 +26,47 @@ class Rotation(NamedTuple):
     interleaved: bool  # pairs are neighbours (GPT-J); else channel i goes with channel R + i
 
     def turn(self, x: Tensor, pos: Tensor, to: float) -> Tensor:
-        """x [..., T, D] that stands at `pos` [..., T] as it would be at position `to`."""
+        """x [..., T, D] that stands at `pos` [..., T] as it would be at position `to`; pos may have axes of size 1."""
         frequencies, acc = self.frequencies.to(pos.device).float(), wide(x.dtype)
         here = (pos[..., None].float() * frequencies).to(acc)  # the products in float32, as models have them
-        there = (frequencies * to).to(acc)
-        # by addition theorems, so that what the model turned by a coarse angle is turned back by the same
-        cos = here.cos() * there.cos() + here.sin() * there.sin()
-        sin = here.cos() * there.sin() - here.sin() * there.cos()
+        cos, sin = here.cos(), here.sin()
+        if to:  # by addition theorems, so that what the model turned by a coarse angle is turned back by the same
+            there = (frequencies * to).to(acc)
+            far_cos, far_sin = there.cos(), there.sin()
+            cos, sin = cos * far_cos + sin * far_sin, sin * far_cos - cos * far_sin
         width = 2 * len(self.frequencies)
         turning, rest = x[..., :width], x[..., width:]
         a, b = (turning[..., ::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, -1)
-        pairs = a * cos - b * sin, a * sin + b * cos
+        pairs = a * cos + b * sin, b * cos - a * sin
         turned = torch.stack(pairs, -1).flatten(-2) if self.interleaved else torch.cat(pairs, -1)
-        return torch.cat([turned.to(x.dtype), rest], -1)
+        return torch.cat([turned.to(x.dtype), rest], -1) if rest.shape[-1] else turned.to(x.dtype)
 
 
 class Turned:
-    """Keys of one sequence at position 0, from one decoding step to the next.
+    """The state's keys at position 0, from one decoding step to the next.
 
-    Sinks and slots change once a block, and turning them costs more than the rest of their scores. What was turned is
-    kept beside copies of what it was made of, and serves while those are the same to the last bit: nobody has to say
-    that a state was restored, reordered or read on.
+    Sinks and slots change once a block, and turning them costs more than all else that a step does with them. What was
+    turned is kept beside copies of what it was made of, and serves while those are the same to the last bit: nobody has
+    to say that a state was restored, reordered or read on. Nor is that compared where a step has just written its one
+    token into the very tensor of the step before.
     """
 
     def __init__(self) -> None:
         self.last: tuple[tuple[Tensor, ...], Tensor] | None = None
+        self.held: Tensor | None = None  # the state's keys as last seen,
+        self.version = 0  # and how often they had been written to
 
-    def keys(self, keys: Tensor, pos: Tensor, rotation: Rotation) -> Tensor:
-        """`rotation.turn(keys, pos, 0)` of tensors that nobody overwrites; keys [..., T, D], pos [..., T]."""
-        given, last = (keys, pos, rotation.frequencies), self.last
-        if last is None or not all(map(same, given, last[0])):
-            self.last = last = given, rotation.turn(keys, pos, 0)
-        return last[1]
+    def get(self, keys: Tensor, given: Callable[[], tuple[Tensor, ...]], make: Callable[..., Tensor]) -> Tensor:
+        """`make(*given())`, or what it was when these were what they are; a step wrote once to the state's `keys`."""
+        version = EMPTY if keys.is_inference() else keys._version
+        same_slots = self.last is not None and keys is self.held and 0 < version == self.version + 1
+        self.held, self.version = keys, version
+        if not same_slots:
+            now = given()
+            if self.last is None or not all(map(same, now, self.last[0])):
+                self.last = now, make(*now)
+        assert self.last is not None
+        return self.last[1]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -178,14 +187,13 @@ def merge(exact: Tensor, exact_lse: Tensor, total: Tensor | None, log_gate: Tens
             exact, exact, exact_lse, torch.zeros_like(exact), exact_lse.new_full(exact_lse.shape, -torch.inf)
         )
     assert log_gate is not None
-    tiny = torch.finfo(total.dtype).tiny
     norm = total[..., -1]
-    filled = norm > tiny
-    safe = torch.where(filled, norm, 1.0)
-    memory = torch.where(filled[..., None], total[..., :-1] / safe[..., None], 0.0)
-    memory_lse = torch.where(filled, safe.log() + log_gate[:, None].to(total.dtype), -torch.inf)
+    filled = norm > torch.finfo(total.dtype).tiny
+    memory = total[..., :-1] / torch.where(filled, norm, torch.inf)[..., None]
+    gate = log_gate[:, None].to(total.dtype)
+    memory_lse = torch.where(filled, torch.where(filled, norm, 1.0).log() + gate, -torch.inf)
     weight = torch.sigmoid(exact_lse - memory_lse)[..., None]
-    return AttentionOutput(weight * exact + (1 - weight) * memory, exact, exact_lse, memory, memory_lse)
+    return AttentionOutput(torch.lerp(memory, exact, weight), exact, exact_lse, memory, memory_lse)
 
 
 def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
@@ -194,41 +202,43 @@ def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
     return capped(s, kernel.softcap)
 
 
-def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, kernel: Kernel) -> Tensor:
-    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there.
-
-    All keys turned to position 0 and all queries to position `reach` have that distance, whatever theirs was.
-    """
-    reach = kernel.spec.reach
-    if not reach or kernel.rotation is None:
-        return near
-    q, k = kernel.rotation.turn(q, q_pos, reach), kernel.rotation.turn(k, k_pos, 0)
-    return torch.where(q_pos[..., :, None] - k_pos[..., None, :] > reach, logits(q, k, kernel), near)
+def softmax_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [..., X] and log-sum-exp [...] of rows of scores, of which none may be −inf throughout."""
+    if scores.requires_grad:
+        return scores.softmax(-1), scores.logsumexp(-1)
+    weights = scores.softmax(-1)  # one pass, where a sum of exponentials takes four
+    return weights, scores.amax(-1) - weights.amax(-1).log()
 
 
 def reaching_logits(query: Tensor, at: Tensor, keys: Tensor, state: State, kernel: Kernel) -> Tensor:
-    """Scores [B, Hk, X, P] of queries [B, Hk, X, D] at positions `at` on the state's keys, here in the queries' dtype.
+    """Scores [B, Hk, X, P] of queries [B, Hk, X, D] on the state's keys, here in the queries' dtype.
 
-    The window is never beyond reach.
+    `at` [B, 1 or Hk, 1 or X] are the queries' positions. The window is never beyond reach.
     """
-    near, spec = logits(query, keys, kernel), kernel.spec
-    if not spec.reach or kernel.rotation is None:
+    near, reach = logits(query, keys, kernel), kernel.spec.reach
+    if not reach or kernel.rotation is None:
         return near
-    first, end = spec.sinks, spec.sinks + spec.ring
-    outside, pos = (torch.cat([x[:, :, :first], x[:, :, end:]], 2) for x in (keys, state.pos))
-    far = logits(kernel.rotation.turn(query, at, spec.reach), at_origin(outside, pos, kernel), kernel)
-    beyond = at[..., None] - pos[:, :, None] > spec.reach
-    sinks, window, slots = near.split((spec.sinks, spec.ring, spec.slots), -1)
-    outer = torch.where(beyond, far, torch.cat([sinks, slots], -1))
-    return torch.cat([outer[..., :first], window, outer[..., first:]], -1)
+    far = logits(kernel.rotation.turn(query, at, reach), at_origin(keys.dtype, state, kernel), kernel)
+    return torch.where(state.pos[:, :, None] < at[..., None] - reach, far, near)
 
 
-def at_origin(keys: Tensor, pos: Tensor, kernel: Kernel) -> Tensor:
-    """keys [..., T, D] of positions [..., T] as they would be at position 0."""
-    assert kernel.rotation is not None
-    if kernel.turned is None or keys.requires_grad or not host_may_look(keys):
-        return kernel.rotation.turn(keys, pos, 0)
-    return kernel.turned.keys(keys, pos, kernel.rotation)
+def at_origin(dtype: torch.dtype, state: State, kernel: Kernel) -> Tensor:
+    """The state's keys [B, Hk, P, D] as they would be at position 0, but zero in the window."""
+    sinks, ring, rotation = kernel.spec.sinks, kernel.spec.ring, kernel.rotation
+    assert rotation is not None
+
+    def given() -> tuple[Tensor, ...]:
+        outside = [torch.cat([x[:, :, :sinks], x[:, :, sinks + ring :]], 2) for x in (state.keys, state.pos)]
+        return *outside, rotation.frequencies
+
+    def turn(keys: Tensor, pos: Tensor, _: Tensor) -> Tensor:
+        turned = rotation.turn(keys.to(dtype), pos, 0)
+        window = turned.new_zeros(*turned.shape[:2], ring, turned.shape[3])
+        return torch.cat([turned[:, :, :sinks], window, turned[:, :, sinks:]], 2)
+
+    if kernel.turned is None or state.keys.requires_grad or not host_may_look(state.keys):
+        return turn(*given())
+    return kernel.turned.get(state.keys, given, turn)
 
 
 def within_reach(kernel: Kernel, state: State | None, length: int) -> Kernel:
@@ -239,7 +249,7 @@ def within_reach(kernel: Kernel, state: State | None, length: int) -> Kernel:
     if state is not None:
         if not host_may_look(state.seen):
             return kernel
-        seen = int(state.seen.max())
+        seen = max(state.seen.tolist())
     return kernel if seen + length > kernel.spec.reach > 0 else kernel._replace(rotation=None)
 
 
