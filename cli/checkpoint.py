@@ -111,7 +111,8 @@ def convert(
     from kernelize.files import check_output
     from kernelize.pipeline import convert_source, plan_source, streamable
 
-    check_output(output, overwrite)
+    if not dry_run:
+        check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     make: Callable[[int], Recipe] = kernel.recipe
     if stream and spec:

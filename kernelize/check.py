@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .convert import save
-from .errors import InputError, KernelizeError
+from .errors import InputError, KernelizeError, first_line
 from .hub import answer_there, compare
 from .reload import answer
 from .runtime.cache import CACHE, kernel_layers
@@ -119,7 +119,7 @@ def judge(subject: Subject, name: str) -> CheckRow:
     except SpecError as refusal:
         return CheckRow(name, True, None, bound, f"refused: {refusal}")
     except (RuntimeError, ValueError, IndexError, TypeError, KernelizeError) as error:
-        return CheckRow(name, False, None, bound, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return CheckRow(name, False, None, bound, f"{type(error).__name__}: {first_line(error)}")
     return CheckRow(name, difference <= bound, difference, bound, note)
 
 

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import sources
 from .budget import Budget, allot
 from .calibrate import calibrate, readings
-from .errors import InputError, KernelizeError
+from .errors import InputError, KernelizeError, first_line
 from .files import new_folder
 from .plan import ConversionPlan
 from .runtime.modeling import FAMILIES, PREFIX, Family, kernelize_model, register
@@ -123,7 +123,7 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, READABLE) else f"{type(error).__name__}: "
-        raise InputError(f"cannot load {str(source)!r}: {kind}{_first_line(error)}") from error
+        raise InputError(f"cannot load {str(source)!r}: {kind}{first_line(error)}") from error
 
 
 def _check_files(where: str, options: dict[str, Any], weights: bool = True) -> sources.Shapes | None:
@@ -199,8 +199,17 @@ def named_dtype(dtype: str) -> torch.dtype:
     return named[dtype]
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def usable_device(device: str | None) -> str:
+    """The device that is asked for, by default a GPU if there is one; InputError for one that is not here."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device).item()  # which the device `meta` cannot do either
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise InputError(
+            f"device={device!r} cannot be used here ({first_line(error)}); cpu can, and cuda with a GPU"
+        ) from error
+    return device
 
 
 # --- convert ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.cache_utils import Cache
 
 from .compiled import compiled_layers
-from .errors import InputError
+from .errors import InputError, first_line
 from .runtime.cache import CACHE, kernel_layers
 from .runtime.modeling import KernelizedModelMixin
 
@@ -273,7 +273,7 @@ class Decoder:
             try:
                 step.capture()
             except RuntimeError as error:
-                self.eager = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self.eager = f"{type(error).__name__}: {first_line(error)}"
                 log.warning("decoding without a CUDA graph: %s", self.eager)
         self.steps[rows] = step
         return step

@@ -25,7 +25,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from tokenizers import Tokenizer
 
-from .errors import InputError, KernelizeError
+from .errors import InputError, KernelizeError, first_line
 
 FORMAT = "kernelize-edge 1"
 PROGRAM_FORMAT = "kernelize-pte 1"  # an ExecuTorch program: edge_program.py runs it
@@ -351,10 +351,6 @@ class EdgeModel:
         rest = self.tokenizer.decode(written)[shown:]
         if rest:
             yield rest
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def open_model(folder: str | Path, *, threads: int = 0) -> EdgeModel:

@@ -11,3 +11,8 @@ class InputError(KernelizeError):
     """What the user gave cannot be used; names the thing, its value and what is allowed. Exit code 2."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its kind if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__
-from .errors import InputError, KernelizeError
-from .files import write_file
+from .errors import InputError, KernelizeError, first_line
+from .files import write_file, writing
 from .question_suites import LmEval, Tasks
 from .rows import METRICS, Metric, Row, bootstrap, data_size, load_rows, metric_of, save_rows, wilson
 from .subject import Subject, check_positions, greedy, has_position_table, trained_length
@@ -67,7 +67,10 @@ class Store:
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
-        whole, _, half = path.read_text("utf-8").rpartition("\n")
+        try:
+            whole, _, half = path.read_text("utf-8").rpartition("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cache {path} cannot be read: {first_line(error)}") from error
         if half:  # a killed run can leave half a line
             write_file(path, whole + "\n" if whole else "")
         for number, line in enumerate(whole.splitlines(), 1):
@@ -81,7 +84,7 @@ class Store:
         self.records[key] = json.loads(json.dumps(record))
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "record": record}) + "\n")
 
 

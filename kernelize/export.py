@@ -70,10 +70,11 @@ def export(
     the files do not compute what the checkpoint does.
     """
     from .convert import load
-    from .pipeline import check_output
+    from .files import check_apart, check_output
 
     check_request(to, precision)
     check_output(output, overwrite)
+    check_apart(output, source)
     model, tokenizer = load(source, dtype="float32", **loading)
     return export_model(model, tokenizer, output, to=to, precision=precision, name=str(source), on_progress=on_progress)
 

@@ -33,6 +33,7 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         aside.mkdir()
         try:
             yield aside
+            _share(aside)
             _sync_all(aside)
             _take_over(aside, output)
         finally:
@@ -50,6 +51,13 @@ def check_output(output: str | Path, overwrite: bool = False) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"output folder {path} cannot be written: {there} does not allow it")
     return path
+
+
+def check_apart(output: str | Path, *sources: str | Path | None) -> None:
+    """InputError if a folder that is read is also to be written: what is converted or trained is never touched."""
+    for source in sources:
+        if source is not None and Path(source).expanduser().resolve() == Path(output).resolve():
+            raise InputError(f"output folder {output} is the source, which is only read; choose another folder")
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:
@@ -90,6 +98,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _share(folder: Path) -> None:
+    """Gives the files the permissions that the umask gives: safetensors 0.8 makes files for their owner alone."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(allowed)
+
+
 def _sync_all(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         sync(path)
@@ -98,7 +114,6 @@ def _sync_all(folder: Path) -> None:
 def _take_over(new: Path, output: Path) -> None:
     """Gives `output` the files of `new`. A rename cannot replace a folder that is not empty, so there they move one
     by one, and until the last one did it is no model."""
-    new.chmod(0o755)
     if not output.exists():
         new.rename(output)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .card import CARD_NAME, ENVIRONMENT_NAME, RECIPE_NAME, environment, model_card, read_facts, read_source, record
 from .errors import InputError
-from .files import check_output, write_file
+from .files import check_apart, check_output, write_file
 from .runtime.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -34,12 +34,9 @@ BUDGET_TOKENS, BUDGET_TEXTS = 2048, (1, 2)  # the texts by which the slots are s
 
 def load_for_use(source: str, *, device: str | None = None, dtype: str | None = None, **options: Any) -> tuple:
     """(model, tokenizer) as `convert.load`, by default on a GPU if there is one."""
-    import torch
+    from .convert import load, usable_device
 
-    from .convert import load
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load(source, device=chosen, dtype=dtype or "auto", **options)
+    return load(source, device=usable_device(device), dtype=dtype or "auto", **options)
 
 
 def plan_source(
@@ -138,6 +135,7 @@ def convert_source(
     revision, trust_remote_code. What cannot be used is refused before a weight is loaded; nothing is half written.
     """
     check_output(output, overwrite)
+    check_apart(output, source)
     make = partial(streamable, make_recipe) if stream else make_recipe
     if stream and dtype:
         raise InputError(f"dtype={dtype!r}: a streamed conversion keeps the tensors as they are")
@@ -182,15 +180,13 @@ def _convert_streamed(
     source: str, recipe: Recipe, output: str | Path, overwrite: bool, dtype: str | None, device: str | None,
     on_progress: Callable[[int, int, str], None], loading: dict[str, Any],
 ) -> tuple[Any, Callable[..., Path]]:  # fmt: skip
-    import torch
-
-    from .convert import initialise, load_config, load_tokenizer
+    from .convert import initialise, load_config, load_tokenizer, usable_device
     from .stream import local_folder, recomputing, save_streamed, streamed_model
 
     folder = local_folder(source, loading.get("revision"))
     plan, tokenizer = plan_for(recipe, load_config(source, **loading)), load_tokenizer(source, **loading)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, shards = streamed_model(source, folder, plan, context=recipe.context, device=chosen, **loading)
+    on = usable_device(device)
+    model, shards = streamed_model(source, folder, plan, context=recipe.context, device=on, **loading)
     texts, priced = calibration(tokenizer, model), budget(tokenizer, model, recipe)
     with recomputing(model):
         initialise(model, texts, priced, on_progress)
@@ -293,14 +289,12 @@ def quantize_source(
     """`quantize.quantize`, by default on a GPU if there is one; InputError where torchao is not installed."""
     import importlib.util
 
-    import torch
-
     if importlib.util.find_spec("torchao") is None:
         raise InputError("quantisation needs torchao; run: pip install 'kernelize[quantize]'")
+    from .convert import usable_device
     from .quantize import quantize
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return quantize(source, bits, output, device=chosen, dtype=dtype or "auto", **options)
+    return quantize(source, bits, output, device=usable_device(device), dtype=dtype or "auto", **options)
 
 
 def serve_source(source: str, **options: Any) -> None:
@@ -400,6 +394,7 @@ def finetune_source(
 
     if not resume:
         check_output(output, overwrite)
+    check_apart(output, source, teacher)
     before = read_facts(source) if Path(source).is_dir() else None
     recipe = _with_kernels(recipe, before, teacher)
     model, tokenizer = load(source, dtype=dtype or "auto")
@@ -501,13 +496,11 @@ def _shaped(
     **_: Any,
 ) -> Any:
     """A random model of a named shape; with a recipe, converted (slots alike in all layers, nothing calibrated)."""
-    import torch
-
-    from .convert import named_dtype
+    from .convert import named_dtype, usable_device
     from .runtime.modeling import kernelize_model
     from .shapes import random_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     chosen = named_dtype(dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     model = random_model(shape, device=device, dtype=chosen)
     if make_recipe is None:

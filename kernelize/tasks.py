@@ -155,7 +155,7 @@ def _schemas() -> str:
 
 def _rows(path: Path, raw: bytes) -> list[Line]:
     try:
-        rows = [json.loads(line) for line in raw.decode("utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise InputError(f"{path} is not JSON lines: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):

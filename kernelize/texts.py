@@ -36,13 +36,18 @@ def read_text(source: str) -> str:
             raw = file.read(LARGEST + 1).decode("utf-8")
         if len(raw) > LARGEST:
             raise ValueError(f"longer than {LARGEST:,} bytes")
-        text = "".join(json.loads(line)["text"] for line in raw.splitlines()) if path.suffix == ".jsonl" else raw
+        text = _joined(raw) if path.suffix == ".jsonl" else raw
     except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError) as error:
         raise InputError(f"text={source!r} cannot be read: {error}; a sample ({', '.join(SAMPLES)}), .txt, .txt.xz "
                          "or .jsonl with `text` is allowed") from error  # fmt: skip
     if not text.strip():
         raise InputError(f"text={source!r} is empty")
     return text
+
+
+def _joined(lines: str) -> str:
+    """The texts of JSON lines. They end in newlines alone: in a string other separators may stand as they are."""
+    return "".join(json.loads(line)["text"] for line in lines.split("\n") if line.strip())
 
 
 def parse_length(text: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.cli import main
 from kernelize.convert import load
-from kernelize.errors import InputError
+from kernelize.errors import InputError, first_line
+from kernelize.evaluate import Store
 from kernelize.recipe import Recipe
 from kernelize.sources import INDEX, check_gguf, check_pinned
+from kernelize.tasks import read_set
+from kernelize.texts import read_text
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,51 @@ def test_weights_and_texts_that_do_not_fit_are_named(source, tmp_path, capsys, n
     assert main(["convert", str(source), "-o", str(tmp_path / "out")]) == 2
     assert sum(line.startswith("error: ") for line in capsys.readouterr().err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "read"),
+    [("convert", "source"), ("finetune", "converted"), ("quantize", "converted"), ("export", "converted")],
+)
+def test_a_source_is_never_its_own_output(source, converted, tmp_path, capsys, command, read):
+    folder = tmp_path / "mine"
+    shutil.copytree(source if read == "source" else converted, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = {"finetune": ["--config", "demo"], "quantize": ["--bits", "8"]}.get(command, [])
+    there = tmp_path / "." / "x" / ".." / "mine"
+    assert main([command, str(folder), "-o", str(there), "--overwrite", *options]) == 2
+    assert "is the source, which is only read" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_here_is_one_line(source, tmp_path, capsys, device):
+    assert main(["convert", str(source), "-o", str(tmp_path / "out"), "--device", device]) == 2
+    assert f"device={device!r} cannot be used here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe not text\n", b"{}\n"], ids=["folder", "binary", "other"])
+def test_a_cache_that_is_none_is_one_line(tmp_path, content):
+    path = tmp_path / "cache"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        Store(path)
+
+
+def test_lines_end_in_newlines_alone(tmp_path):
+    """JSON strings may hold Unicode's other separators as they are, which Python takes for ends of lines."""
+    odd = "a\u2028b\u2029c\x85d"
+    for name, row in (("text", {"text": odd}), ("questions", {"context": odd, "target": " x"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", "utf-8")
+    assert read_text(str(tmp_path / "text.jsonl")) == odd
+    (question,) = read_set(tmp_path / "questions.jsonl").questions
+    assert question.pairs[0][0] == odd
+
+
+@pytest.mark.parametrize(("error", "said"), [(AssertionError(), "AssertionError"), (ValueError("\n a \nb"), "a")])
+def test_an_error_that_says_nothing_is_named(error, said):
+    assert first_line(error) == said
 
 
 def test_a_gguf_file_that_promises_more_than_it_has_is_refused_at_once(tmp_path):

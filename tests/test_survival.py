@@ -7,12 +7,13 @@ import json
 import math
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from killing import command, finish, saving, sources, storm
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import LORA, TRANSFER, CrashError, assert_same_weights, crash_at, losses_of, recipe, run, student, text  # noqa: F401
 
 from kernelize import checkpoints, files
@@ -212,6 +213,18 @@ def test_a_failure_leaves_the_older_output_and_nothing_beside_it(tmp_path):
         fill(tmp_path / "out", "new", overwrite=True, error=OSError(28, "No space left on device"))
     assert (tmp_path / "out/config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("mask", "folders", "plain"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_an_output_may_be_read_by_whom_the_umask_lets(tmp_path, mask, folders, plain):
+    before = os.umask(mask)
+    try:
+        with files.new_folder(tmp_path / "out") as part:
+            save_file({"x": torch.zeros(1)}, part / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folders
+    assert stat.S_IMODE((tmp_path / "out/model.safetensors").stat().st_mode) == plain
 
 
 def test_a_file_is_replaced_at_once_and_a_device_written_to(tmp_path):
