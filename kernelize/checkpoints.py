@@ -55,7 +55,8 @@ class Checkpoint(State):
         """The states of optimizer and scheduler. KernelizeError where a stage has ended, which has none."""
         if self.moving is None:
             raise KernelizeError(f"{self.path} is the end of a stage and has no optimizer")
-        tensors = load_file(self.path / OPTIMIZER, device=str(device))
+        on = device.type if device.type == "cpu" else str(device)  # accelerate numbers CPUs too, safetensors does not
+        tensors = load_file(self.path / OPTIMIZER, device=on)
         state: dict[int, dict[str, Any]] = {int(index): fields for index, fields in self.moving["state"].items()}
         for name, value in tensors.items():
             index, _, field = name.partition(".")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .edge import METADATA, PROGRAM_FORMAT, EdgeModel, State, first_line
-from .errors import InputError
+from .edge import METADATA, PROGRAM_FORMAT, EdgeModel, State
+from .errors import InputError, first_line
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, KernelizeError
+from .errors import InputError, KernelizeError, first_line
 from .runtime.modeling import KernelizedModelMixin, plan_of
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -248,7 +248,7 @@ def tracing(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
-        raise KernelizeError(f"{name} cannot be traced: {str(error).strip().splitlines()[0]}") from error
+        raise KernelizeError(f"{name} cannot be traced: {first_line(error)}") from error
 
 
 def trace_graphs(model: Any, name: str, on_progress: Callable[[str], None] = lambda what: None) -> Graphs:

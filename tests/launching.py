@@ -9,7 +9,7 @@ from pathlib import Path
 from kernelize.launch import engine_environment, launch_command
 
 
-def launch(script: Path, *arguments: str, engine: str = "ddp", processes: int = 2, timeout: float = 280) -> None:
+def launch(script: Path, *arguments: str, engine: str = "ddp", processes: int = 2, timeout: float = 1200) -> None:
     """AssertionError with what it wrote if the script fails."""
     environment = os.environ | engine_environment(engine, processes)
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("KERNELIZE_DEEPSPEED")])]

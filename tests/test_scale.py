@@ -50,6 +50,7 @@ def alone(text, tmp_path_factory):
     return run(recipe(text, *stages(1), checkpoint_steps=1), tmp_path_factory.mktemp("alone"))[2]
 
 
+LONG = pytest.mark.timeout(1800)  # DeepSpeed compiles its exchange of memory once
 ENGINES = [
     "fsdp2",
     pytest.param(
@@ -60,7 +61,7 @@ ENGINES = [
 CASES = [
     ("ddp", 2),
     ("fsdp2", 2),
-    *(pytest.param(*case, marks=[pytest.mark.slow, *marks]) for *case, marks in (
+    *(pytest.param(*case, marks=[pytest.mark.slow, LONG, *marks]) for *case, marks in (
         ("ddp", 4, []), ("fsdp2", 4, []), ("zero3", 2, ENGINES[1].marks), ("zero3", 4, ENGINES[1].marks)
     )),
 ]  # fmt: skip
@@ -92,6 +93,7 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
 
 
 @pytest.mark.slow
+@LONG
 @pytest.mark.parametrize("engine", ENGINES)
 def test_shards_go_on_from_what_one_process_has_left(text, alone, tmp_path, engine):
     script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
@@ -122,6 +124,7 @@ def chunked_stages():
 
 
 @pytest.mark.slow
+@LONG
 @pytest.mark.parametrize("engine", ENGINES)
 def test_shards_and_chunks_and_checkpointing_go_together(tmp_path, engine):
     script, found = tmp_path / "script.py", tmp_path / "found.json"
@@ -163,6 +166,7 @@ def spoilt_run(text, output):
 
 
 @pytest.mark.slow
+@LONG
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_that_cannot_be_used_is_skipped_by_all_processes(text, tmp_path, engine):
     script, found = tmp_path / "script.py", tmp_path / "found.json"
