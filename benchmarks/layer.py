@@ -356,15 +356,13 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
 # (module, kernel) -> what to try instead of its row of LAUNCH; the first group in prefill, the second in training
 NARROW, WIDER = {"registers": 128}, {"registers": None}
 PREFILL = {
-    ("fused_read", "read"): [{"registers": 168}, {"stages": 2}, {"chunk": 64}, {"heads": 1, "registers": 168},
-                             {"heads": 4}],
+    ("fused_exact", "exact"): [{"chunk": 64, "registers": 168}, {"chunk": 64, "stages": 2, "registers": None},
+                               {"heads": 1}, {"stages": 2}, {"heads": 4}],
+    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"stages": 3}],
     ("fused_select", "mass"): [WIDER, {"chunk": 64}, {"heads": 1}, {"heads": 4, "registers": None}],
     ("fused_memory", "states"): [WIDER, {"chunk": 4096}, {"chunk": 16384, "warps": 8, **NARROW}, {"stages": 2}],
 }  # fmt: skip
 TRAINING = {
-    ("fused_exact", "exact"): [{"chunk": 64, "registers": 168}, {"chunk": 64, "stages": 2, "registers": None},
-                               {"heads": 1}, {"stages": 2}, {"heads": 4}],
-    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"stages": 3}],
     ("fused_exact", "query_grad"): [{"stages": 3, "registers": 168}, {"chunk": 64, "registers": None}],
     ("fused_exact", "window_grad"): [{"registers": 128}, {"warps": 4}, {"stages": 1}],
     ("fused_exact", "held_grad"): [{"chunk": 64, "stages": 1, "registers": None}, {"stages": 1}],

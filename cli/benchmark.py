@@ -24,7 +24,10 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 1k,128k,1m.")] = LENGTHS,
     batch: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,16.")] = "1",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for a timing.")] = 32,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at once.")] = 8192,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt that are read at once; by default 8192 on a CPU, 32768 on a GPU."),
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Also time forward and backward.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile fuse the steps of both.")] = False,
     shared_prompt: Annotated[

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .decode import CHUNK, Sampling, Step, prefill, uncapturable
+from .decode import Sampling, Step, prefill, uncapturable
 from .errors import InputError
 from .rows import Row
 from .runtime import ops
@@ -39,7 +39,8 @@ OnProgress = Callable[[int, int, str], None]  # (cases done, cases in all, what 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: every length with every batch; at most `chunk` tokens are read at a time.
+    """What is measured: every length with every batch; at most `chunk` tokens are read at a time,
+    by default as many as `decode.prefill` takes.
 
     With `shared_prompt` the rows of a batch go on from one prompt, which is read once.
     """
@@ -47,7 +48,7 @@ class Settings:
     lengths: tuple[int, ...] = (1024, 8192)
     batches: tuple[int, ...] = (1,)
     tokens: int = 32  # decoded for one timing
-    chunk: int = CHUNK
+    chunk: int | None = None
     train: bool = False
     compiled: bool = False  # the steps of both by torch.compile, around the attention
     shared_prompt: bool = False
@@ -56,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "chunk", "train_length", "train_rows"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is below 1")
         if not self.lengths or not self.batches or min(self.lengths + self.batches) < 1:
             raise InputError(f"lengths={self.lengths}, batches={self.batches}: at least one of each, from 1 on")
@@ -142,7 +143,7 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
     """(metric, value, how often it was measured) of one prompt length and batch."""
     asked, rows = rows, 1 if settings.shared_prompt else rows
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device=model.device)
-    chunk = max(1, settings.chunk // rows) if isinstance(model, KernelizedModelMixin) else length
+    chunk = settings.chunk and max(1, settings.chunk // rows) if isinstance(model, KernelizedModelMixin) else length
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

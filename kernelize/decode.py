@@ -25,7 +25,9 @@ from .runtime.modeling import KernelizedModelMixin
 log = logging.getLogger("kernelize")
 
 BLOCK = 16  # tokens between two looks of the host at what was written
-CHUNK = 8192  # tokens of a prompt that are read at once: bounds the memory
+# tokens of all prompts that are read at once: bounds the memory; a GPU waits for the host between small chunks
+CHUNK = {"cpu": 8192}
+CHUNK_ELSEWHERE = 32768
 WARM_UPS = 2  # steps before a capture: kernels compile, libraries allocate
 HOST_ROPES = ("dynamic", "longrope")  # their frequencies are chosen on the host, by the length
 # settings of a generation_config that change what is written, and that `Decoder` does not know
@@ -92,8 +94,10 @@ def uncapturable(model: Any) -> str | None:
 
 
 @torch.no_grad()
-def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, chunk: int = CHUNK) -> tuple[Cache, Tensor, Tensor]:
-    """(cache, logits [B, V] of the next token, tokens read [B]) of ids [B, T], `chunk` tokens at a time.
+def prefill(
+    model: Any, ids: Tensor, mask: Tensor | None = None, chunk: int | None = None
+) -> tuple[Cache, Tensor, Tensor]:
+    """(cache, logits [B, V] of the next token, tokens read [B]) of ids [B, T], `chunk` tokens of each at a time.
 
     `mask` [B, T] is 0 at padding, which stands on the left; InputError where it does not.
     """
@@ -101,7 +105,8 @@ def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, chunk: int = CH
         raise InputError("a padded batch must be padded on the left: the last token of a row is padding")
     if mask is not None and bool(mask.all()):
         mask = None
-    cache, T = DynamicCache(config=model.config), ids.shape[1]
+    cache, (rows, T) = DynamicCache(config=model.config), ids.shape
+    chunk = chunk or max(1, CHUNK.get(ids.device.type, CHUNK_ELSEWHERE) // rows)
     positions = torch.arange(T, device=ids.device).expand_as(ids) if mask is None else mask.cumsum(1) - 1
     for start in range(0, T, chunk):
         end = min(start + chunk, T)

@@ -23,8 +23,8 @@ SHAPE = (1, 4, 2, 16)
 
 @pytest.mark.parametrize(
     ("policy", "length", "train", "keep", "kernels", "operations"),
-    [("attention", 2048, False, False, 10, 5), ("attention", 65536, False, False, 12, 5),
-     ("attention", 2048, False, True, 10, 32), ("mixed", 2048, False, False, 18, 9),
+    [("attention", 2048, False, False, 12, 5), ("attention", 65536, False, False, 14, 5),
+     ("attention", 2048, False, True, 12, 32), ("mixed", 2048, False, False, 19, 9),
      ("attention", 2048, True, False, 25, 57)],
 )  # fmt: skip
 def test_a_layer_launches_no_more_than_this(policy, length, train, keep, kernels, operations):

@@ -7,8 +7,6 @@ The stages are those of chunked.py, each over the whole length at once:
 3. the exact branch over sinks, window and slot holders (fused_exact.py);
 4. the memory over the tokens in the order of their deaths, merged with it (fused_memory.py);
 
-where nobody asks for the branches and a hedgehog map is small enough, 3 and 4 are one kernel (fused_read.py).
-
 `supports` says what the kernels cannot do; `ops` then takes chunked.py.
 """
 
@@ -24,7 +22,6 @@ from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction
 from .fused_map import mapped
 from .fused_memory import MemoryFunction, order_of, recall_errors
-from .fused_read import read, serves
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
@@ -120,22 +117,9 @@ def attend_plainly(
     lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
     heads = kernel.scaling, kernel.softcap
     given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos)
-    if not branches and not torch.is_grad_enabled() and far.pos is None and serves(kernel, q):
-        out, total = read_whole(store, kernel, given, lives, phi_k, clock, clock_end)
-    else:
-        out, total = read_branches(store, kernel, given, far, lives, phi_k, clock, clock_end, branches)
+    out, total = read_branches(store, kernel, given, far, lives, phi_k, clock, clock_end, branches)
     state = final_state(store, kernel, lives, scores, clock, clock_end, total) if keep else store.state
     return store.unalign(out), state
-
-
-def read_whole(
-    store: Store, kernel: Kernel, given: Exact, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor
-) -> tuple[AttentionOutput, Tensor]:
-    """(y alone, the memory at the end)."""
-    order = order_of(lives.order, kernel.spec.block, decays(store, kernel))
-    y, total = read(store.q, store.k, store.v, kernel, given, order, phi_k, clock, clock_end, store.state.memory)
-    nothing = y.new_empty(0)
-    return AttentionOutput(y, nothing, nothing, nothing, nothing), total
 
 
 def read_branches(
