@@ -3,7 +3,9 @@
     python benchmarks/streamed.py --shape llama3-8b --layers 8 --work /tmp/streamed
 
 Writes a checkpoint of that shape shard by shard, converts it in a process of its own, and prints one line of JSON:
-bytes of the checkpoint and of its largest shard, and the peak of the process's resident memory.
+bytes of the checkpoint and of its largest shard, the peak of the process's resident memory, and its processor time.
+The peak is VmHWM of the process itself: what the system tells a parent about its children (ru_maxrss) begins with the
+parent's own memory, which here has just written the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,6 +29,15 @@ from kernelize.shapes import SHAPES
 from kernelize.stream import INDEX
 
 SHARD = 1 << 30  # bytes
+MEASURED = """
+import re, sys
+from kernelize.cli import main
+
+code = main(sys.argv[2:])
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
+open(sys.argv[1], "w").write(peak[1])
+sys.exit(code)
+"""
 
 
 def shards(parameters: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -73,7 +84,8 @@ def main() -> None:
     if not source.exists():
         write(given.shape, given.layers, source)
     files = [file.stat().st_size for file in source.glob("*.safetensors")]
-    command = [sys.executable, "-m", "kernelize.cli", "convert", str(source), "-o", str(given.work / "out")]
+    peak = given.work / "peak"
+    command = [sys.executable, "-c", MEASURED, str(peak), "convert", str(source), "-o", str(given.work / "out")]
     recipe = load_recipe("default").model_copy(update={"budget": given.budget, "stages": ()})
     (given.work / "recipe.yaml").write_text(recipe.to_yaml())
     options = [
@@ -87,7 +99,12 @@ def main() -> None:
     subprocess.run([*command, *options], check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(given.work / "out")
-    found = {"checkpoint_bytes": sum(files), "largest_shard_bytes": max(files), "peak_bytes": used.ru_maxrss * 1024}
+    found = {
+        "checkpoint_bytes": sum(files),
+        "largest_shard_bytes": max(files),
+        "peak_bytes": int(peak.read_text()) << 10,
+    }
+    found["user_seconds"] = round(used.ru_utime)
     print(
         json.dumps(
             {

@@ -80,6 +80,19 @@ def show_kept(recipe: Recipe) -> None:
         table("What replacing a layer costs in retrieval", head, rows, left=(0, 2))
 
 
+def _check_spec(spec: str | None, state_bytes: int | None, stream: bool, kernel: KernelFlags) -> None:
+    """Refuses options that another one would leave without effect."""
+    if spec is None and state_bytes is not None:
+        raise typer.BadParameter("--state-bytes is what --spec auto may spend; alone it does nothing")
+    if spec and stream:
+        raise typer.BadParameter(
+            f"--spec {spec} inspects the model in memory, and --stream is for those that do not fit"
+        )
+    if spec and (given := [name for name, value in vars(kernel).items() if value is not None]):
+        option = given[0].replace("_", "-")
+        raise typer.BadParameter(f"--spec {spec} chooses recipe and kernels itself; leave out --{option}")
+
+
 @with_kernel_flags
 def convert(
     source: Source,
@@ -115,10 +128,7 @@ def convert(
         check_output(output, overwrite)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     make: Callable[[int], Recipe] = kernel.recipe
-    if stream and spec:
-        raise typer.BadParameter(
-            f"--spec {spec} inspects the model in memory, and --stream is for those that do not fit"
-        )
+    _check_spec(spec, state_bytes, stream, kernel)
     if spec == "auto":
         inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
         make = partial(lambda found, layers: found, inspected)

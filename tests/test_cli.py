@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,37 @@ def test_a_plan_is_made_from_what_inspect_measured_and_keeps_its_bytes(folder, t
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert run("inspect", folder / "source", *few, "--state-bytes", "10") == 2
     assert "state_bytes=10 is too little" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--state-bytes", "9"], "--state-bytes is what --spec auto may spend"),
+        (["--spec", "auto", "--state-bytes", "99999", "--feature-dim", "8"], "leave out --feature-dim"),
+        (["--spec", "auto", "--state-bytes", "99999", "--config", "demo"], "leave out --config"),
+        (["--spec", "auto", "--state-bytes", "99999", "--stream"], "--stream is for those that do not fit"),
+    ],
+)
+def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, said):
+    assert run("convert", folder / "source", "-o", tmp_path / "out", *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_asks_for_no_output_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", folder / "source", "--dry-run") == 0
+
+
+def test_ctrl_c_while_commands_are_imported_is_no_traceback(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "kernelize.cli.app", Interrupted("kernelize.cli.app"))
+    assert run("list") == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_convert_chooses_by_itself_under_a_number_of_bytes(folder, tmp_path, capsys, monkeypatch):
