@@ -262,6 +262,16 @@ def models(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, tuple[Any
     return {name: (model, tokenizer) for name, (model, _) in found.items()}
 
 
+def measure_apart(args: argparse.Namespace, clock: Clock) -> None:
+    """Every suite in a process of its own: small models leave most of a GPU idle. What was measured is kept."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", "measure", "--together"]
+    if args.minutes:
+        command += ["--minutes", str(max(0.0, clock.end - time.time()) / 60)]
+    running = {name: subprocess.Popen([*command, "--suites", name]) for name in args.suites}
+    if failed := [name for name, process in running.items() if process.wait()]:
+        raise SystemExit(f"{', '.join(failed)}: not measured; see above")
+
+
 def at_reach(model: Any, reach: int) -> Any:
     """The model with another reach in all converted layers: nothing that is trained depends on it."""
     layers = [spec and spec.replace(reach=reach) for spec in plan_of(model.config)]
@@ -419,6 +429,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help="of the teacher, and of all models when they are measured")
     parser.add_argument("--pieces", type=int, default=None, help="of wikitext; by default all 144 on a GPU, else 8")
     parser.add_argument("--book-pieces", type=int, default=3, help="of 65,536 tokens")
+    parser.add_argument(
+        "--together", action="store_true", default=None, help="all suites in this process; without a GPU"
+    )
     parser.add_argument("--trial", action="store_true", help="one step, a few short texts: whether all of it runs")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -426,6 +439,7 @@ def parse() -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.jobs, args.converting = args.jobs or (2 if gpu else 1), args.converting or (8 if gpu else 1)
     args.chunk, args.batch = (8192, 128) if gpu else (2048, 16)  # of tokens, of questions: a GPU waits for the host
+    args.together = args.together or not gpu
     args.pieces = args.pieces or (None if gpu else 8)
     args.output.mkdir(parents=True, exist_ok=True)
     return args
@@ -440,8 +454,10 @@ def work(args: argparse.Namespace) -> None:
             convert_all(args)
         if "train" in args.only:
             train_all(runs, args, clock)
+        if "measure" in args.only and not args.together:
+            measure_apart(args, clock)
         if "measure" in args.only:
-            measure(runs, args, clock)
+            measure(runs, args, clock)  # what was measured already is only put together
     except TimeUpError:
         print("time is up; the same command goes on from here", flush=True)
     left = [run.name for run in runs if not is_trained(run, args)]
