@@ -265,7 +265,7 @@ def figures(given: argparse.Namespace) -> None:
         recipe = one_stage(stage, length, rows, 8)
         p = predict(
             config, ConversionPlan.uniform(spec(), layers_of(config)), recipe.stages[0], machine_named(machine),
-            processes=processes, sharded=engine == "fsdp2",
+            processes=processes, sharded=engine != "ddp",
         )  # fmt: skip
         named = " ".join(str(v) if k in ("kind", "trainable") else f"{k} {v}" for k, v in fields.items() if v)
         parts = [p.weights + p.gradients + p.optimizer, p.activations, p.gathered + p.logits, p.memory]

@@ -14,5 +14,6 @@ class InputError(KernelizeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its kind if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says, in a line, two where the first announces the second; its kind if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

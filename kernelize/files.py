@@ -43,10 +43,15 @@ def new_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 def check_output(output: str | Path, overwrite: bool = False) -> Path:
     """The folder, if it may and can be written: absent, empty, or to be overwritten. InputError says why not."""
     path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output {path} is a file, not a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise InputError(f"output folder {path} is not empty; choose another, or give --overwrite")
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output {path} is a file, not a folder")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise InputError(f"output folder {path} is not empty; choose another, or give --overwrite")
+    except OSError as error:
+        raise InputError(f"output folder {path} cannot be used: {error.strerror}") from error
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"output {path} is a symbolic link to nothing")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"output folder {path} cannot be written: {there} does not allow it")
@@ -56,7 +61,7 @@ def check_output(output: str | Path, overwrite: bool = False) -> Path:
 def check_apart(output: str | Path, *sources: str | Path | None) -> None:
     """InputError if a folder that is read is also to be written: what is converted or trained is never touched."""
     for source in sources:
-        if source is not None and Path(source).expanduser().resolve() == Path(output).resolve():
+        if source is not None and os.path.realpath(Path(source).expanduser()) == os.path.realpath(output):
             raise InputError(f"output folder {output} is the source, which is only read; choose another folder")
 
 

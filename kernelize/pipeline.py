@@ -77,7 +77,7 @@ def predict_stages(
     from .predict import machine_named, predict
 
     chosen, config = machine_named(machine), load_config(source, **loading)
-    plan, sharded = plan_for(recipe, config), engine == "fsdp2"
+    plan, sharded = plan_for(recipe, config), engine != "ddp"
     return [predict(config, plan, stage, chosen, processes=processes, sharded=sharded) for stage in recipe.stages]
 
 

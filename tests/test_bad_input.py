@@ -161,6 +161,15 @@ def test_a_source_is_never_its_own_output(source, converted, tmp_path, capsys, c
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "loop", "dangling"])
+def test_an_output_that_cannot_be_is_one_line(source, tmp_path, capsys, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert main(["convert", str(source), "-o", str(tmp_path / name)]) == 2
+    assert re.search("File name too long|symbolic link to nothing", capsys.readouterr().err)
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_here_is_one_line(source, tmp_path, capsys, device):
     assert main(["convert", str(source), "-o", str(tmp_path / "out"), "--device", device]) == 2
@@ -186,7 +195,10 @@ def test_lines_end_in_newlines_alone(tmp_path):
     assert question.pairs[0][0] == odd
 
 
-@pytest.mark.parametrize(("error", "said"), [(AssertionError(), "AssertionError"), (ValueError("\n a \nb"), "a")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(AssertionError(), "AssertionError"), (ValueError("\n a \nb"), "a"), (OSError("one of:\n 1\n2"), "one of: 1")],
+)
 def test_an_error_that_says_nothing_is_named(error, said):
     assert first_line(error) == said
 
