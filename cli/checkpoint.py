@@ -31,7 +31,9 @@ def plan(
         str | None, typer.Option(help="Predict the training too, on rtx4090, a100, h100 or h200.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="With --machine: how many of them.")] = 1,
-    engine: Annotated[Literal["ddp", "fsdp2", "zero3"], typer.Option(help="With --machine: whole models, or sharded.")] = "ddp",
+    engine: Annotated[
+        Literal["ddp", "fsdp2", "zero3"], typer.Option(help="With --machine: whole models, or sharded.")
+    ] = "ddp",
     dtype: DType = None,
     device: Device = None,
     revision: Revision = None,
