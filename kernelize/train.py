@@ -357,7 +357,13 @@ class _Run:
                 for model in (self.model, self.teacher if stage.kind == "distil" else None):
                     if model is not None:
                         stack.enter_context(compiled_layers(model, BACKEND))
-            yield
+            try:
+                yield
+            except torch._dynamo.exc.TorchDynamoException as error:  # looked up only then: its import takes seconds
+                reason = " ".join(str(error).split())[:200]
+                raise KernelizeError(
+                    f"stage {stage.name!r}: torch.compile failed ({reason}); with compiled: false it trains without"
+                ) from error
 
     def _store(self) -> Store:
         return Store(self.output / HIDDEN, self.accelerator.process_index)

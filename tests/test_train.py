@@ -143,6 +143,18 @@ def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, stage, pa
     assert_same(losses["cpu",], losses[()], "losses")
 
 
+def test_where_nothing_compiles_the_way_out_is_named(text, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(train, "COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(train, "BACKEND", broken)
+    torch._dynamo.reset()
+    with pytest.raises(KernelizeError, match=r"'all': torch.compile failed .*no compiler.*compiled: false"):
+        run(recipe(text, ALL | {"packing": "joined"}), tmp_path / "out")
+    run(recipe(text, ALL | {"packing": "joined", "compiled": False}), tmp_path / "again")
+
+
 def test_the_result_is_an_ordinary_checkpoint_with_its_log(text, tmp_path):
     model, result, events = run(recipe(text, TRANSFER, LORA), tmp_path / "out")
     loaded, _ = load(tmp_path / "out")
