@@ -112,22 +112,22 @@ class Zero3(Whole):
     def optimizer_state(self, wrapped: Any, optimizer: Any) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        (steps,) = {float(held["step"]) for held in optimizer.state.values()}
         trained = [p for p in wrapped.parameters() if p.requires_grad]
-        state = {
-            index: {"step": torch.tensor(steps)} | {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
-            for index, p in enumerate(trained)
-        }
+        state = {}
+        for steps in {float(held["step"]) for held in optimizer.state.values()}:  # none before the first step
+            for index, p in enumerate(trained):
+                moments = {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+                state[index] = {"step": torch.tensor(steps)} | moments
         (group,) = optimizer.param_groups
-        return {"state": state, "param_groups": [group | {"params": list(state)}]}
+        return {"state": state, "param_groups": [group | {"params": list(range(len(trained)))}]}
 
     def load_optimizer(self, wrapped: Any, optimizer: Any, state: dict[str, Any]) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
         trained, saved = [p for p in wrapped.parameters() if p.requires_grad], state["state"]
-        for flat in wrapped.optimizer.fp32_partitioned_groups_flat:
+        for flat in wrapped.optimizer.fp32_partitioned_groups_flat if saved else ():
             optimizer.state[flat] = {"step": saved[0]["step"].cpu()} | {key: torch.zeros_like(flat) for key in MOMENTS}
-        for index, parameter in enumerate(trained):
+        for index, parameter in enumerate(trained if saved else ()):
             for key in MOMENTS:
                 safe_set_local_optimizer_state(parameter, self._part(saved[index][key], parameter), key)
         for group, like in zip(optimizer.param_groups, state["param_groups"], strict=True):
