@@ -107,7 +107,7 @@ def _share(folder: Path) -> None:
     """Gives the files the permissions that the umask gives: safetensors 0.8 makes files for their owner alone."""
     allowed = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             path.chmod(allowed)
 
 

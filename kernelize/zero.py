@@ -56,7 +56,7 @@ def make_zero3() -> Accelerator:
 
 
 class Zero3(Whole):
-    """Every process holds its part of each parameter, gradient and moment; a decoder layer is gathered to compute."""
+    """Every process holds its part of each parameter, gradient and moment; a module is gathered to compute."""
 
     sharded = True
 

@@ -88,7 +88,7 @@ def test_a_state_stays_finite_bounded_and_exact_over_thousands_of_tokens(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @SPECS
 @torch.no_grad()

@@ -35,7 +35,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_twenty_four_kills(folder):
     counted = storm(folder, kills=24, seed=1)
     print(counted)
