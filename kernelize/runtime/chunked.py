@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import self_recall, take
+from .reference import self_recall
 from .spec import TILE, KernelSpec
 from .state import (
     EMPTY,
@@ -57,7 +57,7 @@ def attend(
     fresh = state is None
     kernel = within_reach(kernel, state, q.shape[2])
     state = empty_state(kernel.spec, k, v) if state is None else state
-    aligned = fresh and valid is None and SEGMENT % tile_of(kernel.spec) == 0
+    aligned = valid is None and SEGMENT % tile_of(kernel.spec) == 0 and (fresh or begins_block(state, kernel.spec))
     whole = Whole(q.shape[2])
     for start in range(0, q.shape[2], SEGMENT):
         now = slice(start, start + SEGMENT)
@@ -91,6 +91,11 @@ class Whole:
         if len(self.parts) == 1:
             return self.parts[0]
         return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*self.parts, strict=True)))
+
+
+def begins_block(state: State, spec: KernelSpec) -> bool:
+    """Whether the next token of every row begins a block, as far as the host may know."""
+    return host_may_look(state.seen) and not any(seen % spec.block for seen in state.seen.tolist())
 
 
 def tile_of(spec: KernelSpec) -> int:
@@ -245,12 +250,6 @@ def time_rows(grid: Grid, x: Tensor) -> Tensor:
     B, Hk, n = x.shape[:3]
     x = x.view(B, Hk, n, -1, grid.tile, *x.shape[4:]).transpose(2, 3)
     return x.reshape(B, -1, n * grid.tile, *x.shape[5:])
-
-
-def grouped(mask: Tensor, rows: int) -> Tensor:
-    """[B, ..., n, tile, X] -> [B, ..., n, G·tile, X]: the same for every query head of a group."""
-    group = rows // mask.shape[-2]
-    return mask.repeat(*[1] * (mask.ndim - 2), group, 1)
 
 
 def hide(scores: Tensor, visible: Tensor) -> None:
@@ -426,17 +425,17 @@ def recall_errors(grid: Grid, life: Life, kernel: Kernel) -> Tensor:
     assert life.phi is not None
     spec, slots, value = kernel.spec, kernel.spec.slots, life.value
     clock, clock_end = life.clock, life.clock_end
-    phi = life.phi * (life.pos != EMPTY)[..., None]
-    v1 = with_ones(value.to(phi.dtype))
-    held = phi[:, :, :slots] * (-clock[:, :, :slots, None]).exp()
-    start = grid.state.memory + held.transpose(-1, -2) @ v1[:, :, :slots]  # everything that has left so far
+    phi = life.phi
+    v1 = with_ones(value.to(phi.dtype)) * (life.pos != EMPTY)[..., None]
+    held = v1[:, :, :slots] * (-clock[:, :, :slots, None]).exp()
+    start = grid.state.memory + phi[:, :, :slots].transpose(-1, -2) @ held  # everything that has left so far
     phi, v1, clock = phi[:, :, slots:], v1[:, :, slots:], clock[:, :, slots:]
     n, tile, per = grid.n, grid.tile, grid.tile // spec.block
     phi, v1 = phi.unflatten(2, (n, tile)), v1.unflatten(2, (n, tile))
     clock = clock.unflatten(2, (n, tile))
     end = clock_end[:, :, per - 1 :: per]  # [B, Hk, n] the clock at the end of a tile
     before = torch.cat([torch.zeros_like(end[:, :, :1]), end], 2)  # [B, Hk, n + 1]
-    gain = (phi * (end[..., None] - clock).exp()[..., None]).transpose(-1, -2) @ v1
+    gain = phi.transpose(-1, -2) @ (v1 * (end[..., None] - clock).exp()[..., None])
     memory = scan(start, gain, before)[:, :, :-1]  # [B, Hk, n, F, D + 1] at the start of every tile
     # inside the tile: earlier blocks only; a token's memory ends with the block before its own
     block_start = torch.cat([before[:, :, :1], clock_end], 2)[:, :, :-1].repeat_interleave(spec.block, 2)
@@ -505,9 +504,13 @@ def table(member: Tensor, width: int) -> Tensor:
 
 def pick(x: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
     """x [B, Hk, X, ...] at index [B, Hk, n, Y] -> [B, Hk, n, Y, ...]; index X gives `blank`."""
-    B, Hk, n, Y = index.shape
+    B, Hk = index.shape[:2]
     padded = torch.cat([x, x.new_full((B, Hk, 1, *x.shape[3:]), blank)], 2)
-    return take(padded, index.flatten(2)).unflatten(2, (n, Y))
+    if x.ndim == 3:
+        return padded.gather(2, index.flatten(2)).view_as(index)
+    first = torch.arange(B * Hk, device=x.device).view(B, Hk, 1, 1) * padded.shape[2]
+    rows = padded.flatten(0, 2).index_select(0, (first + index).flatten())  # copies rows; gather would single numbers
+    return rows.view(*index.shape, *x.shape[3:])
 
 
 # --- 4. the exact branch ------------------------------------------------------------------------------------
@@ -636,17 +639,17 @@ def linear(grid: Grid, life: Life, part: Fold, phi_q: Tensor, index: Tensor, spe
     death = pick(life.death, index, torch.iinfo(torch.int64).max)
 
     at = life.clock_end[:, :, ::per]  # [B, Hk, n] the clock at a tile's first block
-    gain = phi[:, :, :-1] * (at[..., None] - clock[:, :, :-1]).clamp(max=0).exp()[..., None]
-    gain = gain.transpose(-1, -2) @ value[:, :, :-1]
+    faded = value[:, :, :-1] * (at[..., None] - clock[:, :, :-1]).clamp(max=0).exp()[..., None]
+    gain = phi[:, :, :-1].transpose(-1, -2) @ faded
     memory = scan(part.start, gain, torch.cat([torch.zeros_like(at[:, :, :1]), at], 2))[:, :, 1:]
 
     now = life.clock_end.repeat_interleave(spec.block, 2).unflatten(2, (grid.n, grid.tile))  # [B, Hk, n, tile]
     weight = (now[..., None] - clock[:, :, 1:, None]).clamp(max=0).exp()
     weight = weight * (death[:, :, 1:, None] <= query_blocks(grid, spec)[..., None])  # died inside the tile, before
-    rows = phi_q.shape[3]
-    near = ((phi_q @ phi[:, :, 1:].transpose(-1, -2)) * grouped(weight, rows)) @ value[:, :, 1:]
-    far = (phi_q @ memory) * grouped((now - at[..., None]).exp()[..., None], rows)
-    return near + far
+    by_head = (-1, grid.tile)  # rows [G·tile] as [G, tile]
+    near = (phi_q @ phi[:, :, 1:].transpose(-1, -2)).unflatten(3, by_head) * weight[:, :, :, None]
+    far = (phi_q @ memory).unflatten(3, by_head) * (now - at[..., None]).exp()[:, :, :, None, :, None]
+    return near.flatten(3, 4) @ value[:, :, 1:] + far.flatten(3, 4)
 
 
 def corrected(grid: Grid, life: Life, part: Fold, kernel: Kernel) -> Fold:
@@ -749,4 +752,4 @@ def final_state(grid: Grid, life: Life, mass: Tensor, parts: list[Fold], kernel:
 def memory_after(part: Fold, lost: Tensor, end: Tensor) -> Tensor:
     """The memory's columns [B, Hk, F, C] at the clock `end` [B, Hk, 1], with the tokens `lost` [B, Hk, X] in them."""
     weight = (end - part.clock).clamp(max=0).exp() * lost
-    return part.start * end[..., None].exp() + (part.phi * weight[..., None]).transpose(-1, -2) @ part.value
+    return part.start * end[..., None].exp() + part.phi.transpose(-1, -2) @ (part.value * weight[..., None])
