@@ -225,8 +225,9 @@ def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tens
     if spec.has_memory:
         assert kernel.map_q is not None
         phi = features(kernel, kernel.map_q, q, span.at[:, None])
-        total = (phi.reshape(B, Hk, G * T, spec.feature_dim) @ state.memory).reshape(B, H, T, D + 1)
-        total = weigh_answers(total, phi) if spec.is_delta else total
+        answer = (phi.reshape(B, Hk, G * T, spec.feature_dim) @ state.memory).reshape(B, H, T, D + 1)
+        total = answer[..., :-1], answer[..., -1:]
+        total = weigh_answers(*total, phi) if spec.is_delta else total
     y = merge(exact, lse, total, kernel.log_gate).y.to(q.dtype)
     return y, received(s, spec, state, span) if spec.measures("attention") else torch.zeros_like(state.mass)
 

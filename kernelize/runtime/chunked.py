@@ -51,46 +51,51 @@ SEGMENT = 1024  # tokens: what is held at once
 
 @by_head
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State | None = None, valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel,
+    state: State | None = None,
+    valid: Tensor | None = None,
+    branches: bool = True,
 ) -> tuple[AttentionOutput, State]:
-    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T)."""
+    """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
+
+    Without `branches` all but y is empty.
+    """
     fresh = state is None
     kernel = within_reach(kernel, state, q.shape[2])
     state = empty_state(kernel.spec, k, v) if state is None else state
     aligned = valid is None and SEGMENT % tile_of(kernel.spec) == 0 and (fresh or begins_block(state, kernel.spec))
-    whole = Whole(q.shape[2])
+    whole = Whole(q.shape[2], branches)
     for start in range(0, q.shape[2], SEGMENT):
         now = slice(start, start + SEGMENT)
         keep = None if valid is None else valid[:, now]
-        out, state = segment(q[:, :, now], k[:, :, now], v[:, :, now], kernel, state, keep, aligned)
-        whole.add(start, out)
+        parts, state = segment(q[:, :, now], k[:, :, now], v[:, :, now], kernel, state, keep, aligned, branches)
+        whole.add(start, parts)
     return whole.output(), state
 
 
 class Whole:
     """The outputs of consecutive segments, joined; without gradients in place, so that no part is held twice."""
 
-    def __init__(self, length: int):
-        self.length = length
-        self.parts: list[AttentionOutput] = []
-        self.filled: AttentionOutput | None = None
+    def __init__(self, length: int, branches: bool):
+        self.length, self.branches = length, branches
+        self.parts: list[list[Tensor]] = []
+        self.filled: list[Tensor] = []
 
-    def add(self, start: int, part: AttentionOutput) -> None:
-        size = part.y.shape[2]
+    def add(self, start: int, part: list[Tensor]) -> None:
+        size = part[0].shape[2]
         if size == self.length or torch.is_grad_enabled():
             self.parts.append(part)
             return
-        if self.filled is None:
-            self.filled = AttentionOutput(*(x.new_empty(*x.shape[:2], self.length, *x.shape[3:]) for x in part))
+        self.filled = self.filled or [x.new_empty(*x.shape[:2], self.length, *x.shape[3:]) for x in part]
         for target, x in zip(self.filled, part, strict=True):
             target[:, :, start : start + size] = x
 
     def output(self) -> AttentionOutput:
-        if self.filled is not None:
-            return self.filled
-        if len(self.parts) == 1:
-            return self.parts[0]
-        return AttentionOutput(*(torch.cat(parts, 2) for parts in zip(*self.parts, strict=True)))
+        found = self.filled or [torch.cat(x, 2) if len(x) > 1 else x[0] for x in zip(*self.parts, strict=True)]
+        return AttentionOutput(*found) if self.branches else AttentionOutput(found[0], *[found[0].new_empty(0)] * 4)
 
 
 def begins_block(state: State, spec: KernelSpec) -> bool:
@@ -103,18 +108,20 @@ def tile_of(spec: KernelSpec) -> int:
 
 
 def segment(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, aligned: bool
-) -> tuple[AttentionOutput, State]:
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: Tensor | None, aligned: bool, branches: bool
+) -> tuple[list[Tensor], State]:
+    """What is asked for of AttentionOutput, over one segment, and the state after it."""
     grid = align(q, k, v, kernel, state, valid, aligned)
     local = local_attention(grid, kernel)
     mass = received(grid, local, kernel.spec)
     life = live(grid, mass, kernel)
-    exact, lse = exact_branch(grid, local, life, kernel)
+    rows = kernel._replace(log_gate=head_rows(grid, kernel.log_gate), sink_logits=head_rows(grid, kernel.sink_logits))
+    exact, lse = exact_branch(grid, local, life, rows)
     parts = folds(grid, life, kernel)
     total = memory_branch(grid, life, parts, kernel) if parts else None
-    out = merge(exact, lse, total, kernel.log_gate)
-    out = AttentionOutput(out.y.to(q.dtype), *out[1:])
-    return AttentionOutput(*(grid.unalign(x) for x in out)), final_state(grid, life, mass, parts, kernel)
+    out = merge(exact, lse, total, rows.log_gate)
+    wanted = [out.y.to(q.dtype), *(out[1:] if branches else ())]
+    return [grid.unalign(time_rows(grid, x)) for x in wanted], final_state(grid, life, mass, parts, kernel)
 
 
 # --- 1. rows on their own block grid ------------------------------------------------------------------------
@@ -250,6 +257,12 @@ def time_rows(grid: Grid, x: Tensor) -> Tensor:
     B, Hk, n = x.shape[:3]
     x = x.view(B, Hk, n, -1, grid.tile, *x.shape[4:]).transpose(2, 3)
     return x.reshape(B, -1, n * grid.tile, *x.shape[5:])
+
+
+def head_rows(grid: Grid, x: Tensor | None) -> Tensor | None:
+    """A number a query head, [H], as [Hk, G·tile]: what broadcasts over the rows of all tiles."""
+    Hk = grid.k.shape[1]
+    return None if x is None else x.view(Hk, -1, 1).expand(-1, -1, grid.tile).flatten(1)
 
 
 def hide(scores: Tensor, visible: Tensor) -> None:
@@ -521,11 +534,11 @@ def query_blocks(grid: Grid, spec: KernelSpec) -> Tensor:  # [n, tile]
 
 
 def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Softmax over sinks, window and slots -> (exact [B, H, n·tile, D], lse [B, H, n·tile])."""
+    """Softmax over sinks, window and slots -> (exact [B, Hk, n, G·tile, D], lse [B, Hk, n, G·tile])."""
     exact, lse = local.weights @ local.value, local.lse
     if kernel.spec.slots:
         exact, lse = beside_slots(exact, grid, local, life, kernel)
-    return add_sink_logits(time_rows(grid, exact), time_rows(grid, lse), kernel)
+    return add_sink_logits(exact, lse, kernel)
 
 
 def beside_slots(exact: Tensor, grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -620,20 +633,23 @@ def death_groups(grid: Grid, life: Life, spec: KernelSpec, order: Tensor | None 
     return torch.nn.functional.pad(order, (0, 1), value=order.shape[2]).gather(2, index.flatten(2)).view_as(index)
 
 
-def memory_branch(grid: Grid, life: Life, parts: list[Fold], kernel: Kernel) -> Tensor:
-    """Numerator and normaliser [B, H, n·tile, D + 1] of everything that has lost its place."""
+def memory_branch(grid: Grid, life: Life, parts: list[Fold], kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Numerator [B, Hk, n, G·tile, D] and normaliser [B, Hk, n, G·tile, 1] of everything that has lost its place."""
     assert kernel.map_q is not None
     pos = grid.base[:, None] + torch.arange(grid.n * grid.tile, device=grid.q.device)
     phi_q = query_rows(grid, features(kernel, kernel.map_q, grid.q, pos[:, None]), grid.k.shape[1])
     index = death_groups(grid, life, kernel.spec)
-    totals = [linear(grid, life, part, phi_q, index, kernel.spec) for part in parts]
-    if not kernel.spec.is_delta:
-        return time_rows(grid, totals[0])
-    return time_rows(grid, weigh_answers(torch.cat(totals, -1), phi_q))
+    numerator, norm = (x for part in parts for x in linear(grid, life, part, phi_q, index, kernel.spec))
+    if kernel.spec.is_delta:
+        return weigh_answers(numerator, norm, phi_q)
+    return numerator, norm
 
 
-def linear(grid: Grid, life: Life, part: Fold, phi_q: Tensor, index: Tensor, spec: KernelSpec) -> Tensor:
-    """What the queries' features [B, Hk, n, rows, F] read: a linear attention over tokens in order of death."""
+def linear(grid: Grid, life: Life, part: Fold, phi_q: Tensor, index: Tensor, spec: KernelSpec) -> list[Tensor]:
+    """What the queries' features [B, Hk, n, rows, F] read: a linear attention over tokens in order of death.
+
+    Values [B, Hk, n, rows, D] and normaliser [B, Hk, n, rows, 1] apart, as far as `part` has them.
+    """
     per = grid.tile // spec.block
     phi, value, clock = (pick(x, index) for x in part[1:])
     death = pick(life.death, index, torch.iinfo(torch.int64).max)
@@ -646,10 +662,25 @@ def linear(grid: Grid, life: Life, part: Fold, phi_q: Tensor, index: Tensor, spe
     now = life.clock_end.repeat_interleave(spec.block, 2).unflatten(2, (grid.n, grid.tile))  # [B, Hk, n, tile]
     weight = (now[..., None] - clock[:, :, 1:, None]).clamp(max=0).exp()
     weight = weight * (death[:, :, 1:, None] <= query_blocks(grid, spec)[..., None])  # died inside the tile, before
-    by_head = (-1, grid.tile)  # rows [G·tile] as [G, tile]
-    near = (phi_q @ phi[:, :, 1:].transpose(-1, -2)).unflatten(3, by_head) * weight[:, :, :, None]
-    far = (phi_q @ memory).unflatten(3, by_head) * (now - at[..., None]).exp()[:, :, :, None, :, None]
-    return near.flatten(3, 4) @ value[:, :, 1:] + far.flatten(3, 4)
+    near = phi_q @ phi[:, :, 1:].transpose(-1, -2)
+    near = scaled(near.unflatten(3, (-1, grid.tile)), weight[:, :, :, None]).flatten(3, 4)
+    left = (now - at[..., None]).exp().repeat(1, 1, 1, near.shape[3] // grid.tile)[..., None]
+    D = grid.v.shape[-1]
+    return [
+        torch.addcmul(near @ died, left, phi_q @ before)
+        for died, before in zip(columns(value[:, :, 1:], D), columns(memory, D), strict=True)
+    ]
+
+
+def columns(x: Tensor, D: int) -> list[Tensor]:
+    """x [..., D + 1] as [..., D] and [..., 1]: products with 65 columns take half as long again as those with 64."""
+    normaliser = [x[..., D:].mT.contiguous().mT] if x.shape[-1] > D else []
+    return [x[..., :D], *normaliser]
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """x · by, in the place of x where nobody differentiates."""
+    return x * by if x.requires_grad or by.requires_grad else x.mul_(by)
 
 
 def corrected(grid: Grid, life: Life, part: Fold, kernel: Kernel) -> Fold:

@@ -280,7 +280,7 @@ class Hedgehog(Projected):
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
         z = self.project(x)
-        return torch.cat([z.softmax(-1), (-z).softmax(-1)], -1)
+        return torch.stack([z, -z], -2).softmax(-1).flatten(-2)
 
 
 @register("dpfp")

@@ -128,4 +128,6 @@ def attend(
     name = implementation(kernel, q, k, v)
     if name == "fused":
         return fused_attend(q, k, v, kernel, state, valid, branches, keep)
-    return IMPLEMENTATIONS[name](q, k, v, kernel, state, valid)
+    if name == "chunked":
+        return chunked_attend(q, k, v, kernel, state, valid, branches)
+    return reference_attend(q, k, v, kernel, state, valid)

@@ -304,8 +304,9 @@ def read(
     if spec.has_memory:
         assert kernel.map_q is not None
         phi = features(kernel, kernel.map_q, q, state.seen[:, None, None])
-        total = (phi.view(B, Hk, H // Hk, -1) @ state.memory).view(B, H, 1, -1)
-        total = weigh_answers(total, phi) if spec.is_delta else total
+        answer = (phi.view(B, Hk, H // Hk, -1) @ state.memory).view(B, H, 1, -1)
+        total = answer[..., :-1], answer[..., -1:]
+        total = weigh_answers(*total, phi) if spec.is_delta else total
     out = merge(exact, lse, total, kernel.log_gate)
     mass = state.mass
     if spec.measures("attention"):

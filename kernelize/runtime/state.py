@@ -177,20 +177,23 @@ def with_ones(v: Tensor) -> Tensor:
     return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
 
 
-def merge(exact: Tensor, exact_lse: Tensor, total: Tensor | None, log_gate: Tensor | None) -> AttentionOutput:
+def merge(
+    exact: Tensor, exact_lse: Tensor, total: tuple[Tensor, Tensor] | None, log_gate: Tensor | None
+) -> AttentionOutput:
     """One normaliser over both branches.
 
-    exact [B, H, T, D], exact_lse [B, H, T]; total [B, H, T, D + 1] is the memory's numerator and normaliser.
+    exact [B, H, T, D], exact_lse [B, H, T]; `total` is the memory's numerator [B, H, T, D] and normaliser [B, H, T, 1];
+    log_gate [H]. Or all by rows: [B, Hk, n, R] for [B, H, T], and log_gate [Hk, R].
     """
     if total is None:
         return AttentionOutput(
             exact, exact, exact_lse, torch.zeros_like(exact), exact_lse.new_full(exact_lse.shape, -torch.inf)
         )
     assert log_gate is not None
-    norm = total[..., -1]
-    filled = norm > torch.finfo(total.dtype).tiny
-    memory = total[..., :-1] / torch.where(filled, norm, torch.inf)[..., None]
-    gate = log_gate[:, None].to(total.dtype)
+    numerator, norm = total[0], total[1][..., 0]
+    filled = norm > torch.finfo(norm.dtype).tiny
+    memory = numerator / torch.where(filled, norm, torch.inf)[..., None]
+    gate = log_gate[:, None].to(norm.dtype)
     memory_lse = torch.where(filled, torch.where(filled, norm, 1.0).log() + gate, -torch.inf)
     weight = torch.sigmoid(exact_lse - memory_lse)[..., None]
     return AttentionOutput(torch.lerp(memory, exact, weight), exact, exact_lse, memory, memory_lse)
@@ -271,7 +274,7 @@ def capped(s: Tensor, softcap: float | None) -> Tensor:
 
 
 def add_sink_logits(exact: Tensor, lse: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Lets `sink_logits` take their part of the normaliser (GPT-OSS); exact [B, H, T, D], lse [B, H, T]."""
+    """Lets `sink_logits` take their part of the normaliser (GPT-OSS); exact [B, H, T, D], lse [B, H, T], as `merge`."""
     if kernel.sink_logits is None:
         return exact, lse
     sink = kernel.sink_logits.to(lse.dtype)[:, None]
@@ -401,14 +404,13 @@ def length(phi: Tensor) -> Tensor:  # [..., F] -> [..., 1]
     return phi.norm(dim=-1, keepdim=True).clamp(min=1e-18)  # its square is still a float32
 
 
-def weigh_answers(total: Tensor, phi_q: Tensor) -> Tensor:
-    """Delta: total [..., D + 1] = phi_q P, its numerator as if `mass` tokens had given the memory's answer.
+def weigh_answers(numerator: Tensor, mass: Tensor, phi_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Delta: phi_q P, numerator [..., D] and `mass` [..., 1], as if so many tokens had given the memory's answer.
 
     The last column of P is additive under every rule, so the weight of the memory stays positive; the answer itself
     is read with phi_q [..., F] of length one.
     """
-    mass = total[..., -1:]
-    return torch.cat([total[..., :-1] * (mass / length(phi_q)), mass], -1)
+    return numerator * (mass / length(phi_q)), mass
 
 
 def novelty(key: Tensor, key_sum: Tensor) -> Tensor:
