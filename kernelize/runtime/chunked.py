@@ -229,12 +229,18 @@ def align(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, state: State, valid: 
 # --- 2. the window ------------------------------------------------------------------------------------------
 
 
+class Queries(NamedTuple):
+    """Every tile's queries, scaled; those of a group stand under each other."""
+
+    near: Tensor  # [B, Hk, n, G·tile, D]
+    far: Tensor | None  # the same as if they stood at `reach`; None: nothing is beyond it
+    pos: Tensor  # [B, n, tile]
+
+
 class Local(NamedTuple):
     """Softmax of every tile's queries over the sinks and what their windows see, by itself."""
 
-    query: Tensor  # [B, Hk, n, G·tile, D], scaled
-    far_query: Tensor | None  # the same as if they stood at `reach`; None: nothing is beyond it
-    pos: Tensor  # [B, n, tile] of the queries
+    queries: Queries
     weights: Tensor  # [B, Hk, n, G·tile, sinks + reach]
     value: Tensor  # [B, Hk, n, sinks + reach, D]
     lse: Tensor  # [B, Hk, n, G·tile]
@@ -276,32 +282,32 @@ def window_reach(grid: Grid, spec: KernelSpec) -> tuple[int, int]:
     return grid.front - back, back + grid.tile
 
 
+def queries_of(grid: Grid, kernel: Kernel) -> Queries:
+    query = query_rows(grid, grid.q.to(wide(grid.q.dtype)), grid.k.shape[1])
+    pos = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=query.device)).view(-1, grid.n, grid.tile)
+    far = None
+    if kernel.spec.reach and kernel.rotation is not None:
+        rows = pos.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
+        far = kernel.rotation.turn(query, rows, kernel.spec.reach) * kernel.scaling
+    return Queries(query * kernel.scaling, far, pos)
+
+
 def local_attention(grid: Grid, kernel: Kernel) -> Local:
-    spec, acc = kernel.spec, wide(grid.q.dtype)
-    Hk, (first, reach) = grid.k.shape[1], window_reach(grid, spec)
-    query = query_rows(grid, grid.q.to(acc), Hk)
-    at = (grid.base[:, None] + torch.arange(grid.n * grid.tile, device=query.device)).view(-1, grid.n, grid.tile)
-    far_query = None
-    rotation = kernel.rotation if spec.reach else None
-    if rotation is not None:
-        rows = at.repeat(1, 1, query.shape[3] // grid.tile)[:, None]
-        far_query = rotation.turn(query, rows, spec.reach) * kernel.scaling
-    local = Local(query * kernel.scaling, far_query, at, query, query, query)  # the last three are still to come
+    spec, queries = kernel.spec, queries_of(grid, kernel)
+    first, reach = window_reach(grid, spec)
 
     def beside_sinks(sinks: Tensor, x: Tensor) -> Tensor:  # -> [B, Hk, n, sinks + reach, D]
         window = tiles(x[:, :, first:], reach, grid.tile, 2)
-        return torch.cat([sinks[:, :, None].expand(-1, -1, grid.n, -1, -1), window], 3).to(acc)
+        return torch.cat([sinks[:, :, None].expand(-1, -1, grid.n, -1, -1), window], 3).to(queries.near.dtype)
 
     key, value = beside_sinks(grid.sink_k, grid.k), beside_sinks(grid.sink_v, grid.v)
-    scores = capped(local.query @ key.transpose(-1, -2), kernel.softcap)
-    if rotation is not None:
-        sink_k = rotation.turn(grid.sink_k.to(acc), grid.sink_pos[:, None], 0)[:, :, None]
-        scores[..., : spec.sinks] = reaching(
-            scores[..., : spec.sinks], local, sink_k, grid.sink_pos[:, None, None], kernel
-        )
-    hide(scores.unflatten(3, (-1, grid.tile)), visible_locally(grid, at, spec)[:, None, :, None])
+    scores = capped(queries.near @ key.transpose(-1, -2), kernel.softcap)
+    if queries.far is not None:
+        at, sinks = grid.sink_pos[:, None, None], slice(0, spec.sinks)
+        scores[..., sinks] = reaching(scores[..., sinks], queries, turned(key[:, :, :1, sinks], at, kernel), at, kernel)
+    hide(scores.unflatten(3, (-1, grid.tile)), visible_locally(grid, queries.pos, spec)[:, None, :, None])
     weights, lse = softmax_of(scores)
-    return local._replace(weights=weights, value=value, lse=lse)
+    return Local(queries, weights, value, lse)
 
 
 def visible_locally(grid: Grid, at: Tensor, spec: KernelSpec) -> Tensor:
@@ -319,14 +325,19 @@ def visible_locally(grid: Grid, at: Tensor, spec: KernelSpec) -> Tensor:
     return visible
 
 
-def reaching(near: Tensor, local: Local, key: Tensor, key_pos: Tensor, kernel: Kernel) -> Tensor:
-    """Scores `near` [B, Hk, n, G·tile, X], but with keys at `key_pos` [B, 1 or Hk, 1 or n, X] that are beyond reach
-    standing there; `key` [B, Hk, 1 or n, X, D] are the keys as they would be at position 0."""
-    assert local.far_query is not None
-    tile = local.pos.shape[2]
-    beyond = key_pos[..., None, :] < (local.pos - kernel.spec.reach)[:, None, :, :, None]  # [B, 1 or Hk, n, tile, X]
-    far = capped(local.far_query @ key.transpose(-1, -2), kernel.softcap)
-    near, far = (x.unflatten(3, (-1, tile)) for x in (near, far))
+def turned(key: Tensor, pos: Tensor, kernel: Kernel) -> Tensor:
+    """Keys [B, Hk, ..., X, D] of positions [B, 1 or Hk, ..., X] as they would be at position 0."""
+    assert kernel.rotation is not None
+    return kernel.rotation.turn(key, pos, 0)
+
+
+def reaching(near: Tensor, queries: Queries, key: Tensor, pos: Tensor, kernel: Kernel) -> Tensor:
+    """Scores `near` [B, Hk, n, G·tile, X], but with keys of positions [B, 1 or Hk, 1 or n, X] that are beyond reach
+    standing there; `key` [B, Hk, 1 or n, X, D] are `turned`."""
+    assert queries.far is not None
+    beyond = pos[..., None, :] < (queries.pos - kernel.spec.reach)[:, None, :, :, None]  # [B, 1 or Hk, n, tile, X]
+    far = capped(queries.far @ key.transpose(-1, -2), kernel.softcap)
+    near, far = (x.unflatten(3, (-1, beyond.shape[3])) for x in (near, far))
     return torch.where(beyond[:, :, :, None], far, near).flatten(3, 4)
 
 
@@ -335,8 +346,8 @@ def received(grid: Grid, local: Local, spec: KernelSpec) -> Tensor:
     """Attention mass [B, Hk, front + n·tile] from the queries of later blocks, under sinks and window alone."""
     if not spec.measures("attention"):
         return grid.mass
-    first, reach = window_reach(grid, spec)
-    is_query = (local.pos >= grid.state.seen[:, None, None]) & (local.pos < grid.seen[:, None, None])  # [B, n, tile]
+    (first, reach), at = window_reach(grid, spec), local.queries.pos
+    is_query = (at >= grid.state.seen[:, None, None]) & (at < grid.seen[:, None, None])  # [B, n, tile]
     p = local.weights.detach().unflatten(3, (-1, grid.tile // spec.block, spec.block))  # [B, Hk, n, G, per, block, X]
     counts = is_query.to(p.dtype).view(-1, 1, grid.n, 1, p.shape[4], 1, spec.block)
     p = (counts @ p)[..., 0, spec.sinks :].sum(3)  # [B, Hk, n, tile/block, reach]
@@ -543,13 +554,12 @@ def exact_branch(grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[
 
 def beside_slots(exact: Tensor, grid: Grid, local: Local, life: Life, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """`exact` [B, Hk, n, G·tile, D], and what the tokens give that hold a slot, under one normaliser: (exact, lse)."""
-    spec, acc, index = kernel.spec, exact.dtype, holders(grid, life, kernel.spec)
-    pos = pick(life.pos, index, EMPTY)
-    scores = capped(local.query @ pick(life.key, index).to(acc).transpose(-1, -2), kernel.softcap)
-    if local.far_query is not None:
-        assert kernel.rotation is not None
-        origin = kernel.rotation.turn(life.key.to(acc), life.pos, 0)
-        scores = reaching(scores, local, pick(origin, index), pos, kernel)
+    spec, queries, index = kernel.spec, local.queries, holders(grid, life, kernel.spec)
+    key = life.key.to(exact.dtype)
+    scores = capped(queries.near @ pick(key, index).transpose(-1, -2), kernel.softcap)
+    if queries.far is not None:
+        pos = pick(life.pos, index, EMPTY)
+        scores = reaching(scores, queries, pick(turned(key, life.pos, kernel), index), pos, kernel)
     first = query_blocks(grid, spec)[:, :: spec.block, None]  # [n, tile/block, 1]
     arrive, death = (pick(x, index, EMPTY)[:, :, :, None] for x in (life.arrive, life.death))
     alive = (arrive <= first) & (first < death)  # [B, Hk, n, tile/block, slots + 1]
@@ -559,7 +569,7 @@ def beside_slots(exact: Tensor, grid: Grid, local: Local, life: Life, kernel: Ke
         scores = (scores.unflatten(3, (-1, grid.tile)) + bias).flatten(3, 4)
     scores[..., -1] = local.lse
     weights, lse = softmax_of(scores)
-    return torch.addcmul(weights @ pick(life.value, index).to(acc), weights[..., -1:], exact), lse
+    return torch.addcmul(weights @ pick(life.value, index).to(exact.dtype), weights[..., -1:], exact), lse
 
 
 def holders(grid: Grid, life: Life, spec: KernelSpec) -> Tensor:
