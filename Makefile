@@ -25,7 +25,7 @@ test-slow: $(STAMP)
 test-oldest: $(OLDEST)/.installed
 	KERNELIZE_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest -m "fast and not slow"
 
-# Kills, long runs and damaged files: docs/reliability.md. Meant to take less than an hour on two CPU cores.
+# Kills, long runs and damaged files: docs/reliability.md. Minutes on a quiet machine, meant to take less than an hour on any.
 soak: $(STAMP) fuzz
 	$(BIN)/python -m pytest -m slow tests/test_survival.py tests/test_long_runs.py -s --numprocesses 0
 

@@ -94,9 +94,22 @@ def saving(output: Path) -> Callable[[], bool]:
     return lambda: any(output.glob("checkpoints/.*.part")) or any(output.parent.glob(f".{output.name}.part"))
 
 
-def after(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() >= end
+def soon(output: Path, rng: random.Random) -> Callable[[], bool]:
+    """A random moment while the run starts, or within what it logs next (two lines a step): it rarely ends before."""
+    lines, seconds, reached = logged(output) + rng.randint(0, 8), rng.uniform(0, 0.2), float("inf")
+
+    def ready() -> bool:
+        nonlocal reached
+        if reached == float("inf") and logged(output) >= lines:
+            reached = time.monotonic()
+        return time.monotonic() - reached >= seconds
+
+    return ready
+
+
+def logged(output: Path) -> int:
+    log = output / "train.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def storm(folder: Path, kills: int, seed: int) -> dict[str, int]:
@@ -105,13 +118,12 @@ def storm(folder: Path, kills: int, seed: int) -> dict[str, int]:
     Every run that gets to its end has the bits of an undisturbed one. Returns what happened, counted.
     """
     rng, reference = random.Random(seed), folder / "undisturbed"
-    began = time.monotonic()
     assert finish(command(folder, reference))[0] == 0
-    lasts, expected = time.monotonic() - began, load_file(reference / "model.safetensors")
+    expected = load_file(reference / "model.safetensors")
     counted = {"kills": 0, "while saving": 0, "finished": 0}
     output = folder / "killed"
     while counted["kills"] < kills or output.exists():
-        moment = after(rng.uniform(0.1, lasts)) if counted["kills"] % 2 else _later(saving(output), rng)
+        moment = soon(output, rng) if counted["kills"] % 2 else _later(saving(output), rng)
         killed = counted["kills"] < kills
         code = kill_when(command(folder, output), moment) if killed else finish(command(folder, output))[0]
         if code == -signal.SIGKILL:
