@@ -16,7 +16,9 @@ def export(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A kernelized checkpoint: folder or Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("edge"),
     to: Annotated[str, typer.Option("--to", help="onnx or executorch.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of the weights: fp32; for ONNX fp16, int8 or int4 too.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the weights: fp32; for ONNX fp16, int8-float, int8 or int4 too.")
+    ] = "fp32",
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust: Trust = False,

@@ -19,7 +19,7 @@ import torch
 from .errors import InputError, KernelizeError, first_line
 from .runtime.modeling import KernelizedModelMixin, plan_of
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8-float", "int8", "int4")
 METADATA = "kernelize-edge.json"  # as kernelize.edge has it, which needs onnxruntime
 HOST_ROPES = ("dynamic", "longrope")  # their frequencies are chosen on the host, by the length
 LONGEST = 512  # tokens of a window that a comparison fills

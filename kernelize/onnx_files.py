@@ -1,13 +1,13 @@
 """ONNX graphs as data: tracing, the precision of weights, what a runner may overwrite, files.
 
-Of 8 bits, weights have a scale a column, tokens one each, found while it runs, and products are sums of integers. Of 4
-bits they are blocks along the input axis, as the operator MatMulNBits of ONNX Runtime reads them (it quantises the
-activations of a block while it runs). The embedding is looked up in the same 8-bit matrix that the output layer
-multiplies with, where the two are tied.
+Weights are quantised in blocks along the input axis, symmetrically, as the operator MatMulNBits of ONNX Runtime reads
+them (it quantises the activations of a block while it runs). The embedding is looked up in the same 8-bit rows that the
+output layer multiplies with, where the two are tied; it needs no operator beyond the standard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 OPSET = 23
 CONTRIB = "com.microsoft"
-BLOCK = 32  # 4-bit weights of a row that share a scale
+BLOCK = 32  # weights of a row that share a scale
 LEAST = 1024  # elements from which a tensor counts as a weight
 INT8 = 4  # MatMulNBits: products of 8-bit activations, summed as integers
 
@@ -95,27 +95,40 @@ def optimise(model: ir.Model) -> None:
 def lower(model: ir.Model, precision: str) -> None:
     """Stores the weights of `model` in this precision; activations and the state stay float32."""
     if precision == "fp16":
-        halve(model.graph)
+        widen_later(model.graph, as_halves)
+    elif precision == "int8-float":
+        widen_later(model.graph, as_bytes, only_matrices=True)
     elif precision in ("int8", "int4"):
         quantise(model, bits=8 if precision == "int8" else 4)
 
 
-def halve(graph: ir.Graph) -> None:
-    """Weights in half precision, widened where they are used."""
+def widen_later(
+    graph: ir.Graph, store: Callable[[ir.Graph, ir.Value, np.ndarray], list[ir.Node]], only_matrices: bool = False
+) -> None:
+    """Stores weights in fewer bytes, and widens them where they are used; runtimes do that once, when they load."""
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < LEAST:
             continue
-        half = new_weight(graph, f"{value.name}.fp16", tensor.numpy().astype(np.float16))
-        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
-        replace(graph, value, cast)
+        if only_matrices and len(tensor.shape) != 2:
+            continue
+        nodes = store(graph, value, tensor.numpy())
+        graph.insert_before(graph[0], nodes)
+        ir.convenience.replace_all_uses_with(value, nodes[-1].outputs[0])
+        del graph.initializers[str(value.name)]
 
 
-def replace(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
-    """Every use of the initializer `value` becomes the result of `node`, which goes first."""
-    graph.insert_before(graph[0], node)
-    ir.convenience.replace_all_uses_with(value, node.outputs[0])
-    del graph.initializers[str(value.name)]
+def as_halves(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> list[ir.Node]:
+    half = new_weight(graph, f"{value.name}.fp16", array.astype(np.float16))
+    return [ir.node("Cast", [half], {"to": ir.DataType.FLOAT})]
+
+
+def as_bytes(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> list[ir.Node]:
+    """Of a matrix: a scale a row, as torch stores it, so an output of a layer or an entry of a table."""
+    scales = np.maximum(np.abs(array).max(-1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+    stored = new_weight(graph, f"{value.name}.int8", np.rint(array / scales).astype(np.int8))
+    number = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
+    return [number, ir.node("Mul", [number.outputs[0], new_weight(graph, f"{value.name}.scales", scales)])]
 
 
 def new_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -142,19 +155,17 @@ def matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
 
 
 def quantise(model: ir.Model, bits: int) -> None:
-    """Replaces products with weights by products of integers; tables in which rows are looked up have 8 bits always."""
+    """Replaces products with weights by MatMulNBits, and look-ups in them by 8-bit rows."""
     graph = model.graph
     products = [(node, matrix(node.inputs[1])) for node in graph if node.op_type == "MatMul"]
     tables = [
         n for n in graph if n.op_type == "Gather" and matrix(n.inputs[0]) and n.attributes.get_int("axis", 0) == 0
     ]
     looked_up = {id(n.inputs[0]) for n in tables}
-    tokens: dict[int, list[ir.Node]] = {}
     for node, found in products:
         if found is not None:
-            whole = bits == 8 or id(found[0]) in looked_up
-            new = integer_product(graph, node, *found, tokens) if whole else block_product(graph, node, *found)
-            replace_node(graph, node, *new)
+            own = 8 if id(found[0]) in looked_up else bits
+            replace_node(graph, node, product(graph, node, *found, own))
     for node in tables:
         replace_node(graph, node, *look_up(graph, node))
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -172,47 +183,12 @@ def replace_node(graph: ir.Graph, old: ir.Node, *new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def block_product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool) -> list[ir.Node]:
+def product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> ir.Node:
     rows = numbers(weight) if transposed else numbers(weight).T  # [N, K]
-    packed, scales = in_blocks(torch.from_numpy(np.array(rows)))  # a copy: files are read-only
-    (N, K), name = rows.shape, f"{weight.name}.int4"
-    stored = [new_weight(graph, name, packed.numpy()), new_weight(graph, f"{name}.scales", scales.numpy())]
-    sizes = {"K": K, "N": N, "bits": 4, "block_size": BLOCK, "accuracy_level": INT8}
-    return [ir.node("MatMulNBits", [node.inputs[0], *stored], sizes, domain=CONTRIB)]
-
-
-def integer_product(
-    graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, tokens: dict[int, list[ir.Node]]
-) -> list[ir.Node]:
-    """Bytes times bytes, summed as integers. Products of the same `tokens` share their bytes."""
-    bytes_, scales = in_columns(graph, weight, transposed)
-    given, new = node.inputs[0], []
-    if id(given) not in tokens:
-        new = tokens[id(given)] = token_bytes(graph, given)
-    size, numbers_ = (tokens[id(given)][at].outputs[0] for at in (-3, -1))
-    parts = [
-        numbers_,
-        bytes_,
-        constant(graph, "step", np.float32(1 / 127)),
-        scales,
-        constant(graph, "zero", np.uint8(128)),
-    ]
-    product = ir.node("MatMulIntegerToFloat", parts, domain=CONTRIB)
-    return [*new, product, ir.node("Mul", [product.outputs[0], size])]
-
-
-def token_bytes(graph: ir.Graph, tokens: ir.Value | None) -> list[ir.Node]:
-    """tokens [B, T, K] as bytes around 128, each token with a scale of its own, so that no other changes it."""
-    magnitude = ir.node("Abs", [tokens])
-    largest = ir.node("ReduceMax", [magnitude.outputs[0], constant(graph, "last_axis", np.array([-1], np.int64))])
-    size = ir.node("Max", [largest.outputs[0], constant(graph, "least", np.float32(1e-30))])  # [B, T, 1]
-    share = ir.node("Div", [tokens, size.outputs[0]])
-    given = [share.outputs[0], constant(graph, "step", np.float32(1 / 127)), constant(graph, "zero", np.uint8(128))]
-    return [magnitude, largest, size, share, ir.node("QuantizeLinear", given)]
-
-
-def constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
-    return new_weight(graph, f"kernelize.{name}", np.asarray(value))
+    packed, scales = stored(graph, weight, rows, bits, BLOCK)
+    N, K = rows.shape
+    sizes = {"K": K, "N": N, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8}
+    return ir.node("MatMulNBits", [node.inputs[0], packed, scales], sizes, domain=CONTRIB)
 
 
 def numbers(weight: ir.Value) -> np.ndarray:
@@ -220,46 +196,54 @@ def numbers(weight: ir.Value) -> np.ndarray:
     return weight.const_value.numpy()
 
 
-def look_up(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """Rows of the matrix whose columns the output layer multiplies with, where the two are tied."""
+def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
+    """Rows of 8 bits, by operators of the standard: (byte − 128) · scale, block by block."""
     table, ids = node.inputs
     assert table is not None
-    bytes_, scales = in_columns(graph, table, True)
-    columns = ir.node("Gather", [bytes_, ids], {"axis": 1})  # [K, B, T]
-    rows = ir.node("Transpose", [columns.outputs[0]], {"perm": [1, 2, 0]})
+    weight = numbers(table)
+    packed, scales = stored(graph, table, weight, 8, BLOCK)
+    rows = ir.node("Gather", [packed, ids], {"axis": 0})  # [B, T, K / block, block]
+    scale = ir.node("Gather", [scales, ids], {"axis": 0})  # [B, T, K / block]
     number = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
-    scale = ir.node("Gather", [scales, ids], {"axis": 0})  # [B, T]
-    wide = ir.node("Unsqueeze", [scale.outputs[0], constant(graph, "last_axis", np.array([-1], np.int64))])
-    return [columns, rows, number, scale, wide, ir.node("Mul", [number.outputs[0], wide.outputs[0]])]
+    zero = new_weight(graph, "kernelize.zero_point", np.array(128, np.float32))
+    centred = ir.node("Sub", [number.outputs[0], zero])
+    axis = new_weight(graph, "kernelize.last_axis", np.array([-1], np.int64))
+    wide = ir.node("Unsqueeze", [scale.outputs[0], axis])
+    scaled = ir.node("Mul", [centred.outputs[0], wide.outputs[0]])
+    shape = new_weight(graph, "kernelize.flat", np.array([0, 0, -1], np.int64))
+    flat = ir.node("Reshape", [scaled.outputs[0], shape])
+    ends = [new_weight(graph, f"kernelize.{at}", np.array([at], np.int64)) for at in (0, weight.shape[1], 2)]
+    cut = ir.node("Slice", [flat.outputs[0], *ends])  # a last block may be padded
+    return rows, scale, number, centred, wide, scaled, flat, cut
 
 
-def in_columns(graph: ir.Graph, weight: ir.Value, transposed: bool) -> tuple[ir.Value, ir.Value]:
-    """The initializers int8 [K, N], and scales [N], of a weight [N, K] (`transposed`) or [K, N]: once, whoever asks."""
-    name = f"{weight.name}.int8"
-    if name not in graph.initializers:
-        columns = numbers(weight).T if transposed else numbers(weight)
-        scales = np.maximum(np.abs(columns).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-        new_weight(graph, name, np.ascontiguousarray(np.rint(columns / scales).astype(np.int8)))
-        new_weight(graph, f"{name}.scales", scales)
-    return graph.initializers[name], graph.initializers[f"{name}.scales"]
+def stored(graph: ir.Graph, weight: ir.Value, rows: np.ndarray, bits: int, block: int) -> tuple[ir.Value, ir.Value]:
+    """The initializers with the quantised rows [N, K] of `weight`: once, whoever uses them."""
+    name = f"{weight.name}.int{bits}"
+    if name in graph.initializers:
+        return graph.initializers[name], graph.initializers[f"{name}.scales"]
+    packed, scales = in_blocks(torch.from_numpy(np.array(rows)), bits, block)  # a copy: files are read-only
+    return new_weight(graph, name, packed.numpy()), new_weight(graph, f"{name}.scales", scales.numpy())
 
 
-def in_blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [N, K] -> (bytes [N, K / 32, 16], scales [N, K / 32]) of 4-bit weights; low nibbles come first.
+def in_blocks(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """rows [N, K] -> (bytes [N, K / block, block · bits / 8], scales [N, K / block]); low nibbles come first.
 
     The number of largest magnitude in a block becomes the end of the range, which has one step more below zero; of the
     scales around that the one with the least squared error is taken.
     """
     N, K = rows.shape
-    blocks = nn.functional.pad(rows.float(), (0, -K % BLOCK)).view(N, -1, BLOCK)
+    blocks = nn.functional.pad(rows.float(), (0, -K % block)).view(N, -1, block)
+    half = 1 << (bits - 1)
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
     best, least = torch.ones_like(extreme), torch.full_like(extreme, torch.inf)
-    for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
-        scale = torch.where(extreme == 0, 1.0, extreme * factor / -8)
-        error = ((blocks / scale).round_().clamp_(-8, 7).mul_(scale) - blocks).square_().sum(2, keepdim=True)
+    for factor in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
+        scale = torch.where(extreme == 0, 1.0, extreme * factor / -half)
+        error = ((blocks / scale).round_().clamp_(-half, half - 1).mul_(scale) - blocks).square_().sum(2, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    steps = ((blocks / best).round_().clamp_(-8, 7) + 8).to(torch.uint8)
-    return (steps[..., ::2] | (steps[..., 1::2] << 4)).contiguous(), best[..., 0].contiguous()
+    steps = ((blocks / best).round_().clamp_(-half, half - 1) + half).to(torch.uint8)
+    packed = steps if bits == 8 else steps[..., ::2] | (steps[..., 1::2] << 4)
+    return packed.contiguous(), best[..., 0].contiguous()
 
 
 # --- what a runner may overwrite ----------------------------------------------------------------------------

@@ -92,15 +92,18 @@ def test_between_blocks_nothing_changes_twice():
         assert torch.equal(once[name], twice[name]), name
 
 
-def test_a_block_of_4_bit_weights_is_within_a_step_of_the_weights():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_weight_is_within_a_step_of_the_weight(bits):
     rows = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
-    packed, scales = in_blocks(rows)
-    assert packed.shape == (5, 3, 16)
-    steps = np.stack([packed.numpy() & 15, packed.numpy() >> 4], -1).reshape(5, 3, 32)
-    back = (torch.from_numpy(steps.astype(np.float32)) - 8) * scales[..., None]
+    packed, scales = in_blocks(rows, bits, 32)
+    assert packed.shape == (5, 3, 32 * bits // 8)
+    steps = packed.numpy()
+    if bits == 4:
+        steps = np.stack([steps & 15, steps >> 4], -1).reshape(5, 3, 32)
+    back = (torch.from_numpy(steps.astype(np.float32)) - (1 << bits - 1)) * scales[..., None]
     error = (back.reshape(5, -1)[:, :70] - rows).abs().reshape(-1)
     assert error.median() <= scales.abs().max() / 2
-    assert (back.reshape(5, -1)[:, :70] - rows).norm() < rows.norm() * 0.12
+    assert (back.reshape(5, -1)[:, :70] - rows).norm() < rows.norm() * (0.01 if bits == 8 else 0.12)
     assert not back.reshape(5, -1)[:, 70:].any()
 
 
