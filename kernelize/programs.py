@@ -2,7 +2,8 @@
 
 XNNPACK has the products with weights, ExecuTorch's own kernels the rest: that is small, and each piece more that is
 lowered takes a second. Shapes are fixed, so that all memory is planned: one row, a step of one token, a chunk of a
-whole block. Weights are in the program once; XNNPACK finds them by their content.
+whole block. Weights are in the program once, since XNNPACK finds them by their content; a tied embedding is there
+twice, as a table and as a product.
 """
 
 from __future__ import annotations
