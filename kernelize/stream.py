@@ -8,7 +8,9 @@ source's files as they are, and adds one file with the new parameters.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,13 +28,13 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .convert import load_config, stretched_config
 from .errors import InputError
 from .files import new_folder
 from .objectives import NEW
 from .runtime.modeling import kernelize_model, kernelized_layers
+from .sharding import layers_of
 from .sources import INDEX, WEIGHTS, shapes_in, shard_files
 
 if TYPE_CHECKING:
@@ -120,7 +122,15 @@ def streamed_model(
         for module in attention.kernelize.modules():
             model._init_weights(module)
     _attach(model, shards.loader(model), device)
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda *_: _give_back())
     return model, shards
+
+
+def _give_back() -> None:
+    """Returns what is freed to the system: glibc's heap would keep pieces of what every layer has taken for a while."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _attach(model: PreTrainedModel, loader: Mapping[str, torch.Tensor], device: str) -> None:
@@ -134,7 +144,7 @@ def _attach(model: PreTrainedModel, loader: Mapping[str, torch.Tensor], device: 
 @contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
     """Within the context a backward pass computes each layer again, so that no layer's weights are held for it."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     for layer in layers:
         layer.gradient_checkpointing = layer.training = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
