@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernelize.runtime import chunked, fused
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import Kernel, Rotation, far_logits, features, log_decays
+from kernelize.runtime.state import Kernel, Rotation, features, log_decays, logits
 
 DENSE = 2048  # longest sequence of which every query is checked
 ROWS = 48  # queries that are checked of a longer one
@@ -120,6 +120,18 @@ def dense(q, k, v, kernel, death, rows):
     p = (s - top).exp() + weight * (-top).exp()
     y = p @ v[:, :, None] / p.sum(-1, keepdim=True)
     return y.view(B, H, len(rows), D)
+
+
+def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, kernel: Kernel) -> Tensor:
+    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there.
+
+    All keys turned to position 0 and all queries to position `reach` have that distance, whatever theirs was.
+    """
+    reach = kernel.spec.reach
+    if not reach or kernel.rotation is None:
+        return near
+    q, k = kernel.rotation.turn(q, q_pos, reach), kernel.rotation.turn(k, k_pos, 0)
+    return torch.where(q_pos[..., :, None] - k_pos[..., None, :] > reach, logits(q, k, kernel), near)
 
 
 def lives_of(q, k, v, kernel):

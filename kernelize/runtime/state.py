@@ -205,18 +205,6 @@ def logits(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
     return capped(s, kernel.softcap)
 
 
-def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, kernel: Kernel) -> Tensor:
-    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there.
-
-    All keys turned to position 0 and all queries to position `reach` have that distance, whatever theirs was.
-    """
-    reach = kernel.spec.reach
-    if not reach or kernel.rotation is None:
-        return near
-    q, k = kernel.rotation.turn(q, q_pos, reach), kernel.rotation.turn(k, k_pos, 0)
-    return torch.where(q_pos[..., :, None] - k_pos[..., None, :] > reach, logits(q, k, kernel), near)
-
-
 def softmax_of(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax [..., X] and log-sum-exp [...] of rows of scores, of which none may be −inf throughout."""
     if scores.requires_grad:
