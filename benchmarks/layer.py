@@ -122,11 +122,8 @@ def dense(q, k, v, kernel, death, rows):
     return y.view(B, H, len(rows), D)
 
 
-def far_logits(near: Tensor, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, kernel: Kernel) -> Tensor:
-    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there.
-
-    All keys turned to position 0 and all queries to position `reach` have that distance, whatever theirs was.
-    """
+def far_logits(near, q, k, q_pos, k_pos, kernel):
+    """Scores `near` [..., X, Y] of q [..., X, D] and k [..., Y, D], but with keys beyond `reach` standing there."""
     reach = kernel.spec.reach
     if not reach or kernel.rotation is None:
         return near
