@@ -8,7 +8,6 @@ are plain tensors there, beside a description in the header, and nothing is unpi
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,12 @@ from .card import CardFacts, read_config, read_facts
 from .convert import load
 from .errors import InputError
 from .evaluate import evaluate, make_suite
-from .files import check_apart, check_output, new_folder
+from .files import check_output, new_folder
 from .pipeline import as_rows, document
 from .rows import Row
 
 GROUP = 32  # weights that share a scale and a zero point, in int4
-LEVELS = 15  # steps between the lowest and the highest level of a group
-CUTS = (0.0, 0.03, 0.06, 0.1, 0.15)  # parts of a group's span that may lie below its lowest level, or above its highest
-SPANS = tuple(itertools.product(CUTS, CUTS))  # the whole span first: of equals it is taken
+LEVELS = 15  # steps between the least and the largest weight of a group
 KEPT = ("kernelize", "lm_head", "embed_out")  # parts of names; embeddings are no linear layers
 INT4: torch.dtype = vars(torch)["int4"]  # torch's stubs do not name it
 UNQUANTISED = "unquantised"
@@ -82,35 +79,20 @@ def to_int8(weight: Tensor) -> Tensor:
 
 
 def to_int4(weight: Tensor) -> Tensor:
-    """Sixteen levels for each group of 32 weights: from the least to the largest, or nearer where that errs less.
+    """Sixteen levels from the least to the largest weight of each group of 32.
 
     The zero point is a fraction, so that weights which were on such a grid already (GGUF's Q4_1) stay as they are;
     torchao's own rounds it to a whole number, which costs half a step.
     """
     rows, columns = weight.shape
     groups = weight.view(rows, columns // GROUP, GROUP)  # [O, G, 32]
-    low, scale = levels(groups)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = ((high - low) / LEVELS).clamp(min=torch.finfo(weight.dtype).tiny)
     integers = ((groups - low) / scale).round().clamp(0, LEVELS) - 8  # −8 … 7
     zero = -8 - low / scale
     return IntxUnpackedToInt8Tensor(
         integers.to(torch.int8).view_as(weight), scale[..., 0], zero[..., 0], INT4, [1, GROUP], weight.dtype, None
     )
-
-
-def levels(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """groups [O, G, 32] -> the lowest level and the step [O, G, 1] that give the least squared error, of `SPANS`."""
-    least, most = groups.aminmax(dim=-1, keepdim=True)
-    low, scale, best = torch.empty_like(least), torch.empty_like(least), torch.full_like(least, torch.inf)
-    for below, above in SPANS:
-        span = most - least
-        bottom = least + below * span
-        step = ((1 - below - above) * span / LEVELS).clamp(min=torch.finfo(groups.dtype).tiny)
-        near = ((groups - bottom) / step).round().clamp(0, LEVELS) * step + bottom
-        error = (near - groups).square().sum(-1, keepdim=True)
-        better = error < best
-        low, scale = torch.where(better, bottom, low), torch.where(better, step, scale)
-        best = torch.minimum(error, best)
-    return low, scale
 
 
 SCHEMES = {
@@ -178,7 +160,6 @@ def quantize(
     """
     facts, before = read_facts(source), _weight_bytes(source)
     check_output(output, overwrite)
-    check_apart(output, source)
     if read_config(source).get("quantization_config"):
         raise InputError(f"{source}: is quantised already; start from the checkpoint with full weights")
     model, tokenizer = load(source, dtype=dtype, device=device)
