@@ -25,7 +25,7 @@ from .card import CardFacts, read_config, read_facts
 from .convert import load
 from .errors import InputError
 from .evaluate import evaluate, make_suite
-from .files import check_output, new_folder
+from .files import check_apart, check_output, new_folder
 from .pipeline import as_rows, document
 from .rows import Row
 
@@ -160,6 +160,7 @@ def quantize(
     """
     facts, before = read_facts(source), _weight_bytes(source)
     check_output(output, overwrite)
+    check_apart(output, source)
     if read_config(source).get("quantization_config"):
         raise InputError(f"{source}: is quantised already; start from the checkpoint with full weights")
     model, tokenizer = load(source, dtype=dtype, device=device)
