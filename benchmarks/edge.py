@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 LENGTHS = (512, 32768)
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int8-float", "int4")
 STEPS = 96  # that are timed: a multiple of the block, so that as many blocks end at every length
 PROMPT, PARITY_STEPS = 1024, 200
 ROWS, PIECE = 8, 512  # of the text whose loss is measured: rows that are read at once, tokens of each

@@ -37,6 +37,7 @@ ENVIRONMENT_NAME = "environment.txt"
 CHECKPOINT, EDGE = "checkpoint", "edge"
 VARIANTS = {  # sub-folders of a checkpoint that are sent with it
     "int8": CHECKPOINT, "int4": CHECKPOINT, "onnx": EDGE, "onnx-fp16": EDGE, "onnx-int8": EDGE, "onnx-int4": EDGE,
+    "onnx-int8-float": EDGE,
 }  # fmt: skip
 LOCAL_PATH = re.compile(r"""(?<![\w/:.~-])~?(?:/[^\s/"'`,:;()<>|]+)+/(?=[^\s/"'`,;()<>|])""")  # up to the last name
 TAGS = ("kernelize", "linear-attention", "custom_code")
