@@ -248,8 +248,8 @@ def _mark_break_even(axes: Axes, series: Mapping[str, list[Row]]) -> None:
     for x, y in places.items():
         axes.plot([x, max(x, begin)], [y, y], color=GRID, zorder=1)
         axes.plot([x], [y], marker="X", markersize=9, color=INK, linestyle="none", zorder=5)
-        axes.annotate(f"break-even:\n{x:,.0f} tokens", (x, y), (-8, 2), textcoords="offset points", ha="right",
-                      fontsize=9)  # fmt: skip
+        axes.annotate(f"break-even: {x:,.0f} tokens", (x, y), (-8, 0), textcoords="offset points", ha="right",
+                      va="center", fontsize=9)  # fmt: skip
 
 
 def quality_by_state(rows: Sequence[Row]) -> Figure | None:
