@@ -123,10 +123,15 @@ def test_the_state_has_one_size_and_goes_on_from_a_file(edge, ids, wanted, tmp_p
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8-float", 8), ("int8", 8), ("int4", 4)])
 def test_quantised_weights_are_near_and_smaller(folder, edge, ids, wanted, precision, bits):
-    small = EdgeModel(folder / precision, threads=1)
-    got = torch.from_numpy(small.read(small.start(2), ids.tolist())).log_softmax(-1)
-    apart = (got.exp() * (got - wanted[:, -1].log_softmax(-1))).sum(-1).max()
-    assert 0 < apart < {8: 0.01, 4: 0.5}[bits]
+    """Divergence from the model, over all tokens past the window: rounding may give a slot to another token."""
+    small, apart = EdgeModel(folder / precision, threads=1), []
+    state = small.start(2)
+    small.read(state, ids[:, : SPEC.ring].tolist())
+    for n in range(SPEC.ring, LENGTH):
+        got, right = small.step(state, ids[:, n].tolist()), wanted[:, n].log_softmax(-1)
+        apart.append((right.exp() * (right - torch.from_numpy(got).log_softmax(-1))).sum(-1))
+    mean = float(torch.stack(apart).mean())
+    assert 0 < mean < {8: 0.005, 4: 0.2}[bits]
     sizes = [facts["files"]["weights.bin"] for facts in (small.facts, edge.facts)]
     assert sizes[0] < sizes[1] * 0.65
 
