@@ -429,9 +429,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help="of the teacher, and of all models when they are measured")
     parser.add_argument("--pieces", type=int, default=None, help="of wikitext; by default all 144 on a GPU, else 8")
     parser.add_argument("--book-pieces", type=int, default=3, help="of 65,536 tokens")
-    parser.add_argument(
-        "--together", action="store_true", default=None, help="all suites in this process; without a GPU"
-    )
+    parser.add_argument("--together", action="store_true", help="all suites in this process; without a GPU")
     parser.add_argument("--trial", action="store_true", help="one step, a few short texts: whether all of it runs")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -143,7 +143,9 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
     """(metric, value, how often it was measured) of one prompt length and batch."""
     asked, rows = rows, 1 if settings.shared_prompt else rows
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device=model.device)
-    chunk = settings.chunk and max(1, settings.chunk // rows) if isinstance(model, KernelizedModelMixin) else length
+    chunk = None if settings.chunk is None else max(1, settings.chunk // rows)
+    if not isinstance(model, KernelizedModelMixin):
+        chunk = length
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .runtime.fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 
 COLUMNS = 4096  # of the vocabulary that a program reads at once
-IGNORED = -100
 
 
 def head_weight(head: Callable[[Tensor], Tensor] | None) -> Tensor | None:
