@@ -23,7 +23,8 @@ def head_weight(head: Callable[[Tensor], Tensor] | None) -> Tensor | None:
     if triton is None or type(head) is not nn.Linear or head.bias is not None:
         return None
     weight = head.weight
-    plain = type(weight) in (nn.Parameter, Tensor)  # not a shard
+    # not a shard, nor a parameter that an engine gathers only while its module is called
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.shape == (head.out_features, head.in_features)
     return weight if plain and (weight.is_cuda or interpreted()) else None
 
 

@@ -409,6 +409,9 @@ def divergence() -> None:
     """Of two LM heads: kernels = dense, with gradients, for vocabularies of one and of several steps."""
     generator = torch.Generator().manual_seed(0)
     fused_losses.COLUMNS = 16
+    elsewhere = torch.nn.Linear(6, 19, bias=False)  # as ZeRO-3 leaves it between two calls of the module
+    elsewhere.weight.data = torch.empty(0)
+    assert fused_losses.head_weight(elsewhere) is None
     for V, temperature in ((19, 1.0), (19, 2.0), (70, 1.0), (16, 3.0)):
         heads = [torch.nn.Linear(width, V, bias=False) for width in (6, 5)]
         x, t = torch.randn(13, 6, generator=generator, requires_grad=True), torch.randn(13, 5, generator=generator)
