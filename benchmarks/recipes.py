@@ -240,7 +240,7 @@ def suites(args: argparse.Namespace) -> dict[str, Suite]:
     return {
         "wikitext": Perplexity(lengths=(2048,), pieces=args.pieces, text=wiki, chunk=2048),
         "book": Perplexity(lengths=(8192, 65536), pieces=args.book_pieces, text=book, chunk=args.chunk),
-        "passkey": Passkey(lengths=tuple(512 * 2**i for i in range(7)), chunk=args.chunk),
+        "passkey": Passkey(lengths=tuple(512 * 2**i for i in range(7)), chunk=args.prompt),
         "tasks": tasks,
     }
 
@@ -436,7 +436,8 @@ def parse() -> argparse.Namespace:
     gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.jobs, args.converting = args.jobs or (2 if gpu else 1), args.converting or (8 if gpu else 1)
-    args.chunk, args.batch = (8192, 128) if gpu else (2048, 16)  # of tokens, of questions: a GPU waits for the host
+    # of tokens whose logits are kept, of a prompt's tokens, of questions: a GPU waits for the host
+    args.chunk, args.prompt, args.batch = (8192, 32768, 128) if gpu else (2048, 2048, 16)
     args.together = args.together or not gpu
     args.pieces = args.pieces or (None if gpu else 8)
     args.output.mkdir(parents=True, exist_ok=True)
