@@ -41,8 +41,8 @@ from kernelize.report import write_report
 from kernelize.runtime.modeling import kernelized_layers, plan_entry, plan_of
 from kernelize.train import finetune
 
-RECIPES = ("recall", "default", "heads", "dropout", "window-distilled", "hybrid-quarter", "lolcats", "liger",
-           "pure-linear", "window-only")  # fmt: skip
+RECIPES = ("recall", "forecast", "default", "heads", "dropout", "window-distilled", "hybrid-quarter", "lolcats",
+           "liger", "pure-linear", "window-only")  # fmt: skip
 # shares of documents: of the tokens about .2 books, .3 textbooks, .12 documentation, .06 code, .07 chat
 TEXT = {"books_fiction_nonfiction": 0.042, "openstax_textbooks": 0.118, "technical_docs": 0.041, "code": 0.021,
         "instruct": 0.44}  # fmt: skip
@@ -87,13 +87,16 @@ class Run:
 # --- what is trained ------------------------------------------------------------------------------------------
 
 
-def mixture(data: Path, retrieval: bool) -> tuple[DataSource, ...]:
-    """The training text; with `retrieval`, a fifth of the documents ask for something that stands in them."""
+def mixture(data: Path, origins: set[str | None]) -> tuple[DataSource, ...]:
+    """The training text for a stage whose data has such builtins: with retrieval, a fifth of the documents ask for
+    something that stands in them, or all do.
+    """
     sources = [DataSource(path=str(data / f"train/{name}.parquet"), weight=w) for name, w in TEXT.items()]
-    if retrieval:
-        sources += [DataSource(path=str(data / f"train/{name}.parquet"), builtin="retrieval", weight=w)
-                    for name, w in HAYSTACKS.items()]  # fmt: skip
-    return tuple(sources)
+    asking = [DataSource(path=str(data / f"train/{name}.parquet"), builtin="retrieval", weight=w)
+              for name, w in HAYSTACKS.items()]  # fmt: skip
+    if origins == {"retrieval"}:
+        return tuple(asking)
+    return tuple(sources + asking if "retrieval" in origins else sources)
 
 
 def on_text(recipe: Recipe, data: Path, tokens: int | None = None, trial: bool = False, seed: int = 0) -> Recipe:
@@ -101,7 +104,7 @@ def on_text(recipe: Recipe, data: Path, tokens: int | None = None, trial: bool =
     total = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
     stages = []
     for stage in recipe.stages:
-        changes: dict[str, Any] = {"data": mixture(data, any(s.builtin == "retrieval" for s in stage.data))}
+        changes: dict[str, Any] = {"data": mixture(data, {source.builtin for source in stage.data})}
         if tokens:
             changes |= {"tokens": max(1, (stage.total_steps * stage.batch_tokens) * tokens // total), "steps": None}
         if trial:

@@ -66,7 +66,7 @@ def pretrain(output: Path, args: argparse.Namespace) -> None:
     model = new_model(tokenizer, args.trial).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     length, count, micro = (128, 2, 1) if args.trial else (LENGTH, ROWS, MICRO)
-    rows = Rows(Documents(mixture(args.data, retrieval=False), seed=0), tokenizer, length, joined=True)
+    rows = Rows(Documents(mixture(args.data, {None}), seed=0), tokenizer, length, joined=True)
     began, seconds, step = time.monotonic(), 60 * args.pretrain_minutes, 0
     for batch, _ in prefetched(batches(rows(None), count, micro, 0, 1)):
         part = (time.monotonic() - began) / seconds

@@ -175,10 +175,11 @@ class TransferProbe:
 
 
 @torch.no_grad()
-def received_later(seen: Seen, spec: KernelSpec) -> Tensor:
+def received_later(seen: Seen, spec: KernelSpec, asked: Tensor | None = None) -> Tensor:
     """The most that softmax pays to each token, from any query of its group past the token's window: [B, Hk, T].
 
-    Rows are whole documents. 0 where no such query comes. A block of queries at a time.
+    Rows are whole documents. With `asked` [B, T] bool only those queries count. 0 where none comes. A block of queries
+    at a time.
     """
     batch, heads, length, _ = seen.query.shape
     query = seen.query.unflatten(1, (seen.key.shape[1], -1))
@@ -190,7 +191,10 @@ def received_later(seen: Seen, spec: KernelSpec) -> Tensor:
         end = min(start + step, length)
         visible = _visible(start, end, query.device, None)
         p, _ = softmax_weights(query[..., start:end, :], seen.key[:, :, :end], seen, visible)
-        p = p.masked_fill(leaves[:end] > position[start:end, None], 0).amax((2, 3))
+        unseen = leaves[:end] > position[start:end, None]
+        if asked is not None:
+            unseen = unseen | ~asked[:, None, None, start:end, None]
+        p = p.masked_fill(unseen, 0).amax((2, 3))
         most[:, :, :end] = torch.maximum(most[:, :, :end], p)
     return most
 
@@ -198,7 +202,7 @@ def received_later(seen: Seen, spec: KernelSpec) -> Tensor:
 class ForecastTerms(NamedTuple):
     """One layer's forecast against what came: summed over the rows of the batch."""
 
-    error: Tensor  # variance of the difference of the logarithms over a row's tokens, mean over KV heads
+    error: Tensor  # see `forecast_terms` and `asked_terms`, mean over KV heads
     correlation: Tensor  # of the two over a row's tokens, mean over KV heads
 
 
@@ -206,13 +210,15 @@ class ForecastProbe:
     """Stands in a layer's `kernelize.probe` and `watch`: fits the forecast, and passes softmax attention on.
 
     The target is the largest attention that a token receives after it has left the window, as in Locret
-    (arXiv:2410.01805): what is needed once, much later, counts as much as what is needed all the time.
+    (arXiv:2410.01805): what is needed once, much later, counts as much as what is needed all the time. With `asked`
+    [B, T] only queries there ask: then it is a share of what they look at, and heads count by how much that is.
     """
 
     wants_output = True  # what is watched comes from its computation
 
     def __init__(self) -> None:
         self.terms: ForecastTerms | None = None
+        self.asked: Tensor | None = None
         self.leaving: list[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]] = []
 
     def watch(self, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor) -> None:
@@ -224,7 +230,7 @@ class ForecastProbe:
         seen: Seen,
         output: AttentionOutput,
     ) -> Tensor:
-        target = (received_later(seen, layer.spec) + LEAST_MASS).log()
+        target = received_later(seen, layer.spec, self.asked)
         arithmetic = layer.kernel_for(seen)
         found = []
         with torch.autocast(target.device.type, enabled=False):
@@ -233,19 +239,35 @@ class ForecastProbe:
                 found.append((forecast(arithmetic, statistics, key, value), came, (pos != EMPTY).expand_as(came)))
         self.leaving = []
         said, came, counts = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-        self.terms = ForecastTerms(*forecast_terms(said, came, counts.to(said)))
+        logs = forecast_terms(said, (came + LEAST_MASS).log(), counts.to(said))
+        self.terms = logs if self.asked is None else logs._replace(error=asked_error(said, came, counts))
         return softmax_attention(seen)[0]
 
 
-def forecast_terms(said: Tensor, came: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Error and correlation over the tokens of each row and head [B, Hk, X] that count; summed over the rows.
+def asked_error(said: Tensor, came: Tensor, counts: Tensor) -> Tensor:
+    """KL of the softmax of scores `said` from the shares of the attention `came` [B, Hk, X], over tokens that count.
+
+    A head whose queries look at nothing far back has nothing to learn: it counts by their mass, up to 1. Mean over the
+    heads, summed over the rows.
+    """
+    came = came * counts
+    mass = came.sum(2, keepdim=True)
+    share = came / mass.clamp(min=LEAST_MASS)
+    guess = said.masked_fill(~counts, -torch.inf).log_softmax(2).masked_fill(~counts, 0)
+    kl = (torch.xlogy(share, share) - share * guess).sum(2)
+    return (kl * mass[..., 0].clamp(max=1)).mean(1).sum()
+
+
+def forecast_terms(said: Tensor, came: Tensor, counts: Tensor) -> ForecastTerms:
+    """Variance of the difference, and correlation, over the tokens of each row and head [B, Hk, X] that count; summed
+    over the rows.
 
     A head's slots go by the order of its scores, so its mean is free.
     """
     n = counts.sum(2, keepdim=True).clamp(min=1)
     a, b = ((x - (x * counts).sum(2, keepdim=True) / n) * counts for x in (said, came))
     correlation = (a * b).sum(2) / (a.norm(dim=2) * b.norm(dim=2)).clamp(min=1e-9)
-    return (a - b).square().div(n).sum(2).mean(1).sum(), correlation.mean(1).sum()
+    return ForecastTerms((a - b).square().div(n).sum(2).mean(1).sum(), correlation.mean(1).sum())
 
 
 def _documents(layout: Layout | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -114,14 +115,18 @@ class Transfer(RowObjective):
 
 
 class Forecast(RowObjective):
-    """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows."""
+    """Each layer's forecast of what its tokens will receive, averaged over layers; summed over rows.
+
+    Of all queries, or with `answers` of those that write the tokens of an answer.
+    """
 
     probed = True
     terms = dict.fromkeys(ForecastTerms._fields, 0)
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, answers: bool = False):
         super().__init__(model)
-        self.probes = {i: ForecastProbe() for i, layer in forecasting_layers(model).items()}
+        self.answers = answers
+        self.probes = {i: ForecastProbe() for i in forecasting_layers(model)}
         for index, probe in self.probes.items():
             layer = kernelized_layers(model)[index].kernelize
             layer.probe, layer.watch = probe, probe.watch
@@ -131,6 +136,10 @@ class Forecast(RowObjective):
         return tuple(self.probes)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
+        if self.answers:
+            asked = F.pad(answers[:, 1:], (0, 1))  # where the answer's token comes next
+            for probe in self.probes.values():
+                probe.asked = asked
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 2]

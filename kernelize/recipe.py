@@ -124,6 +124,8 @@ class Stage(_Strict):
     memory that does not depend on its length; gradients end at a chunk's start (`across: truncate`, the default), or
     follow through all chunks, which are then read twice (`recompute`).
     A step whose loss or gradient is no finite number stops the run or, with `on_nonfinite: skip`, is left out.
+    A forecast learns, by its `target`, how much `attention` a token draws once it has left the window (the default), or
+    how much of that comes from where the `answers` in data `retrieval` are written: what will be asked for.
     With `compiled`, a GPU runs what stands around the attention through torch.compile, which takes half a minute once:
     of joined rows, without gradient_checkpointing, chunk_tokens or layers_at_a_time.
     A transfer with `layers_at_a_time` trains so many layers after the other, and holds no more of the model than those:
@@ -144,6 +146,7 @@ class Stage(_Strict):
     betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
     clip: float = Field(default=1.0, gt=0)
     trainable: Literal["new", "new+lora", "all"] = "new"
+    target: Literal["attention", "answers"] | None = None
     lora: Lora | None = None
     transfer: TransferWeights | None = None
     distil: DistilWeights | None = None
@@ -185,6 +188,10 @@ class Stage(_Strict):
             raise ValueError(
                 f"a forecast stage looks ahead over whole rows: packing must be 'joined', not {self.packing!r}"
             )
+        if self.target and self.kind != "forecast":
+            raise ValueError(f"target={self.target!r} is what a forecast learns: kind='forecast', not {self.kind!r}")
+        if self.target == "answers" and all(source.builtin != "retrieval" for source in self.data):
+            raise ValueError("target='answers' needs data with answers: builtin 'retrieval'")
         self._check_chunks()
         if self.layers_at_a_time and self.kind != "transfer":
             raise ValueError(f"layers_at_a_time needs kind='transfer', whose layers are independent, not {self.kind!r}")

@@ -470,7 +470,7 @@ class _Run:
         if stage.kind == "transfer":
             return Transfer(model, stage.transfer or TransferWeights())
         if stage.kind == "forecast":
-            return Forecast(model)
+            return Forecast(model, stage.target == "answers")
         given = model, self._reading_teacher(), stage.distil or DistilWeights()
         if stage.chunk_tokens is None:
             return Distil(*given)

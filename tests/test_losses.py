@@ -267,6 +267,41 @@ ASKED = torch.arange(13) % 3 == 0
 PAST = torch.arange(13) >= 10
 
 
+def test_what_is_asked_counts_only_where_answers_are_written():
+    torch.manual_seed(0)
+    spec = KernelSpec(feature_map="none", decay="none", policy="attention", window=5, block=2, sinks=0, slots=2)
+    seen = Seen(torch.randn(2, 4, 24, 8), torch.randn(2, 2, 24, 8), torch.randn(2, 2, 24, 8), 0.5)
+    asked = torch.zeros(2, 24, dtype=torch.bool)
+    asked[0, 20], asked[1, [9, 23]] = True, True
+    alone = [losses.received_later(seen, spec, asked & (torch.arange(24) == at)) for at in (9, 20, 23)]
+    torch.testing.assert_close(losses.received_later(seen, spec, asked), torch.stack(alone).amax(0))
+    assert alone[0][1].any()
+    assert not alone[0][0].any()
+    everything = losses.received_later(seen, spec, torch.ones_like(asked))
+    torch.testing.assert_close(everything, losses.received_later(seen, spec))
+
+
+def test_a_forecast_of_what_is_asked_errs_by_its_divergence_from_the_shares():
+    torch.manual_seed(0)
+    came, counts = torch.rand(2, 3, 7) ** 4, torch.rand(2, 3, 7) > 0.3
+    said = torch.randn(2, 3, 7, requires_grad=True)
+    expected = 0.0
+    for row in range(2):
+        for head in range(3):
+            here = counts[row, head]
+            mass = came[row, head][here].sum()
+            share = torch.distributions.Categorical(probs=came[row, head][here] / mass)
+            guess = torch.distributions.Categorical(logits=said[row, head][here])
+            expected += torch.distributions.kl_divergence(share, guess) * mass.clamp(max=1) / 3
+    torch.testing.assert_close(losses.asked_error(said, came, counts), expected)
+    shares = (came.log() + 3.0).requires_grad_()
+    error = losses.asked_error(shares, came, counts)
+    error.backward()
+    assert abs(error.item()) < 1e-6
+    assert shares.grad.abs().max() < 1e-6
+    assert not losses.asked_error(said, torch.zeros_like(came), counts).isnan()
+
+
 @pytest.mark.parametrize("held", [1, 19 * 4, 1 << 25])
 def test_the_divergence_is_the_dense_one_with_its_gradients(monkeypatch, held):
     monkeypatch.setitem(losses.LOGITS_HELD, "cpu", held)

@@ -56,6 +56,11 @@ def test_what_is_compared_spends_the_tokens_of_default():
         ({"stages": [STAGE | {"lora": {"r": 4}}]}, "new\\+lora"),
         ({"stages": [STAGE | {"data": []}]}, r"stages\[0\].data"),
         ({"stages": [STAGE | {"data": [{"path": "a.txt", "dataset": "b"}]}]}, "exactly one of path"),
+        ({"stages": [STAGE | {"target": "answers"}]}, "kind='forecast', not 'transfer'"),
+        (
+            {"stages": [STAGE | {"kind": "forecast", "packing": "joined", "target": "answers"}]},
+            "needs data with answers: builtin 'retrieval'",
+        ),
         ({"stages": [STAGE, STAGE]}, "share a name"),
         ({"kernel": {"windw": 3}}, "did you mean 'window'"),
         ({"kernel": {"window": 0}}, "window=0"),

@@ -85,6 +85,17 @@ def test_a_forecast_learns_what_will_be_attended_to_and_nothing_else_changes(tex
     }  # fmt: skip
 
 
+def test_a_forecast_learns_what_answers_ask_for(text, tmp_path):
+    """Answers repeat what a fact says, so a forecast of their attention comes nearer to it, of other facts, too."""
+    model = kernelize_model(tiny_llama(max_position_embeddings=1024), [SPEC.replace(policy="attention+forecast")] * 2)
+    data = [{"builtin": "retrieval", "path": text}]
+    shape = {"sequence_length": 1024, "batch_tokens": 2048, "micro_batch": 2}
+    stage = FORECAST | shape | {"target": "answers", "data": data, "steps": 12}
+    _, _, events = run(recipe(text, stage), tmp_path / "out", model=model)
+    found = losses_of(events)
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
 def test_distilling_trains_a_learned_score_end_to_end(text, tmp_path):
     """Even alone: the divergence from the teacher reaches what decides over the slots, in every layer."""
     spec = SPEC.replace(policy="learned+recall")
