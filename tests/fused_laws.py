@@ -274,6 +274,8 @@ STEP_SPECS = (  # spec, (heads, key heads, head size), the rest of the head
     (KernelSpec(**{**SMALL, "policy": "attention", "decay": "none", "slots": 20, "block": 4}), (3, 1, 8), CAPPED),
     (KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention+value"}), (2, 1, 8), {}),
     (KernelSpec(**{**SMALL, "slots": 5, "head_slots": (4, 9, 0), "block": 4}, decay="gated"), (3, 3, 8), {}),
+    (KernelSpec(**{**SMALL, "policy": "attention+forecast", "aging": 32, "block": 4}), (2, 1, 8), {}),
+    (KernelSpec(**{**SMALL, "policy": "forecast", "feature_map": "none", "decay": "none"}), (2, 2, 8), {}),
 )
 
 

@@ -25,7 +25,7 @@ TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, o
 NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
 MOST_GROUP = 64  # query heads of a key head
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
-KINDS = ("attention", "recall", "value")
+KINDS = ("attention", "recall", "value", "forecast")
 
 
 def lacks(spec: KernelSpec) -> str | None:
@@ -158,7 +158,43 @@ def recall_error(
 
 
 @jit
-def score_of(mass, error, value, pos, aging, KIND: constexpr, AGING: constexpr, TINY: constexpr):
+def direction(x, D: constexpr, TINY: constexpr):
+    """x [rows, D] float32, of mean square one."""
+    return x / tl.sqrt(tl.sum(x * x, 1) / D + TINY)[:, None]
+
+
+@jit
+def forecast_of(
+    mass, error, norm, key, value, Skip, In, Out, h, d,
+    D: constexpr, RECALL: constexpr, W: constexpr, TINY: constexpr,
+):  # fmt: skip
+    """`state.forecast` of tokens [rows] with these statistics and key and value [rows, D]."""
+    LAST: constexpr = 3 if RECALL else 2  # the column of ones
+    SIZE: constexpr = LAST + 1 + 2 * D
+    w, skip, into = tl.arange(0, W), Skip + h * SIZE, In + h * SIZE * W
+    mass, norm = tl.log(mass + TINY), tl.log(norm + TINY)
+    total = mass * tl.load(skip) + norm * tl.load(skip + LAST - 1) + tl.load(skip + LAST)
+    hidden = mass[:, None] * tl.load(into + w)[None, :] + norm[:, None] * tl.load(into + (LAST - 1) * W + w)[None, :]
+    hidden += tl.load(into + LAST * W + w)[None, :]
+    if RECALL:
+        error = tl.log(error + TINY)
+        total += error * tl.load(skip + 1)
+        hidden += error[:, None] * tl.load(into + W + w)[None, :]
+    for side in tl.static_range(2):
+        x = direction(key.to(tl.float32) if side == 0 else value, D, TINY)
+        at, here = LAST + 1 + side * D + d, d < D
+        total += tl.sum(x * tl.load(skip + at, mask=here, other=0.0)[None, :], 1)
+        weight = tl.load(into + at[:, None] * W + w[None, :], mask=here[:, None], other=0.0)
+        hidden += tl.dot(x, weight, input_precision="ieee")
+    hidden = hidden * tl.sigmoid(hidden)
+    return total + tl.sum(hidden * tl.load(Out + h * W + w)[None, :], 1)
+
+
+@jit
+def score_of(
+    mass, error, key, value, pos, aging, Skip, In, Out, h, d,
+    KIND: constexpr, AGING: constexpr, D: constexpr, RECALL: constexpr, W: constexpr, TINY: constexpr,
+):  # fmt: skip
     if KIND == 0:
         score = mass
         if AGING:
@@ -167,6 +203,8 @@ def score_of(mass, error, value, pos, aging, KIND: constexpr, AGING: constexpr, 
         score = error
     else:
         score = tl.sqrt(tl.sum(value * value, 1))
+        if KIND == 3:
+            score = forecast_of(mass, error, score, key, value, Skip, In, Out, h, d, D, RECALL, W, TINY)
     return score
 
 
@@ -223,12 +261,12 @@ def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos,
 
 @jit
 def leave_kernel(
-    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, scale, aging, kv_heads,
+    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, Skip, In, Out, scale, aging, kv_heads,
     share, places,
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, SHARES: constexpr,
     SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
-    RECALL: constexpr, AGING: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
+    RECALL: constexpr, AGING: constexpr, W: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -258,7 +296,7 @@ def leave_kernel(
                 Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, places, h, up, down, value, scale, d, c,
                 D, C, SINKS, RING, PACKED, TILE, PRECISION,
             )  # fmt: skip
-        s0 = score_of(mass, error, value, pos, aging, KIND0, AGING, TINY)
+        s0 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND0, AGING, D, RECALL, W, TINY)
         s1 = s0
         # who gets a slot; `source`, `at`, `age`: entry, position and decay of who still applies
         gone, source, at, age = fresh, entry, pos, decay
@@ -275,7 +313,7 @@ def leave_kernel(
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), pos)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
         if SHARES == 2:
-            s1 = score_of(mass, error, value, pos, aging, KIND1, AGING, TINY)
+            s1 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND1, AGING, D, RECALL, W, TINY)
             held = (number + dropped) * SHARES
             moved_s0 = tl.where(out, tl.load(Score + held, mask=out, other=0.0), s0)
             moved_s1 = tl.where(out, tl.load(Score + held + 1, mask=out, other=0.0), s1)
@@ -579,14 +617,17 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     kinds = [KINDS.index(name) for name, _ in shares] + [-1]
     rest = shares[1][1] if len(shares) == 2 else 0
     weight = kernel.map_k.weight.contiguous() if isinstance(kernel.map_k, Hedgehog) else state.memory
+    given = (kernel.forecast_skip, kernel.forecast_in, kernel.forecast_out)
+    network = [state.memory if x is None else x.float().contiguous() for x in given]
+    width = 0 if kernel.forecast_out is None else kernel.forecast_out.shape[-1]
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
-        state.seen if valid is None else valid, weight, owned(spec, state.seen), kernel.scaling**0.5, float(spec.aging),
-        state.pos.shape[1], shares[0][1], spec.slots,
+        state.seen if valid is None else valid, weight, owned(spec, state.seen), *network, kernel.scaling**0.5,
+        float(spec.aging), state.pos.shape[1], shares[0][1], spec.slots,
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         SLOTS=spec.slots > 0, SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
-        RECALL=spec.measures("recall"), AGING=spec.aging > 0, TINY=TINY,
+        RECALL=spec.measures("recall"), AGING=spec.aging > 0, W=width, TINY=TINY,
         PRECISION="ieee", num_warps=8,
     )  # fmt: skip
 
