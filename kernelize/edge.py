@@ -90,20 +90,17 @@ class Sampler:
 
 
 class State:
-    """What a model remembers of B rows: arrays that stay where they are. A block's end changes sets."""
+    """What a model remembers of B rows: arrays that stay where they are."""
 
     def __init__(self, model: EdgeModel, rows: int):
         if rows < 1:
             raise InputError(f"rows={rows} is below 1")
-        self.model, self.rows, self.current = model, rows, 0
+        self.model, self.rows = model, rows
         self.logits = np.zeros((rows, model.facts["vocabulary"]), np.float32)
-        self.sets = [model.blank(rows) for _ in range(2)]
-        self.bindings: dict[tuple[str, int], Any] = {}
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The tensors now, by name; the batch axis first."""
-        return self.sets[self.current]
+        self.arrays = model.blank(rows)  # the tensors now, by name; the batch axis first
+        beside = {name for names in model.beside.values() for name in names}
+        self.beside = {name: np.empty_like(self.arrays[name]) for name in beside}  # where graphs write these
+        self.bindings: dict[str, Any] = {}
 
     @property
     def seen(self) -> np.ndarray:
@@ -153,13 +150,11 @@ class EdgeModel:
         self.facts = read_facts(self.folder, self.FORMAT)
         self.tokenizer = self._tokenizer()
         self.eos = set(self.facts["eos"])
+        self.beside = {name: not_in_place(graph) for name, graph in self.facts["graphs"].items()}
         self._load(threads)
 
     def _load(self, threads: int) -> None:
         self.sessions = {name: self._session(name, threads) for name in self.facts["graphs"]}
-        whole = self.facts["graphs"]["model"]
-        changed = [name.removeprefix("new.") for name in whole["outputs"] if name != "logits"]
-        self.aside = [name for name in changed if name not in whole["in_place"]]  # written beside, then copied
 
     def _tokenizer(self) -> Tokenizer:
         try:
@@ -252,43 +247,37 @@ class EdgeModel:
     def _advance(self, state: State, chunk: np.ndarray, count: np.ndarray) -> None:
         """chunk [B, T], of which a row's first count [B] are meant, all inside a block."""
         if self._block_begins(state.seen):
-            self._leave(state)
-        binding = self._binding(state, "model")
-        binding.bind_cpu_input("ids", chunk)
-        binding.bind_cpu_input("count", count)
+            self._run(state, "leave", {})
         kept = state.logits[count == 0]
-        self.sessions["model"].run_with_iobinding(binding)
+        self._run(state, "model", {"ids": chunk, "count": count})
         state.logits[count == 0] = kept
-        for name in self.aside:
-            state.arrays[name][:] = state.sets[1 - state.current][name]
 
-    def _leave(self, state: State) -> None:
-        """A block leaves the window: from one set of arrays into the other."""
-        self.sessions["leave"].run_with_iobinding(self._binding(state, "leave"))
-        written = {name.removeprefix("new.") for name in self.facts["graphs"]["leave"]["outputs"]}
-        old = state.arrays
-        state.current = 1 - state.current
-        for name, array in state.arrays.items():
-            if name not in written:
-                array[:] = old[name]
+    def _run(self, state: State, name: str, given: dict[str, np.ndarray]) -> None:
+        """Runs a graph on the state, and takes over what it gives."""
+        binding = self._binding(state, name)
+        for entry, array in given.items():
+            binding.bind_cpu_input(entry, array)
+        self.sessions[name].run_with_iobinding(binding)
+        for entry in self.beside[name]:
+            state.arrays[entry][:] = state.beside[entry]
 
     def _binding(self, state: State, name: str) -> Any:
-        """The graph's inputs and outputs at the state's arrays. Tokens overwrite what they change: no copy a step."""
-        key = (name, state.current)
-        if key not in state.bindings:
+        """The graph's inputs and outputs at the state's arrays. What may be overwritten is: no copy a step."""
+        if name not in state.bindings:
             graph = self.facts["graphs"][name]
-            source, other = (self._values(state.sets[at]) for at in (state.current, 1 - state.current))
-            binding = state.bindings[key] = self.sessions[name].io_binding()
+            binding = state.bindings[name] = self.sessions[name].io_binding()
+            arrays, beside = (self._values(x) for x in (state.arrays, state.beside))
             for entry in graph["inputs"]:
-                if entry in source:
-                    binding.bind_ortvalue_input(entry, source[entry])
+                if entry in arrays:
+                    binding.bind_ortvalue_input(entry, arrays[entry])
             for entry in graph["outputs"]:
                 if entry == "logits":
                     binding.bind_ortvalue_output(entry, ort.OrtValue.ortvalue_from_numpy(state.logits))
                 else:
                     changed = entry.removeprefix("new.")
-                    binding.bind_ortvalue_output(entry, (source if changed in graph["in_place"] else other)[changed])
-        return state.bindings[key]
+                    target = arrays if changed in graph["in_place"] else beside
+                    binding.bind_ortvalue_output(entry, target[changed])
+        return state.bindings[name]
 
     def _values(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         """The arrays' own memory, as ONNX Runtime takes it."""
@@ -351,6 +340,12 @@ class EdgeModel:
         rest = self.tokenizer.decode(written)[shown:]
         if rest:
             yield rest
+
+
+def not_in_place(graph: dict[str, Any]) -> list[str]:
+    """The tensors of the state that a graph writes beside the old ones; of a program, that is all it gives."""
+    changed = [name.removeprefix("new.") for name in graph["outputs"] if name != "logits"]
+    return [name for name in changed if name not in graph.get("in_place", changed)]
 
 
 def open_model(folder: str | Path, *, threads: int = 0) -> EdgeModel:

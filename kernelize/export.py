@@ -253,7 +253,8 @@ def tracing(name: str) -> Iterator[None]:
 
 def trace_graphs(model: Any, name: str, on_progress: Callable[[str], None] = lambda what: None) -> Graphs:
     """Traces a float32 model. KernelizeError where torch cannot."""
-    from .graphs import Leave, StateLayout, Tokens, shapes_of
+    from .graphs import StateLayout, Tokens, shapes_of
+    from .leaving import Leave
     from .onnx_files import share, trace
 
     layout = StateLayout(shapes_of(model))
@@ -273,29 +274,27 @@ def trace_graphs(model: Any, name: str, on_progress: Callable[[str], None] = lam
 
 def write_graphs(graphs: Graphs, model: Any, tokenizer: Any, output: str | Path, precision: str) -> Exported:
     """Writes the folder, complete or not at all. Changes `graphs`: they are used up, but for fp32."""
-    from .onnx_files import in_place, lower, save
+    from .onnx_files import lower, save
 
     def fill(folder: Path) -> dict[str, Any]:
         save(graphs.model, folder / "model.onnx", "weights.bin")
         save(graphs.leave, folder / "leave.onnx")
-        kept = in_place(graphs.model.graph)
-        named = {
-            "model": interface(graphs.model, "model.onnx", kept),
-            "leave": interface(graphs.leave, "leave.onnx", []),
-        }
+        named = {"model": interface(graphs.model, "model.onnx"), "leave": interface(graphs.leave, "leave.onnx")}
         return graphs.facts | {"graphs": named, "fingerprint": digest(folder / "weights.bin")}
 
     lower(graphs.model, precision)
     return write_folder(fill, model, tokenizer, output, precision)
 
 
-def interface(model: Any, file: str, in_place: list[str]) -> dict[str, Any]:
+def interface(model: Any, file: str) -> dict[str, Any]:
+    from .onnx_files import in_place
+
     graph = model.graph
     return {
         "file": file,
         "inputs": [value.name for value in graph.inputs],
         "outputs": [value.name for value in graph.outputs],
-        "in_place": in_place,
+        "in_place": in_place(graph),
     }
 
 

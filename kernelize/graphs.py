@@ -6,10 +6,12 @@ state is a dict of tensors (`StateLayout`), given and returned; docs/edge.md is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,25 +21,24 @@ from transformers import DynamicCache
 from .runtime.attention import KernelAttention
 from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
 from .runtime.modeling import family_of, kernelized_layers
-from .runtime.reference import settle, slot_bias, spread, take
+from .runtime.reference import slot_bias, spread, take
 from .runtime.spec import KernelSpec
 from .runtime.state import (
     EMPTY,
     Kernel,
     Seen,
     State,
-    add_sink_logits,
     features,
     log_decays,
-    merge,
-    reaching_logits,
+    logits,
     weigh_answers,
     wide,
 )
 
-OWN = ("keys", "values", "memory")  # large fields of the state: a tensor a layer
+OWN = ("keys", "values", "memory", "turned", "all")  # large fields of the state: a tensor a layer
 PACKED = ("pos", "decay", "mass", "score", "key_sum")  # small ones: all layers behind each other in one tensor
-NEVER = -math.inf
+NEVER = -1e30  # a score that no exponential survives; unlike −inf it makes no row of them undefined
+LATER = 1 << 62  # a position after all others
 
 
 # --- the state as tensors -----------------------------------------------------------------------------------
@@ -51,6 +52,7 @@ class LayerShape:
     heads: int
     kv_heads: int
     head_dim: int
+    turns: bool = False  # whether what is beyond reach is seen as if it were nearer
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -66,6 +68,18 @@ class LayerShape:
             "score": (Hk, spec.slots, len(spec.shares)),
             "memory": (Hk, features, self.head_dim + 1),
             "key_sum": (Hk, self.head_dim if spec.measures("keydiff") else 0),
+            **self.derived,
+        }
+
+    @property
+    def derived(self) -> dict[str, tuple[int, ...]]:
+        """Of what the rest determines: kept, so that a block's end computes with that block's tokens alone."""
+        spec, Hk = self.spec, self.kv_heads
+        return {
+            # keys of sinks and slots as they would be at position 0
+            "turned": (Hk, spec.positions if self.turns else 0, self.head_dim),
+            # a memory of all tokens that ever left the window, slot holders too
+            "all": (Hk, spec.feature_dim if spec.measures("recall") else 0, self.head_dim + 1),
         }
 
 
@@ -73,7 +87,9 @@ def shapes_of(model: Any) -> list[LayerShape]:
     """Of every converted layer."""
     shape = family_of(model.config.model_type).shape
     return [
-        LayerShape(module.kernelize.spec, *shape(module, model.config)) for module in kernelized_layers(model).values()
+        LayerShape(own.spec, *shape(module, model.config), turns=bool(own.spec.reach and own.rotary is not None))
+        for module in kernelized_layers(model).values()
+        for own in [module.kernelize]
     ]
 
 
@@ -92,6 +108,10 @@ class StateLayout:
     def widths(self, field: str) -> list[int]:
         """Numbers that each layer has in a packed field."""
         return [math.prod(layer.sizes[field]) for layer in self.layers]
+
+    def starts(self, field: str) -> list[int]:
+        """Where each layer begins in a packed field."""
+        return list(itertools.accumulate(self.widths(field), initial=0))[:-1]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.int64 if name in ("seen", "pos") else torch.float32
@@ -123,7 +143,7 @@ class StateLayout:
                     fields[field] = torch.zeros(rows, *size)
                 else:
                     fields[field] = packed[field][i] if field in packed else flat[f"{field}.{i}"]
-            states.append(State(**fields))
+            states.append(State(**{name: x for name, x in fields.items() if name not in layer.derived}))
         return states
 
     def pack(self, states: list[State], names: list[str]) -> dict[str, Tensor]:
@@ -150,7 +170,6 @@ class Span:
         self.at = seen[:, None] + at  # [B, T] positions
         self.valid = at < count[:, None]  # [B, T]
         self.entries: dict[tuple[int, int], Tensor] = {}
-        self.earlier: dict[tuple[int, int], Tensor] = {}
 
     def entry(self, spec: KernelSpec) -> Tensor:
         """Where the tokens go on a layer's position axis, [B, 1, T]."""
@@ -166,91 +185,132 @@ class Span:
         kept = self.valid[:, None] if old.ndim == 3 else self.valid[:, None, :, None]
         return old.scatter(2, index, torch.where(kept, new.to(old.dtype), old.gather(2, index)))
 
-    def put_packed(self, field: str, packed: Tensor, new: list[Tensor]) -> Tensor:
-        """A packed field [B, N] with each layer's new [B, Hk, T] in it."""
-        index, start = [], 0
-        for layer, width in zip(self.layout.layers, self.layout.widths(field), strict=True):
-            head = start + torch.arange(layer.kv_heads)[:, None] * layer.spec.positions  # [Hk, 1]
-            index.append((self.entry(layer.spec) + head).flatten(1))
+    def put_packed(self, packed: Tensor, new: Tensor) -> Tensor:
+        """A packed field [B, N] with the new numbers [B, sum of Hk, T] of all layers' heads in it."""
+        heads = [layer for layer in self.layout.layers for _ in range(layer.kv_heads)]
+        sinks = torch.tensor([layer.spec.sinks for layer in heads])[:, None]
+        ring = torch.tensor([layer.spec.ring for layer in heads])[:, None]
+        width = torch.tensor([layer.spec.positions for layer in heads])[:, None]
+        at = self.at[:, None]
+        entry = torch.where(at < sinks, at, sinks + at % ring) + (width.cumsum(0) - width)  # [B, sum of Hk, T]
+        index, valid = entry.flatten(1), self.valid[:, None].expand_as(entry).flatten(1)
+        return packed.scatter(1, index, torch.where(valid, new.expand_as(entry).flatten(1), packed.gather(1, index)))
+
+    def rows(self, x: Tensor, heads: int) -> Tensor:
+        """x [B, T] for the queries of a group of `heads`, which stand under each other: [B, 1, heads · T, 1]."""
+        return x.repeat(1, heads)[:, None, :, None]
+
+    def collect(self, mass: Tensor, pos: Tensor, added: list[Tensor]) -> Tensor:
+        """The packed `mass` [B, N], with what sinks and window of the layers were given, each [B, Hk · (sinks + ring)].
+
+        Only the window's earlier blocks count; `pos` [B, N] are the positions.
+        """
+        places, blocks, window, start = [], [], [], 0
+        for layer, width in zip(self.layout.layers, self.layout.widths("mass"), strict=True):
+            if layer.spec.measures("attention"):
+                entry = torch.arange(layer.spec.sinks + layer.spec.ring).repeat(layer.kv_heads, 1)  # [Hk, …]
+                places.append(start + (entry + torch.arange(layer.kv_heads)[:, None] * layer.spec.positions).flatten())
+                blocks.append(torch.full_like(places[-1], layer.spec.block))
+                window.append((entry >= layer.spec.sinks).flatten())
             start += width
-        at = torch.cat(index, 1)  # [B, sum of Hk·T]
-        fresh = torch.cat([x.flatten(1) for x in new], 1)
-        valid = torch.cat([self.valid] * (at.shape[1] // self.length), 1)
-        return packed.scatter(1, at, torch.where(valid, fresh, packed.gather(1, at)))
+        if not places:
+            return mass
+        at, seen, block = torch.cat(places), self.seen[:, None], torch.cat(blocks)
+        earlier = pos.index_select(1, at) < seen - seen % block
+        fresh = torch.where(earlier & torch.cat(window), torch.cat(added, 1), 0.0)  # [B, M]
+        back = torch.full((start,), len(at)).scatter(0, at, torch.arange(len(at)))
+        return mass + torch.nn.functional.pad(fresh, (0, 1)).index_select(1, back)
 
 
-def begin(layout: StateLayout, span: Span, flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the tokens' positions in it."""
-    positions = [span.at[:, None].expand(-1, layer.kv_heads, -1) for layer in layout.layers]
-    return {**flat, "pos": span.put_packed("pos", flat["pos"], positions)}
+Compute = Callable[[int, Seen, Kernel, State], tuple[Tensor, State]]  # (layer, …) -> (y [B, H, T, D], state afterwards)
 
 
-Compute = Callable[[Seen, Kernel, State], tuple[Tensor, State]]  # -> (y [B, H, T, D], the state afterwards)
-
-
-def attend_span(span: Span) -> Compute:
+def attend_span(span: Span, turned: dict[str, Tensor]) -> Compute:
     """What `reference.step` does with a token, for all of a span at once: they share block, slots and memory.
 
-    In the state afterwards `mass` [B, Hk, P] is what was added, and `decay` [B, Hk, T] that of the new tokens.
+    Of the state that comes in `pos` is LATER where no token is, and `turned` has the layers' keys at position 0. In
+    the state afterwards `mass` [B, Hk · (sinks + ring)] is what was added, `decay` [B or 1, Hk, T or 1] their own.
     """
 
-    def compute(seen: Seen, kernel: Kernel, state: State) -> tuple[Tensor, State]:
+    def compute(layer: int, seen: Seen, kernel: Kernel, state: State) -> tuple[Tensor, State]:
         entry = span.entry(kernel.spec)
         keys, values = span.put(state.keys, seen.key, entry), span.put(state.values, seen.value, entry)
-        y, mass = read_span(seen.query, kernel, state._replace(keys=keys, values=values), span)
+        state = state._replace(keys=keys, values=values)
+        y, mass = read_span(seen.query, kernel, state, span, turned.get(f"turned.{layer}"))
         own = log_decays(kernel, seen.key, seen.value)
-        decay = torch.zeros_like(seen.key[..., 0]) + (0.0 if own is None else own)
+        decay = torch.zeros(1, state.pos.shape[1], 1) if own is None else own.view(-1, *own.shape[-2:])
         key_sum = state.key_sum
         if kernel.spec.measures("keydiff"):
             counts = span.valid & (span.at >= kernel.spec.sinks)
             key_sum = key_sum + torch.where(counts[:, None, :, None], seen.key, 0.0).sum(2)
-        return y, state._replace(keys=keys, values=values, mass=mass, decay=decay, key_sum=key_sum)
+        return y, state._replace(mass=mass, decay=decay, key_sum=key_sum)
 
     return compute
 
 
-def read_span(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tensor, Tensor]:
-    """q [B, H, T, D] against the state -> (y [B, H, T, D], the mass [B, Hk, P] that every position receives)."""
+def read_span(q: Tensor, kernel: Kernel, state: State, span: Span, turned: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, D] against the state -> (y [B, H, T, D], the mass [B, Hk · (sinks + ring)] that is received).
+
+    The memory is one more column of the softmax, whose score is the log of its mass and whose value is its answer.
+    """
     spec, (B, H, T, D) = kernel.spec, q.shape
     Hk, acc = state.pos.shape[1], wide(q.dtype)
     G = H // Hk
-    query = q.to(acc).reshape(B, Hk, G * T, D)  # [B, Hk, G·T, D]: the queries of a group stand under each other
-    visible = (state.pos != EMPTY)[:, :, None] & (state.pos[:, :, None] <= span.at[:, None, :, None])  # [B, Hk, T, P]
-    s = scores(query, kernel, state, span).reshape(B, Hk, G, T, spec.positions)
-    s = torch.where(visible[:, :, None], s, NEVER)
-    joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None, None]
-    exact = joined.softmax(-1).reshape(B, Hk, G * T, spec.positions) @ state.values.to(acc)
-    exact, lse = add_sink_logits(exact.reshape(B, H, T, D), joined.logsumexp(-1).reshape(B, H, T), kernel)
-    total = None
+    query = q.to(acc).reshape(B, Hk, G * T, D)  # the queries of a group stand under each other
+    s = scores(query, kernel, state, span, turned)  # [B, Hk, G·T, P]
+    joined = s if spec.learned_share is None else s + slot_bias(spec, state)[:, :, None]
+    columns, answer = [joined], None
     if spec.has_memory:
-        assert kernel.map_q is not None
-        phi = features(kernel, kernel.map_q, q, span.at[:, None])
-        answer = (phi.reshape(B, Hk, G * T, spec.feature_dim) @ state.memory).reshape(B, H, T, D + 1)
-        total = answer[..., :-1], answer[..., -1:]
-        total = weigh_answers(*total, phi) if spec.is_delta else total
-    y = merge(exact, lse, total, kernel.log_gate).y.to(q.dtype)
-    return y, received(s, spec, state, span) if spec.measures("attention") else torch.zeros_like(state.mass)
+        answer, mass = recall(q, kernel, state, span)  # [B, Hk, G·T, D], [B, Hk, G·T, 1]
+        columns.append(mass.log())
+    if kernel.sink_logits is not None:
+        columns.append(kernel.sink_logits.view(Hk, G, 1).expand(B, Hk, G, T).reshape(B, Hk, G * T, 1))
+    weights = (torch.cat(columns, -1) if columns[1:] else joined).softmax(-1)
+    y = weights[..., : spec.positions] @ state.values.to(acc)
+    if answer is not None:
+        y = y + weights[..., spec.positions : spec.positions + 1] * answer
+    return y.reshape(B, H, T, D).to(q.dtype), received(s, spec, span, G)
 
 
-def scores(query: Tensor, kernel: Kernel, state: State, span: Span) -> Tensor:
-    """query [B, Hk, G·T, D] against the keys of the state -> [B, Hk, G·T, P], not masked."""
-    at = span.at.repeat(1, query.shape[2] // span.length)[:, None]  # [B, 1, G·T]
-    return reaching_logits(query, at, state.keys.to(query.dtype), state, kernel)
+def recall(q: Tensor, kernel: Kernel, state: State, span: Span) -> tuple[Tensor, Tensor]:
+    """The memory's answer [B, Hk, G·T, D] to q [B, H, T, D], and its mass, gate included: [B, Hk, G·T, 1]."""
+    assert kernel.map_q is not None
+    assert kernel.log_gate is not None
+    (B, H, T, D), (Hk, F) = q.shape, state.memory.shape[1:3]
+    phi = features(kernel, kernel.map_q, q, span.at[:, None])
+    gated = (phi * kernel.log_gate.exp()[:, None, None]).reshape(B, Hk, H // Hk * T, F)
+    numerator, mass = (gated @ state.memory).split([D, 1], -1)
+    if kernel.spec.is_delta:
+        numerator, _ = weigh_answers(numerator, mass, gated)
+    return numerator / mass.clamp(min=torch.finfo(mass.dtype).tiny), mass
 
 
-def received(s: Tensor, spec: KernelSpec, state: State, span: Span) -> Tensor:
-    """`reference.receive`, of scores s [B, Hk, G, T, P]: what the window's earlier blocks get, [B, Hk, P]."""
-    ring = slice(spec.sinks, spec.sinks + spec.ring)
-    p = s[..., : ring.stop].softmax(-1)[..., ring].sum(2)  # [B, Hk, T, ring]
-    begun = (span.seen - span.seen % spec.block)[:, None, None, None]
-    counts = (state.pos[:, :, None, ring] < begun) & span.valid[:, None, :, None]
-    return torch.nn.functional.pad(torch.where(counts, p, 0.0).sum(2), (spec.sinks, spec.slots))
+def scores(query: Tensor, kernel: Kernel, state: State, span: Span, turned: Tensor | None) -> Tensor:
+    """query [B, Hk, G·T, D] against the keys of the state -> [B, Hk, G·T, P], NEVER where nothing is to be seen."""
+    heads, pos = query.shape[2] // span.length, state.pos[:, :, None]  # [B, Hk, 1, P]
+    at = span.rows(span.at, heads)
+    s = logits(query, state.keys.to(query.dtype), kernel)
+    if turned is not None:
+        assert kernel.rotation is not None
+        reach = kernel.spec.reach
+        far = logits(kernel.rotation.turn(query, at[..., 0], reach), turned, kernel)
+        s = torch.where(pos < at - reach, far, s)
+    return torch.where(pos <= at, s, NEVER)
+
+
+def received(s: Tensor, spec: KernelSpec, span: Span, heads: int) -> Tensor:
+    """`reference.receive`, of scores s [B, Hk, G·T, P]: what sinks and window get, [B, Hk · (sinks + ring)]."""
+    if not spec.measures("attention"):
+        return s.new_zeros(s.shape[0], 0)
+    p = s[..., : spec.sinks + spec.ring].softmax(-1)
+    valid = span.rows(span.valid, heads).transpose(-1, -2).to(p.dtype)  # [B, 1, 1, G·T]
+    return (valid @ p).flatten(1)
 
 
 class Traced(nn.Module):
     """Stands where a layer's KernelAttention is: the same parameters, with arithmetic that can be traced."""
 
-    def __init__(self, attention: KernelAttention, compute: Compute):
+    def __init__(self, attention: KernelAttention, compute: Callable[[Seen, Kernel, State], tuple[Tensor, State]]):
         super().__init__()
         self.attention, self.compute = attention, compute
 
@@ -267,7 +327,7 @@ def traced(model: Any, compute: Compute) -> Iterator[None]:
     own = {i: module.kernelize for i, module in layers.items()}
     try:
         for i, module in layers.items():
-            module.kernelize = Traced(own[i], compute)
+            module.kernelize = Traced(own[i], partial(compute, i))
         yield
     finally:
         for i, module in layers.items():
@@ -318,109 +378,25 @@ class Tokens(nn.Module):
         """ids [B, T], a row's first count [B] are meant -> logits [B, V] after the last of them; what they change."""
         layout, T = self.layout, ids.shape[1]
         span = Span(layout, flat["seen"], count, T)
-        flat = begin(layout, span, flat)
-        with traced(self.model, attend_span(span)), last_token(self.model, count):
-            scores, states = run_model(self.model, ids, span.at, layout.unpack(flat))
+        pos = span.put_packed(flat["pos"], span.at[:, None])
+        shown = {**flat, "pos": torch.where(pos == EMPTY, LATER, pos)}
+        with traced(self.model, attend_span(span, flat)), last_token(self.model, count):
+            scores, states = run_model(self.model, ids, span.at, layout.unpack(shown))
         own = [name for name in layout.shapes if name.startswith(("keys.", "values.")) or name == "key_sum"]
-        new = layout.pack(states, own)
-        added = torch.cat([state.mass.flatten(1) for state in states], 1)
-        decay = span.put_packed("decay", flat["decay"], [state.decay for state in states])
-        new |= {"seen": flat["seen"] + count, "pos": flat["pos"], "mass": flat["mass"] + added, "decay": decay}
+        new = layout.pack(states, own) | {"seen": flat["seen"] + count, "pos": pos}
+        new["mass"] = span.collect(flat["mass"], pos, [state.mass for state in states])
+        decays = [state.decay for state in states]
+        if any(layer.spec.decay == "gated" for layer in layout.layers):
+            decays = [decay.expand(ids.shape[0], -1, T) for decay in decays]
+        new["decay"] = span.put_packed(flat["decay"], torch.cat(decays, 1))
         return {"logits": scores[:, -1], **new}
-
-
-# --- between two blocks -------------------------------------------------------------------------------------
-
-
-UNBEATEN, WORTHLESS = math.inf, -math.inf  # a score, and a log decay
-
-
-class Group(nn.Module):
-    """Layers that differ in nothing but how many slots they have: to them a block's end is one computation.
-
-    Their heads stand side by side, as those of one layer with as many slots as the largest has. What a smaller one
-    has too many is held by tokens that never lose (`UNBEATEN`) and were worth nothing (`WORTHLESS`).
-    """
-
-    def __init__(self, members: list[int], layers: list[LayerShape], attentions: list[KernelAttention], scaling: float):
-        super().__init__()
-        self.members, self.layers, self.scaling = members, layers, scaling
-        self.joint = layers[0].spec.replace(slots=max(layer.spec.slots for layer in layers))
-        heads, kv_heads = sum(layer.heads for layer in layers), sum(layer.kv_heads for layer in layers)
-        self.attention = KernelAttention(self.joint, heads, kv_heads, layers[0].head_dim).float()
-        own = [attention.state_dict() for attention in attentions]
-        self.attention.load_state_dict({name: torch.cat([state[name] for state in own]) for name in own[0]})
-        self.positions = Widening(layers, self.joint, self.joint.ring + self.joint.sinks)
-        self.slots = Widening(layers, self.joint, 0)
-
-    def forward(self, states: list[State]) -> list[State]:
-        before = self.stack(states)
-        after = leave(self.attention.kernel(self.scaling), before)
-        return self.unstack(after, states)
-
-    def stack(self, states: list[State]) -> State:
-        """The layers' states as that of one layer with all their heads, [B, sum of Hk, ...]."""
-        wide = {
-            field: self.positions.widen([getattr(state, field) for state in states], blank)
-            for field, blank in (("keys", 0), ("values", 0), ("pos", 0), ("decay", WORTHLESS), ("mass", 0))
-        }
-        score = self.slots.widen([state.score for state in states], UNBEATEN)
-        memory, key_sum = (torch.cat([getattr(state, field) for state in states], 1) for field in ("memory", "key_sum"))
-        return State(**wide, score=score, memory=memory, key_sum=key_sum, seen=states[0].seen)
-
-    def unstack(self, state: State, before: list[State]) -> list[State]:
-        """The inverse of `stack`."""
-        fields = ("keys", "values", "pos", "decay", "mass")
-        parts = {field: self.positions.narrow(getattr(state, field)) for field in fields}
-        parts["score"] = self.slots.narrow(state.score)
-        parts["memory"] = list(state.memory.split([layer.kv_heads for layer in self.layers], 1))
-        return [
-            old._replace(**{field: part[i] for field, part in parts.items() if part[i].numel()})
-            for i, old in enumerate(before)
-        ]
-
-
-class Widening:
-    """Of tensors [B, Hk, front + slots, ...] of several layers, those that have the slots of `joint`, and back."""
-
-    def __init__(self, layers: list[LayerShape], joint: KernelSpec, front: int):
-        self.shapes = [(layer.kv_heads, front + layer.spec.slots) for layer in layers]
-        self.rows, index, start = [heads * width for heads, width in self.shapes], [], 0
-        for layer, (heads, width) in zip(layers, self.shapes, strict=True):
-            own = start + torch.arange(heads * width).view(heads, width)
-            index.append(with_slots(own, layer.spec, joint, front, sum(self.rows)))
-            start += heads * width
-        self.index = torch.cat(index)  # [sum of Hk, front + joint slots], into the rows; the number of rows: a blank
-        self.back = torch.argsort(self.index.flatten(), stable=True)[:start]
-
-    def widen(self, parts: list[Tensor], blank: float) -> Tensor:
-        rows = torch.cat([part.flatten(1, 2) for part in parts], 1)
-        if self.index.numel() > self.back.numel():
-            rows = torch.cat([rows, torch.full_like(rows[:, :1], blank)], 1)
-        return rows.index_select(1, self.index.flatten()).unflatten(1, self.index.shape)
-
-    def narrow(self, joint: Tensor) -> list[Tensor]:
-        rows = joint.flatten(1, 2).index_select(1, self.back).split(self.rows, 1)
-        return [part.unflatten(1, shape) for part, shape in zip(rows, self.shapes, strict=True)]
-
-
-def with_slots(own: Tensor, spec: KernelSpec, joint: KernelSpec, front: int, blank: int) -> Tensor:
-    """own [Hk, front + slots] with the slots of `joint`: in every share the additional ones, `blank`, stand first.
-
-    There the competition leaves them: nobody is better.
-    """
-    parts, at = [own[:, :front]], front
-    for (_, capacity), (_, more) in zip(spec.shares, joint.shares, strict=True):
-        parts += [torch.full((len(own), more - capacity), blank), own[:, at : at + capacity]]
-        at += capacity
-    return torch.cat(parts, 1)
 
 
 def scalings(model: Any, layout: StateLayout) -> list[float]:
     """The factor of each layer's scores, which its attention says only when it is called."""
     found: list[float] = []
 
-    def note(seen: Seen, kernel: Kernel, state: State) -> tuple[Tensor, State]:
+    def note(layer: int, seen: Seen, kernel: Kernel, state: State) -> tuple[Tensor, State]:
         found.append(kernel.scaling)
         return torch.zeros_like(seen.query), state
 
@@ -428,46 +404,3 @@ def scalings(model: Any, layout: StateLayout) -> list[float]:
     with torch.no_grad(), traced(model, note):
         run_model(model, ids, ids, layout.unpack(flat))
     return found
-
-
-class Leave(nn.Module):
-    """The block that leaves the window when one begins; rows where none begins stay as they are."""
-
-    def __init__(self, model: Any, layout: StateLayout):
-        super().__init__()
-        self.layout, modules, scaling = layout, list(kernelized_layers(model).values()), scalings(model, layout)
-        alike: dict[Any, list[int]] = {}
-        for i, layer in enumerate(layout.layers):
-            spec = layer.spec.replace(slots=size_class(layer.spec.slots))
-            alike.setdefault((spec, layer.heads, layer.kv_heads, layer.head_dim, scaling[i]), []).append(i)
-        self.groups = [
-            Group(members, [layout.layers[i] for i in members], [modules[i].kernelize for i in members], key[-1])
-            for key, members in alike.items()
-        ]
-        self.registered = nn.ModuleList(self.groups)
-
-    def forward(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
-        states = self.layout.unpack(flat)
-        for group in self.groups:
-            for i, state in zip(group.members, group([states[i] for i in group.members]), strict=True):
-                states[i] = state
-        return self.layout.pack(states, [name for name in self.layout.shapes if name not in ("seen", "key_sum")])
-
-
-def size_class(slots: int) -> int:
-    """16, 64, 256 …: budgets of one class are computed together; little goes to places that are not there."""
-    size = 16
-    while size < slots:
-        size *= 4
-    return size if slots else 0
-
-
-def leave(kernel: Kernel, state: State) -> State:
-    """`reference.evict` without a look of the host."""
-    spec = kernel.spec
-    begins = (state.seen % spec.block == 0) & (state.seen >= spec.ring)  # [B]
-    leaving = spec.sinks + (state.seen[:, None] + torch.arange(spec.block)) % spec.ring  # [B, block]
-    after = settle(kernel, state, leaving)
-    return State(
-        *(torch.where(begins.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(after, state, strict=True))
-    )

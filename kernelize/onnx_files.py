@@ -1,13 +1,18 @@
 """ONNX graphs as data: tracing, the precision of weights, what a runner may overwrite, files.
 
-Weights are quantised in blocks along the input axis, symmetrically, as the operator MatMulNBits of ONNX Runtime reads
-them (it quantises the activations of a block while it runs). The embedding is looked up in the same 8-bit rows that the
-output layer multiplies with, where the two are tied; it needs no operator beyond the standard.
+Weights are quantised in blocks along the input axis, as the operator MatMulNBits of ONNX Runtime reads them (it
+quantises the activations of a block while it runs): 8 bits symmetrically, 4 bits between the least and the largest
+weight of a block. Such a block's offset is a product of its own, with the sum of what the block is multiplied with:
+the operator knows zero points that are whole numbers, or is thirty times slower. The embedding is looked up in the same
+8-bit rows that the output layer multiplies with, where the two are tied; it needs no operator beyond the standard.
 """
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,9 @@ from torch import Tensor, nn
 
 OPSET = 23
 CONTRIB = "com.microsoft"
-BLOCK = 32  # weights of a row that share a scale
+BLOCKS = {8: 64, 4: 32}  # bits: weights of a row that share a scale
 LEAST = 1024  # elements from which a tensor counts as a weight
+SHRUNK = (0.0, 0.03, 0.06, 0.1)  # parts of a block's range that may be cut off at an end
 INT8 = 4  # MatMulNBits: products of 8-bit activations, summed as integers
 
 
@@ -80,13 +86,13 @@ def optimise(model: ir.Model) -> None:
         optimizer.fold_constants(model)
         rewriter.RewritePass(RULES)(model)
         passes.RemoveUnusedNodesPass()(model)
+    onnx_fusions.fuse(model)
     for last in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
         passes.NameFixPass(),
     ):  # fmt: skip
         last(model)
-    onnx_fusions.fuse(model)
 
 
 # --- precision ----------------------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def quantise(model: ir.Model, bits: int) -> None:
     for node, found in products:
         if found is not None:
             own = 8 if id(found[0]) in looked_up else bits
-            replace_node(graph, node, product(graph, node, *found, own))
+            replace_node(graph, node, *product(graph, node, *found, own))
     for node in tables:
         replace_node(graph, node, *look_up(graph, node))
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -183,12 +189,29 @@ def replace_node(graph: ir.Graph, old: ir.Node, *new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> ir.Node:
+def product(graph: ir.Graph, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> list[ir.Node]:
     rows = numbers(weight) if transposed else numbers(weight).T  # [N, K]
-    packed, scales = stored(graph, weight, rows, bits, BLOCK)
+    found, new = stored(graph, weight, rows, bits)
     N, K = rows.shape
-    sizes = {"K": K, "N": N, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8}
-    return ir.node("MatMulNBits", [node.inputs[0], packed, scales], sizes, domain=CONTRIB)
+    sizes = {"K": K, "N": N, "bits": bits, "block_size": BLOCKS[bits], "accuracy_level": INT8}
+    new.append(ir.node("MatMulNBits", [node.inputs[0], found["packed"], found["scales"]], sizes, domain=CONTRIB))
+    if "offsets" in found:
+        assert node.inputs[0] is not None
+        sums, more = sums_of_blocks(graph, node.inputs[0], K, BLOCKS[bits])
+        offset = ir.node("MatMul", [sums, found["offsets"]])
+        new += [*more, offset, ir.node("Add", [new[-1].outputs[0], offset.outputs[0]])]
+    return new
+
+
+def sums_of_blocks(graph: ir.Graph, x: ir.Value, K: int, block: int) -> tuple[ir.Value, list[ir.Node]]:
+    """Of x [..., K] the sum of every block, [..., ceil(K / block)], and the nodes that this takes if nobody has it."""
+    ones = np.repeat(np.eye(-(-K // block), dtype=np.float32), block, axis=0)[:K]
+    table = new_weight(graph, f"kernelize.blocks.{K}", ones)
+    for node, _ in x.uses():
+        if node.op_type == "MatMul" and node.inputs[1] is table:
+            return node.outputs[0], []
+    node = ir.node("MatMul", [x, table])
+    return node.outputs[0], [node]
 
 
 def numbers(weight: ir.Value) -> np.ndarray:
@@ -201,9 +224,9 @@ def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
     table, ids = node.inputs
     assert table is not None
     weight = numbers(table)
-    packed, scales = stored(graph, table, weight, 8, BLOCK)
-    rows = ir.node("Gather", [packed, ids], {"axis": 0})  # [B, T, K / block, block]
-    scale = ir.node("Gather", [scales, ids], {"axis": 0})  # [B, T, K / block]
+    found, new = stored(graph, table, weight, 8)
+    rows = ir.node("Gather", [found["packed"], ids], {"axis": 0})  # [B, T, K / block, block]
+    scale = ir.node("Gather", [found["scales"], ids], {"axis": 0})  # [B, T, K / block]
     number = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
     zero = new_weight(graph, "kernelize.zero_point", np.array(128, np.float32))
     centred = ir.node("Sub", [number.outputs[0], zero])
@@ -214,36 +237,76 @@ def look_up(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ...]:
     flat = ir.node("Reshape", [scaled.outputs[0], shape])
     ends = [new_weight(graph, f"kernelize.{at}", np.array([at], np.int64)) for at in (0, weight.shape[1], 2)]
     cut = ir.node("Slice", [flat.outputs[0], *ends])  # a last block may be padded
-    return rows, scale, number, centred, wide, scaled, flat, cut
+    return *new, rows, scale, number, centred, wide, scaled, flat, cut
 
 
-def stored(graph: ir.Graph, weight: ir.Value, rows: np.ndarray, bits: int, block: int) -> tuple[ir.Value, ir.Value]:
-    """The initializers with the quantised rows [N, K] of `weight`: once, whoever uses them."""
-    name = f"{weight.name}.int{bits}"
-    if name in graph.initializers:
-        return graph.initializers[name], graph.initializers[f"{name}.scales"]
-    packed, scales = in_blocks(torch.from_numpy(np.array(rows)), bits, block)  # a copy: files are read-only
-    return new_weight(graph, name, packed.numpy()), new_weight(graph, f"{name}.scales", scales.numpy())
+def stored(graph: ir.Graph, weight: ir.Value, rows: np.ndarray, bits: int) -> tuple[dict[str, ir.Value], list[ir.Node]]:
+    """The quantised rows [N, K] of `weight`, stored once whoever uses them; and the nodes that widen scales.
 
-
-def in_blocks(rows: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """rows [N, K] -> (bytes [N, K / block, block · bits / 8], scales [N, K / block]); low nibbles come first.
-
-    The number of largest magnitude in a block becomes the end of the range, which has one step more below zero; of the
-    scales around that the one with the least squared error is taken.
+    Scales and offsets are halves in the file, which a runtime widens once, when it loads.
     """
+    name = f"{weight.name}.int{bits}"
+    if name not in graph.initializers:
+        parts = in_blocks(torch.from_numpy(np.array(rows)), bits, BLOCKS[bits])  # a copy: files are read-only
+        new_weight(graph, name, parts.packed.numpy())
+        new_weight(graph, f"{name}.scales", parts.scales.numpy())
+        if parts.offsets is not None:
+            new_weight(graph, f"{name}.offsets", parts.offsets.T.contiguous().numpy())  # [K / block, N]
+    found, nodes = {"packed": graph.initializers[name]}, []
+    for part in ("scales", "offsets"):
+        half = graph.initializers.get(f"{name}.{part}")
+        if half is not None:
+            widened = [node for node, _ in half.uses()] or [ir.node("Cast", [half], {"to": ir.DataType.FLOAT})]
+            found[part] = widened[0].outputs[0]
+            nodes += [] if widened[0].graph is graph else widened
+    return found, nodes
+
+
+@dataclass(frozen=True)
+class InBlocks:
+    """Rows [N, K] of weights as numbers of a few bits; a weight is scale · (number − half of the levels) + offset."""
+
+    packed: Tensor  # uint8 [N, K / block, block · bits / 8]; low nibbles come first
+    scales: Tensor  # float16 [N, K / block]
+    offsets: Tensor | None  # the same; None where all are 0
+
+
+def in_blocks(rows: Tensor, bits: int, block: int) -> InBlocks:
     N, K = rows.shape
     blocks = nn.functional.pad(rows.float(), (0, -K % block)).view(N, -1, block)
     half = 1 << (bits - 1)
-    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
-    best, least = torch.ones_like(extreme), torch.full_like(extreme, torch.inf)
-    for factor in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
-        scale = torch.where(extreme == 0, 1.0, extreme * factor / -half)
-        error = ((blocks / scale).round_().clamp_(-half, half - 1).mul_(scale) - blocks).square_().sum(2, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    steps = ((blocks / best).round_().clamp_(-half, half - 1) + half).to(torch.uint8)
+    scale, offset = symmetric(blocks, half) if bits == 8 else asymmetric(blocks, half)
+    steps = (((blocks - offset) / scale).round_().clamp_(-half, half - 1) + half).to(torch.uint8)
     packed = steps if bits == 8 else steps[..., ::2] | (steps[..., 1::2] << 4)
-    return packed.contiguous(), best[..., 0].contiguous()
+    offsets = None if bits == 8 else offset[..., 0].half()
+    return InBlocks(packed.contiguous(), scale[..., 0].half(), offsets)
+
+
+def symmetric(blocks: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """(scale, offset 0) [N, G, 1]: the number of largest magnitude is the end of the range that has a step more."""
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    return rounded(extreme / -half), torch.zeros_like(extreme)
+
+
+def asymmetric(blocks: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """(scale, offset) [N, G, 1] of the range, the block's or a little less, with the least squared error."""
+    low, high = blocks.aminmax(dim=2, keepdim=True)
+    scale, offset, least = torch.ones_like(low), low, torch.full_like(low, torch.inf)
+    for below, above in itertools.product(SHRUNK, SHRUNK):
+        start = low + (high - low) * below
+        step = rounded((high - start - (high - low) * above) / (2 * half - 1))
+        zero = (start + half * step).half().float()
+        numbers = ((blocks - zero) / step).round_().clamp_(-half, half - 1)
+        error = numbers.mul_(step).add_(zero).sub_(blocks).square_().sum(2, keepdim=True)
+        better = error < least
+        scale, offset, least = (torch.where(better, *pair) for pair in ((step, scale), (zero, offset), (error, least)))
+    return scale, offset
+
+
+def rounded(scale: Tensor) -> Tensor:
+    """Scales as halves can hold them; where none is needed, 1."""
+    half = scale.half().float()
+    return torch.where(half == 0, 1.0, half)
 
 
 # --- what a runner may overwrite ----------------------------------------------------------------------------
@@ -259,21 +322,22 @@ def in_place(graph: ir.Graph) -> list[str]:
         source, node = inputs.get(str(output.name).removeprefix("new.")), output.producer()
         if source is None or node is None or node.op_type not in ("ScatterElements", "Add"):
             continue
-        before = {id(node)} | ancestors(node, limit=64)
-        if node.inputs[0] is source and all(id(reader) in before for reader, _ in source.uses()):
+        readers = {id(reader) for reader, _ in source.uses()}
+        if node.inputs[0] is source and readers <= {id(node)} | ancestors(node, readers):
             found.append(str(source.name))
     return found
 
 
-def ancestors(node: ir.Node, limit: int) -> set[int]:
-    """Identities of nodes that `node` waits for: the nearest `limit` of them."""
+def ancestors(node: ir.Node, wanted: set[int]) -> set[int]:
+    """Identities of nodes that `node` waits for: the nearest, until all that are `wanted` are among them."""
     found: dict[int, None] = {}
-    queue = [node]
-    while queue and len(found) < limit:
-        for value in queue.pop(0).inputs:
+    queue, missing = collections.deque([node]), wanted - {id(node)}
+    while queue and missing:
+        for value in queue.popleft().inputs:
             producer = None if value is None else value.producer()
             if producer is not None and id(producer) not in found:
                 found[id(producer)] = None
+                missing.discard(id(producer))
                 queue.append(producer)
     return set(found)
 

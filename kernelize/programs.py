@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .graphs import Leave, StateLayout, Tokens
+from .graphs import StateLayout, Tokens
+from .leaving import Leave
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of ExecuTorch, about itself

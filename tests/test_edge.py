@@ -138,7 +138,7 @@ def test_quantised_weights_are_near_and_smaller(folder, edge, ids, wanted, preci
 
 def test_tied_weights_are_there_once(folder):
     graph = ir.load(folder / "int8" / "model.onnx").graph
-    embedding = [value for value in graph.initializers.values() if list(value.shape) == [257, 1, 32]]
+    embedding = [value for value in graph.initializers.values() if list(value.shape) == [257, 1, 64]]
     assert len(embedding) == 1
     assert {node.op_type for node, _ in embedding[0].uses()} == {"Gather", "MatMulNBits"}
 

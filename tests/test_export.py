@@ -14,8 +14,9 @@ from kernelize.cli.app import main
 from kernelize.convert import convert, save
 from kernelize.errors import InputError
 from kernelize.export import check_request, refuse
-from kernelize.graphs import Leave, StateLayout, Tokens, shapes_of
-from kernelize.onnx_files import in_blocks
+from kernelize.graphs import StateLayout, Tokens, shapes_of
+from kernelize.leaving import Leave
+from kernelize.onnx_files import BLOCKS, in_blocks
 from kernelize.plan import ConversionPlan
 from kernelize.quantize import quantize_model
 from kernelize.runtime.spec import KernelSpec
@@ -92,19 +93,32 @@ def test_between_blocks_nothing_changes_twice():
         assert torch.equal(once[name], twice[name]), name
 
 
+def widened(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """What a runtime makes of `in_blocks`, [N, K]."""
+    parts, K = in_blocks(rows, bits, BLOCKS[bits]), rows.shape[1]
+    steps = parts.packed.numpy()
+    if bits == 4:
+        steps = np.stack([steps & 15, steps >> 4], -1).reshape(*steps.shape[:2], -1)
+    numbers = torch.from_numpy(steps.astype(np.float32)) - (1 << bits - 1)
+    offsets = torch.zeros(()) if parts.offsets is None else parts.offsets[..., None].float()
+    return (numbers * parts.scales[..., None].float() + offsets).flatten(1)[:, :K]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_weight_is_within_a_step_of_the_weight(bits):
-    rows = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
-    packed, scales = in_blocks(rows, bits, 32)
-    assert packed.shape == (5, 3, 32 * bits // 8)
-    steps = packed.numpy()
-    if bits == 4:
-        steps = np.stack([steps & 15, steps >> 4], -1).reshape(5, 3, 32)
-    back = (torch.from_numpy(steps.astype(np.float32)) - (1 << bits - 1)) * scales[..., None]
-    error = (back.reshape(5, -1)[:, :70] - rows).abs().reshape(-1)
-    assert error.median() <= scales.abs().max() / 2
-    assert (back.reshape(5, -1)[:, :70] - rows).norm() < rows.norm() * (0.01 if bits == 8 else 0.12)
-    assert not back.reshape(5, -1)[:, 70:].any()
+    rows = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert in_blocks(rows, bits, BLOCKS[bits]).packed.shape == (5, -(-200 // BLOCKS[bits]), BLOCKS[bits] * bits // 8)
+    assert (widened(rows, bits) - rows).norm() < rows.norm() * (0.01 if bits == 8 else 0.08)
+    assert not widened(torch.zeros(1, 70), bits).any()
+
+
+def test_int4_keeps_weights_that_have_sixteen_even_levels_in_a_block():
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 16, (3, 4, 32), generator=generator).float()
+    levels[..., 0], levels[..., 1] = 0, 15
+    scale, low = (torch.rand(3, 4, 1, generator=generator).half().float() * 1e-2 for _ in range(2))
+    rows = (levels * scale - low).flatten(1)
+    assert ((widened(rows, 4) - rows).view(3, 4, 32).abs() < 0.02 * scale).all()
 
 
 # --- refused by name ----------------------------------------------------------------------------------------
