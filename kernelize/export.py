@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .errors import InputError, KernelizeError, first_line
-from .runtime.modeling import KernelizedModelMixin, plan_of
+from .runtime.modeling import KernelizedModelMixin
 
 PRECISIONS = ("fp32", "fp16", "int8-float", "int8", "int4")
 METADATA = "kernelize-edge.json"  # as kernelize.edge has it, which needs onnxruntime
@@ -101,11 +101,6 @@ def refuse(model: Any) -> None:
     if kept:
         layers = ", ".join(map(str, kept))
         raise InputError(f"layers {layers} keep softmax attention: their keys and values grow, so no graph holds them")
-    own = [i for i, spec in enumerate(plan_of(config)) if spec is not None and spec.head_slots]
-    if own:
-        layers = ", ".join(map(str, own))
-        raise InputError(f"layers {layers} have head_slots, a budget for each KV head, which no graph has; "
-                         "allowed: slots, as `budget: auto` gives them")  # fmt: skip
     rope = (config.to_dict().get("rope_parameters") or {}).get("rope_type")
     if rope in HOST_ROPES:
         raise InputError(f"rope_type={rope!r} chooses its frequencies by the length, on the host: no graph holds it")

@@ -53,6 +53,19 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     turns: bool = False  # whether what is beyond reach is seen as if it were nearer
+    head_slots: tuple[int, ...] = ()  # of each KV head, where they differ; the spec's are then the most of any
+
+    @classmethod
+    def of(cls, spec: KernelSpec, shape: tuple[int, int, int], turns: bool) -> LayerShape:
+        """A layer's; where its KV heads have slots of their own number, each has a row as long as the longest."""
+        if not spec.head_slots:
+            return cls(spec, *shape, turns)
+        return cls(spec.replace(slots=max(spec.head_slots), head_slots=()), *shape, turns, spec.head_slots)
+
+    def rooms(self, head: int) -> list[int]:
+        """The slots of each share that a KV head has."""
+        slots = self.head_slots[head] if self.head_slots else self.spec.slots
+        return [room for _, room in self.spec.divided(slots)]
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -87,7 +100,7 @@ def shapes_of(model: Any) -> list[LayerShape]:
     """Of every converted layer."""
     shape = family_of(model.config.model_type).shape
     return [
-        LayerShape(own.spec, *shape(module, model.config), turns=bool(own.spec.reach and own.rotary is not None))
+        LayerShape.of(own.spec, shape(module, model.config), bool(own.spec.reach and own.rotary is not None))
         for module in kernelized_layers(model).values()
         for own in [module.kernelize]
     ]
@@ -233,6 +246,7 @@ def attend_span(span: Span, turned: dict[str, Tensor]) -> Compute:
     """
 
     def compute(layer: int, seen: Seen, kernel: Kernel, state: State) -> tuple[Tensor, State]:
+        kernel = kernel._replace(spec=span.layout.layers[layer].spec)
         entry = span.entry(kernel.spec)
         keys, values = span.put(state.keys, seen.key, entry), span.put(state.values, seen.value, entry)
         state = state._replace(keys=keys, values=values)

@@ -42,11 +42,12 @@ class Places:
 
 def places(layout: StateLayout, members: list[int], joint: KernelSpec) -> Places:
     heads = [(i, layout.layers[i].spec, head) for i in members for head in range(layout.layers[i].kv_heads)]
-    own = torch.tensor([[room for _, room in spec.shares] for _, spec, _ in heads])  # [heads, shares]
+    own = torch.tensor([layout.layers[i].rooms(head) for i, _, head in heads])  # [heads, shares]
+    row = torch.tensor([[room for _, room in spec.shares] for _, spec, _ in heads])  # of each share, in a head's row
     share = torch.cat([torch.full((room,), s) for s, (_, room) in enumerate(joint.shares)])
     within = torch.cat([torch.arange(room) for _, room in joint.shares])
     real = within < own[:, share]
-    slot = (own.cumsum(1) - own)[:, share] + within
+    slot = (row.cumsum(1) - row)[:, share] + within
     front = torch.tensor([spec.sinks + spec.ring for _, spec, _ in heads])[:, None]
     before, scores = layout.starts("pos"), layout.starts("score")
     first = torch.tensor([before[i] + head * spec.positions for i, spec, head in heads])

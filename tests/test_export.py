@@ -19,7 +19,7 @@ from kernelize.leaving import Leave
 from kernelize.onnx_files import BLOCKS, in_blocks
 from kernelize.plan import ConversionPlan
 from kernelize.quantize import quantize_model
-from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.spec import KernelSpec, mean_slots
 
 SPEC = KernelSpec(feature_dim=16, window=16, sinks=2, slots=8, block=8)
 CHOICES = {
@@ -67,6 +67,18 @@ def test_what_is_traced_is_what_the_checkpoint_computes(name):
     wanted = model(ids).logits
     for at, logits in run(model, ids, (3, 1, 8)):
         assert_same(logits, wanted[:, at - 1], f"{name}, after {at} tokens")
+
+
+@pytest.mark.parametrize("policy", ["mixed", "learned+recall", "attention+forecast"])
+@torch.no_grad()
+def test_kv_heads_may_have_slots_of_their_own_number(policy):
+    spec = SPEC.replace(policy=policy, reach=144)
+    by_head = ((3, 14), (0, 8), (8, 8))  # the second has places that no head owns
+    model = converted(*(spec.replace(slots=mean_slots(each), head_slots=each) for each in by_head), spec)
+    ids = torch.randint(1, 257, (2, 170), generator=torch.Generator().manual_seed(1))
+    wanted = model(ids).logits
+    for at, logits in run(model, ids, (3, 1, 8)):
+        assert_same(logits, wanted[:, at - 1], f"after {at} tokens")
 
 
 @torch.no_grad()
@@ -129,8 +141,6 @@ def test_what_has_no_constant_state_is_refused_by_name():
         refuse(tiny_llama())
     with pytest.raises(InputError, match="layers 1 keep softmax"):
         refuse(convert(tiny_llama(), ConversionPlan((SPEC, None))))
-    with pytest.raises(InputError, match="layers 0 have head_slots"):
-        refuse(convert(tiny_llama(), ConversionPlan((SPEC.replace(head_slots=(4, 12)), SPEC))))
     quantised = convert(tiny_llama(hidden_size=64), ConversionPlan((SPEC, SPEC)))
     quantize_model(quantised, 8)
     with pytest.raises(InputError, match="the model is quantised; export the checkpoint with full weights"):

@@ -181,13 +181,14 @@ class KernelSpec:
     @property
     def shares(self) -> tuple[tuple[str, int], ...]:
         """The slots as (score, capacity) in the order in which a token applies for them."""
-        return self._divided(self.slots)
+        return self.divided(self.slots)
 
     def shares_of(self, head: int) -> tuple[tuple[str, int], ...]:
         """`shares` of one KV head."""
-        return self._divided(self.head_slots[head] if self.head_slots else self.slots)
+        return self.divided(self.head_slots[head] if self.head_slots else self.slots)
 
-    def _divided(self, slots: int) -> tuple[tuple[str, int], ...]:
+    def divided(self, slots: int) -> tuple[tuple[str, int], ...]:
+        """`shares` of so many slots."""
         names = self._score_names()
         if len(names) == 1:
             return ((names[0], slots),)
