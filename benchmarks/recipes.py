@@ -41,8 +41,8 @@ from kernelize.report import write_report
 from kernelize.runtime.modeling import kernelized_layers, plan_entry, plan_of
 from kernelize.train import finetune
 
-RECIPES = ("recall", "forecast", "default", "heads", "dropout", "window-distilled", "hybrid-quarter", "lolcats",
-           "liger", "pure-linear", "window-only")  # fmt: skip
+RECIPES = ("recall", "forecast", "default", "dropout", "window-distilled", "hybrid-quarter", "lolcats", "liger",
+           "pure-linear", "window-only")  # fmt: skip
 # shares of documents: of the tokens about .2 books, .3 textbooks, .12 documentation, .06 code, .07 chat
 TEXT = {"books_fiction_nonfiction": 0.042, "openstax_textbooks": 0.118, "technical_docs": 0.041, "code": 0.021,
         "instruct": 0.44}  # fmt: skip
