@@ -24,7 +24,7 @@ LENGTHS = (512, 32768)
 PRECISIONS = ("fp32", "int8", "int8-float", "int4")
 STEPS = 96  # that are timed: a multiple of the block, so that as many blocks end at every length
 PROMPT, PARITY_STEPS = 1024, 200
-ROWS, PIECE = 8, 512  # of the text whose loss is measured: rows that are read at once, tokens of each
+ROWS, PIECE = 8, 768  # of the text whose loss is measured: rows that are read at once, tokens of each
 SKIPPED = 256  # first tokens of a row, which window and slots hold exactly
 
 
@@ -144,9 +144,9 @@ def loss(options: argparse.Namespace, name: str) -> dict:
 def rows(options: argparse.Namespace) -> list[list]:
     """What is to be measured: the name of a function above and its further arguments."""
     wanted: list[list] = [["parity", "fp32"]]
+    wanted += [["loss", name] for name in PRECISIONS] if options.text else []
     wanted += [["decoding", name, length] for name in ("int8", "int4") for length in LENGTHS]
-    wanted += [["decoding", "teacher", max(LENGTHS)]] if options.teacher else []
-    return wanted + ([["loss", name] for name in PRECISIONS] if options.text else [])
+    return wanted + ([["decoding", "teacher", max(LENGTHS)]] if options.teacher else [])
 
 
 def measure(options: argparse.Namespace) -> None:

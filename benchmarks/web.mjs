@@ -1,7 +1,8 @@
 // Tokens a second of examples/web in headless Chromium: node benchmarks/web.mjs EXPORT [threads]
 //
 // EXPORT is a folder that `kernelize export` wrote. Two questions are asked; of the second are told the tokens that the
-// model took, prompt and answer, by the clock and by the CPU time of the tab (/proc/PID/stat, so on Linux alone).
+// model took, prompt and answer (`whole`) and from the first of the answer on (`written`), by the clock and by the CPU
+// time of the tab (/proc/PID/stat, so on Linux alone).
 
 import { createReadStream, existsSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { createServer } from "node:http";
@@ -48,17 +49,25 @@ page.setDefaultTimeout(300_000);
 await page.goto(`http://127.0.0.1:${server.address().port}/?threads=${threads}`);
 await page.waitForFunction(() => document.getElementById("status").dataset.ready || !document.getElementById("error").hidden);
 if (await page.locator("#error").isVisible()) throw new Error(await page.locator("#error").textContent());
-await page.evaluate(() => (document.getElementById("limit").value = 24));
+await page.evaluate(() => (document.getElementById("limit").value = 48));
 const seen = async () => Number((await page.locator("#seen").textContent()).replaceAll(",", ""));
 
+const now = async () => ({ seen: await seen(), cpu: seconds(), clock: performance.now() / 1000 });
+
+function rate(from, to) {
+  const tokens = to.seen - from.seen;
+  return { perSecond: tokens / (to.clock - from.clock), perCpuSecond: tokens / (to.cpu - from.cpu) };
+}
+
 async function ask(question, answers) {
-  const began = { seen: await seen(), cpu: seconds(), clock: performance.now() };
+  const began = await now();
   await page.fill("#question", question);
   await page.keyboard.press("Enter");
+  await page.waitForFunction((n) => document.querySelectorAll("li.assistant")[n - 1]?.textContent.trim(), answers, { polling: 5 });
+  const first = await now();
   await page.waitForFunction((n) => document.querySelectorAll("li.assistant:not([aria-busy])").length === n, answers);
-  const tokens = (await seen()) - began.seen;
-  const [cpu, clock] = [seconds() - began.cpu, (performance.now() - began.clock) / 1000];
-  return { tokens, perSecond: tokens / clock, perCpuSecond: tokens / cpu };
+  const end = await now();
+  return { tokens: end.seen - began.seen, whole: rate(began, end), written: rate(first, end) };
 }
 
 await ask("Who are you?", 1);

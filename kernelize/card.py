@@ -34,10 +34,10 @@ FACTS_NAME = "kernelize.json"
 EDGE_FACTS = "kernelize-edge.json"
 RECIPE_NAME = "recipe.yaml"
 ENVIRONMENT_NAME = "environment.txt"
-CHECKPOINT, EDGE = "checkpoint", "edge"
+CHECKPOINT, EDGE, PROGRAM = "checkpoint", "edge", "program"
 VARIANTS = {  # sub-folders of a checkpoint that are sent with it
     "int8": CHECKPOINT, "int4": CHECKPOINT, "onnx": EDGE, "onnx-fp16": EDGE, "onnx-int8": EDGE, "onnx-int4": EDGE,
-    "onnx-int8-float": EDGE,
+    "onnx-int8-float": EDGE, "executorch": PROGRAM,
 }  # fmt: skip
 LOCAL_PATH = re.compile(r"""(?<![\w/:.~-])~?(?:/[^\s/"'`,:;()<>|]+)+/(?=[^\s/"'`,;()<>|])""")  # up to the last name
 TAGS = ("kernelize", "linear-attention", "custom_code")
@@ -235,7 +235,7 @@ def variants(folder: str | Path) -> list[str]:
 
 def read_variant(folder: Path) -> dict:
     """What a variant says about itself: kernelize-edge.json of an exported one, kernelize.json of a quantised one."""
-    path = folder / (EDGE_FACTS if VARIANTS[folder.name] == EDGE else FACTS_NAME)
+    path = folder / (FACTS_NAME if VARIANTS[folder.name] == CHECKPOINT else EDGE_FACTS)
     if not path.is_file():
         raise InputError(f"{folder}: has no {path.name}; it is no variant that kernelize made: move it elsewhere")
     return _read_json(path)
@@ -370,7 +370,8 @@ def _tags(facts: CardFacts) -> list[str]:
     bits = [facts.quantisation["bits"]] if facts.quantisation else []
     bits += [v["quantisation"]["bits"] for name, v in facts.variants.items() if VARIANTS[name] == CHECKPOINT]
     quantised = ["torchao", *sorted(f"{b}-bit" for b in bits)] if bits else []
-    exported = ["onnx"] if EDGE in map(VARIANTS.get, facts.variants) else []
+    kinds = {VARIANTS[name] for name in facts.variants}
+    exported = [tag for kind, tag in ((EDGE, "onnx"), (PROGRAM, "executorch")) if kind in kinds]
     return [*TAGS, *quantised, *exported]
 
 
@@ -446,6 +447,8 @@ def _variants(facts: CardFacts) -> str:
 def _variant(repo: str, name: str, about: Mapping[str, Any]) -> tuple[str, str, str]:
     if VARIANTS[name] == EDGE:
         return f"ONNX, {about['precision']}", "not measured here", "`kernelize.edge`, or ONNX Runtime in a browser"
+    if VARIANTS[name] == PROGRAM:
+        return f"ExecuTorch, {about['precision']}", "not measured here", "`kernelize.edge`, or ExecuTorch on a device"
     made = about["quantisation"]
     ratio = next(row["value"] for row in made["rows"] if row["metric"] == "ppl_ratio" and row["model"] == name)
     use = f'`from_pretrained("{repo}", subfolder="{name}", trust_remote_code=True)`, with torchao'

@@ -21,9 +21,11 @@ from . import __version__
 from .card import (
     CARD_NAME,
     CHECKPOINT,
+    EDGE,
     EDGE_FACTS,
     ENVIRONMENT_NAME,
     FACTS_NAME,
+    PROGRAM,
     RECIPE_NAME,
     VARIANTS,
     model_card,
@@ -49,8 +51,11 @@ REFUSALS = {401: "the Hub does not accept the token: ", 403: "the token may not 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_ID_TOKEN")
 WEIGHTS = ("model*.safetensors",)
 LOADED = (*WEIGHTS, "model*.safetensors.index.json", "*.py")
-EDGE_FILES = (EDGE_FACTS, "model.onnx", "weights.bin", "leave.onnx", "tokenizer.json")  # docs/edge.md
-BINARY = (*WEIGHTS, "*.onnx", "weights.bin")
+EXPORTED = {  # docs/edge.md
+    EDGE: (EDGE_FACTS, "model.onnx", "weights.bin", "leave.onnx", "tokenizer.json"),
+    PROGRAM: (EDGE_FACTS, "model.pte", "tokenizer.json"),
+}
+BINARY = (*WEIGHTS, "*.onnx", "*.pte", "weights.bin")
 SUMS_NAME = "SHA256SUMS"
 TEXTS = (
     ENVIRONMENT_NAME, "*.json", "*.md", "*.yaml", "*.jinja", "LICENSE*", "NOTICE*",
@@ -215,10 +220,11 @@ def _variant(folder: Path) -> dict[str, Path | bytes]:
     if VARIANTS[folder.name] == CHECKPOINT:
         return {name: file for name, file in _files_of(_checkpoint(folder)).items() if name != CARD_NAME}
     read_variant(folder)
-    missing = [name for name in EDGE_FILES if not (folder / name).is_file()]
+    wanted = EXPORTED[VARIANTS[folder.name]]
+    missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: lacks {', '.join(missing)}; export it again")
-    return {name: folder / name for name in EDGE_FILES}
+    return {name: folder / name for name in wanted}
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:

@@ -167,13 +167,16 @@ def test_what_is_no_path_stays(text):
 
 @pytest.fixture
 def variants(folder) -> Path:
-    """The folder with an int8 checkpoint and an export in it, and one that is neither."""
+    """The folder with an int8 checkpoint and two exports in it, and one that is neither."""
     shutil.copytree(folder, folder.parent / "copy")
     (folder.parent / "copy").rename(folder / "int8")
     rows = [{"suite": "ppl", "metric": "ppl_ratio", "model": "int8", "value": 1.002}]
     card.record(folder / "int8", quantisation={"bits": 8, "scheme": "int8, a scale a row", "rows": rows})
     shutil.copytree(EXPORT, folder / "onnx-int8")
     (folder / "onnx-int8" / "notes.txt").write_text("mine")
+    (folder / "executorch").mkdir()
+    for name in hub.EXPORTED[card.PROGRAM]:
+        (folder / "executorch" / name).write_text('{"precision": "fp32"}')
     (folder / "scratch").mkdir()
     (folder / "scratch" / "model.onnx").write_bytes(b"x")
     return folder
@@ -188,9 +191,12 @@ def test_variants_go_into_the_same_commit_by_name(server, trusted, variants):
     assert len(server.repos[NAME].messages) == 2
     inside = {name for name in stored if "/" in name}
     quantised = {"config.json", "kernelize.json", "model.safetensors", "tokenizer.json"}
-    assert inside == {f"int8/{n}" for n in quantised} | {f"onnx-int8/{n}" for n in hub.EDGE_FILES}
+    exported = {f"onnx-int8/{n}" for n in hub.EXPORTED[card.EDGE]} | {
+        f"executorch/{n}" for n in hub.EXPORTED[card.PROGRAM]
+    }
+    assert inside == {f"int8/{n}" for n in quantised} | exported
     written = stored["README.md"].decode()
-    assert {"onnx", "torchao", "8-bit"} <= set(ModelCard(written).data.tags)
+    assert {"onnx", "executorch", "torchao", "8-bit"} <= set(ModelCard(written).data.tags)
     assert f'`from_pretrained("{NAME}", subfolder="int8", trust_remote_code=True)`' in written
     assert "| ×1.0020 |" in written
 
@@ -210,6 +216,10 @@ def test_a_variant_that_is_none_is_refused(server, trusted, variants):
     with pytest.raises(InputError, match=r"onnx-int8: lacks weights\.bin"):
         hub.push(variants, NAME)
     shutil.rmtree(variants / "onnx-int8")
+    (variants / "executorch" / "model.pte").unlink()
+    with pytest.raises(InputError, match=r"executorch: lacks model\.pte"):
+        hub.push(variants, NAME)
+    shutil.rmtree(variants / "executorch")
     (variants / "int8" / "kernelize.json").unlink()
     with pytest.raises(InputError, match=r"int8: has no kernelize\.json"):
         hub.push(variants, NAME)
