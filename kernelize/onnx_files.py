@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 from onnxscript import optimizer, rewriter
-from onnxscript.rewriter import onnx_fusions
+from onnxscript.rewriter import RewriteRuleClassBase, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
@@ -41,6 +41,33 @@ RULES = (
     rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
     *rules.expand_before_binary_op_rules,
 )  # fmt: skip
+
+
+class Turned(RewriteRuleClassBase):
+    """`Rotation.turn` of halves, where all heads turn alike: a turn back by the operator for rotary positions."""
+
+    def pattern(self, op: Any, x: Any, cos: Any, sin: Any) -> Any:
+        a, b = op.Split(x, _outputs=["a", "b"])
+        turned = op.Add(op.Mul(a, cos), op.Mul(b, sin)), op.Sub(op.Mul(b, cos), op.Mul(a, sin))
+        return op.Concat(*turned, axis=-1)
+
+    def check(self, context: Any, cos: ir.Value, **_: Any) -> bool:
+        return cos.shape is not None and len(cos.shape) == 4 and cos.shape[1] == 1
+
+    def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
+        heads = op.Constant(value_ints=[1])
+        return op.RotaryEmbedding(x, op.Squeeze(cos, heads), op.Neg(op.Squeeze(sin, heads)))
+
+
+class WithNegative(RewriteRuleClassBase):
+    """A tensor beside its negative, along a new axis, is a product."""
+
+    def pattern(self, op: Any, x: Any, axis: Any) -> Any:
+        return op.Concat(op.Unsqueeze(x, axis), op.Unsqueeze(op.Neg(x), axis), axis=-2)
+
+    def rewrite(self, op: Any, x: Any, axis: Any, **_: Any) -> Any:
+        signs = op.Constant(value=ir.tensor(np.array([[1.0], [-1.0]], np.float32)))
+        return op.Mul(op.Unsqueeze(x, axis), signs)
 
 
 # --- tracing ------------------------------------------------------------------------------------------------
@@ -87,6 +114,7 @@ def optimise(model: ir.Model) -> None:
         rewriter.RewritePass(RULES)(model)
         passes.RemoveUnusedNodesPass()(model)
     onnx_fusions.fuse(model)
+    rewriter.RewritePass([Turned.rule(), WithNegative.rule()])(model)
     for last in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
