@@ -91,10 +91,30 @@ def recorded() -> Iterator[tuple[list[Launch], Counter[str]]]:
         JITFunction.run = before
 
 
+def warmed(launches: list[Launch], part: int, parts: int) -> int:
+    """Compiles every `parts`-th of the kernels into Triton's cache, for a GPU like TARGET that need not be there."""
+    distinct = {(x.name, *sorted((k, v) for k, v in x.options.items() if isinstance(v, bool))): x for x in launches}
+    mine = list(distinct.values())[part::parts]
+    with standing_in():
+        for launch in mine:
+            launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+    return len(mine)
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Triton compiles for TARGET; afterwards for the device that is there."""
+    driver.set_active(NoDevice())
+    try:
+        yield
+    finally:
+        driver._active = None  # reset_active() needs a device
+
+
 def resources(launch: Launch) -> dict[str, Any]:
     """Registers, bytes spilled, shared memory and matrix instructions of the kernel as launched here."""
-    driver.set_active(NoDevice())
-    compiled = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+    with standing_in():
+        compiled = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -124,12 +144,13 @@ def residents(found: dict[str, Any]) -> int:
 
 
 def layer_call(
-    fields: dict[str, Any], shape: tuple[int, int, int, int], length: int, train: bool, keep: bool = False
-) -> Callable[[], None]:
+    fields: dict[str, Any], shape: tuple[int, int, int, int], length: int, train: bool, keep: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Callable[[], None]:  # fmt: skip
     """One layer's forward, or forward and backward, over meta tensors laid out as a model makes them."""
     B, H, Hk, D = shape
     attention = KernelAttention(KernelSpec(**fields), H, Hk, D).to("meta")
-    q, k, v = (torch.empty(B, length, h, D, device="meta", dtype=torch.bfloat16).transpose(1, 2) for h in (H, Hk, Hk))
+    q, k, v = (torch.empty(B, length, h, D, device="meta", dtype=dtype).transpose(1, 2) for h in (H, Hk, Hk))
     leaves = [x.requires_grad_(train) for x in (q, k, v)]
 
     def call() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/layer.py check        # against a dense float64 computation, forward and gradients
     python benchmarks/layer.py time         # milliseconds, beside softmax attention and flash-linear-attention
     python benchmarks/layer.py profile      # where the time goes
-    python benchmarks/layer.py tune         # how the kernels are launched, one thing changed at a time
+    python benchmarks/layer.py tune         # other ways to launch each kernel
 
 `--out FILE` appends the rows as JSON lines, with device, versions and date.
 """
@@ -18,9 +18,11 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +33,7 @@ from kernelize.runtime.spec import KernelSpec
 from kernelize.runtime.state import Kernel, Rotation, features, log_decays, logits
 
 DENSE = 2048  # longest sequence of which every query is checked
+PARTS = 3  # in which a call's kernels are compiled
 ROWS = 48  # queries that are checked of a longer one
 TOLERANCE = {torch.bfloat16: (1e-2, 2e-2), torch.float16: (1e-2, 2e-2), torch.float32: (1e-4, 1e-3)}
 BFLOAT, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
@@ -224,9 +227,30 @@ def safely(case: tuple) -> dict:
         return {"case": case[0], "ok": False, "error": traceback.format_exc(limit=-6)[-1500:]}
 
 
+def compile_part(call: tuple, part: int) -> int:
+    """Compiles every PARTS-th of the kernels that a call of a layer launches into Triton's cache: how many."""
+    from compiled import launches_of, layer_call, warmed
+
+    fields, shape, T, dtype, train = call
+    launches, _ = launches_of(layer_call(fields, shape, T, train, dtype=dtype))
+    if train:
+        launches += launches_of(layer_call(fields, shape, T, False, dtype=dtype))[0]
+    return warmed(launches, part, PARTS)
+
+
+def compile_all(pool: ProcessPoolExecutor, calls: list[tuple]) -> None:
+    """Compiling takes longest, and one process compiles one kernel after the other."""
+    start = time.time()
+    found = [pool.submit(compile_part, call, part) for call in calls for part in range(PARTS)]
+    count = sum(job.result() for job in found)
+    print(f"compiled {count} kernels in {time.time() - start:.0f} s", flush=True)
+
+
 def check_all(only: str, workers: int, keep) -> None:
     cases = [c for c in CASES if only in c[0]]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        compile_all(pool, [(dict(fields), shape, T, dtype, True) for _, fields, shape, T, dtype in cases
+                           if dtype != FULL])  # fmt: skip
         for row in pool.map(safely, cases):
             print(json.dumps({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             if "error" in row:
@@ -362,66 +386,126 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
             add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, True))
 
 
-# (module, kernel) -> what to try instead of its row of LAUNCH; the first group in prefill, the second in training
-NARROW, WIDER = {"registers": 128}, {"registers": None}
-PREFILL = {
-    ("fused_exact", "exact"): [{"chunk": 64, "registers": 168}, {"chunk": 64, "stages": 2, "registers": None},
-                               {"heads": 1}, {"stages": 2}, {"heads": 4}],
-    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"stages": 3}],
-    ("fused_select", "mass"): [WIDER, {"chunk": 64}, {"heads": 1}, {"heads": 4, "registers": None}],
-    ("fused_memory", "states"): [WIDER, {"chunk": 4096}, {"chunk": 16384, "warps": 8, **NARROW}, {"stages": 2}],
+# (module, kernel) -> what to try instead of its row of LAUNCH
+FREE = {"registers": None}
+FORWARD = {
+    ("fused_exact", "exact"): [
+        {"chunk": 64}, {"chunk": 64, "stages": 2}, {"chunk": 64, "stages": 1, **FREE}, {"stages": 2}, {"stages": 1},
+        {"heads": 4, **FREE}, {"heads": 4, "warps": 2, "stages": 2, **FREE}, {"heads": 2, "warps": 2, **FREE},
+        {"heads": 2, "warps": 2, "chunk": 64, "stages": 2, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
+        {"heads": 1, "chunk": 64, "stages": 2}, {"heads": 1, "chunk": 128, "stages": 1, "registers": 255},
+    ],
+    ("fused_select", "mass"): [FREE, {"registers": 96}, {"chunk": 64}, {"heads": 1}, {"heads": 4, **FREE},
+                               {"heads": 2, "warps": 2, **FREE}],
+    ("fused_memory", "states"): [FREE, {"chunk": 4096}, {"chunk": 16384, "warps": 8, "registers": 128},
+                                 {"stages": 2}, {"stages": 4}],
+}  # fmt: skip
+RECALL = {("fused_memory", "recall"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}]}
+MEMORY = {
+    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"chunk": 8192, "stages": 3}, {"stages": 3},
+                                 {"stages": 1}, {"warps": 8, "registers": 128}],
 }  # fmt: skip
 TRAINING = {
-    ("fused_exact", "query_grad"): [{"stages": 3, "registers": 168}, {"chunk": 64, "registers": None}],
-    ("fused_exact", "window_grad"): [{"registers": 128}, {"warps": 4}, {"stages": 1}],
-    ("fused_exact", "held_grad"): [{"chunk": 64, "stages": 1, "registers": None}, {"stages": 1}],
-    ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}],
-    ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}],
-    ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}],
-    ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}],
+    ("fused_exact", "query_grad"): [
+        {"stages": 3}, {"stages": 1}, {"chunk": 64, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
+        {"heads": 1, "stages": 3, "registers": 168}, {"heads": 2, "warps": 2, **FREE}, {"heads": 4, "warps": 2, **FREE},
+    ],
+    ("fused_exact", "window_grad"): [{"registers": 128}, {"warps": 4}, {"stages": 1}, {"stages": 3},
+                                     {"stages": 1, "registers": 128}],
+    ("fused_exact", "held_grad"): [
+        {"chunk": 64, "stages": 2, **FREE}, {"chunk": 64, "stages": 1}, {"chunk": 64, "warps": 4, **FREE},
+        {"stages": 1}, {"warps": 4, **FREE}, {"warps": 4, "registers": 168},
+    ],
+    ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 3}],
+    ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},
+                                         {"chunk": 16384, "warps": 8}],
+    ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
+    ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
 }  # fmt: skip
+# what is tuned: as `time` measures it, and as a distillation of SmolLM2 trains
+TUNED = {
+    "prefill": (FORWARD | MEMORY, ("attention", 128, 131072, (1, 32, 8, 128)), False),
+    "training": (TRAINING, ("attention", 128, 32768, (1, 32, 8, 128)), True),
+    "small": (FORWARD | MEMORY | RECALL | TRAINING, ("mixed", 176, 2048, (16, 9, 3, 64)), True),
+}
 
 
-def tune(T: int) -> None:
-    """Every kernel's launch, one thing changed at a time: its milliseconds, and whether y stayed the same."""
-    for variants, length, train in ((PREFILL, T, False), (TRAINING, 32768, True)):
-        attention, qkv = ours("attention", 128, length)
-        leaves = [x.requires_grad_(train) for x in qkv]
-        up = torch.randn_like(qkv[0])
+class Trial(NamedTuple):
+    """One change of one kernel's launch."""
 
-        def call(attention=attention, leaves=leaves, up=up, train=train):
-            return one_call(attention, leaves, up, train)
+    what: str
+    module: str
+    name: str
+    change: dict
 
-        expected = call()
-        for (module, name), others in variants.items():
-            tune_one(module, name, others, call, expected)
-
-
-def tune_one(module: str, name: str, others: list[dict], call, expected: torch.Tensor) -> None:
-    table = import_module(f"kernelize.runtime.{module}").LAUNCH
-    before, found = table[name], []
-    for change in [{}, *others]:
-        table[name] = before._replace(**change)
+    @contextmanager
+    def applied(self):
+        tables = vars(import_module(f"kernelize.runtime.{self.module}"))
+        table = tables["SMALL" if TUNED[self.what][1][-1][-1] <= 64 and "SMALL" in tables else "LAUNCH"]
+        before = table[self.name]
+        table[self.name] = before._replace(**self.change)
         try:
-            off = relative(call(), expected)
-            found.append((kernel_ms(call, f"{name}_kernel"), off < TOLERANCE[BFLOAT][0], change))
-            print(f"{name}: {found[-1][0]:.4f} ms, y differs by {off:.1e}: {change or before}", flush=True)
-        except Exception as error:  # too much shared memory is a row
-            print(f"{name}: {type(error).__name__} {str(error)[:120]}: {change}", flush=True)
-    table[name] = before
-    right = [row for row in found if row[1]]
-    if right:
-        print(
-            f"best: {module}.LAUNCH[{name!r}] = {before._replace(**min(right, key=lambda row: row[0])[2])}", flush=True
-        )
+            yield
+        finally:
+            table[self.name] = before
 
 
-def one_call(attention, leaves, up, train: bool) -> torch.Tensor:
+def tune(what: str, only: str, workers: int, keep) -> None:
+    """Every kernel's launch: its registers and milliseconds, and by how much y and the gradients then differ."""
+    variants, given, train = TUNED[what]
+    trials = [Trial(what, module, name, change) for (module, name), others in variants.items() if only in name
+              for change in ({}, *others)]  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:  # compiling takes longest
+        compiled = list(pool.map(compile_trial, trials))
+    attention, qkv = ours(*given)
+    leaves = [x.requires_grad_(train) for x in qkv]
+    up = torch.randn_like(qkv[0])
+
+    def call() -> list[torch.Tensor]:
+        return one_call(attention, leaves, up, train)
+
+    expected = call()
+    for trial, found in zip(trials, compiled, strict=True):
+        row = {"tune": what, "kernel": trial.name, **trial.change, **found, **timed(trial, call, expected)}
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        keep(row)
+
+
+def timed(trial: Trial, call, expected: list[torch.Tensor]) -> dict:
+    try:
+        with trial.applied():
+            off = max(map(relative_there, call(), expected))
+            return {"ms": kernel_ms(call, f"{trial.name}_kernel"), "off": off}
+    except Exception as error:  # too much shared memory is a row
+        return {"error": f"{type(error).__name__} {error}"[:120]}
+
+
+def relative_there(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """`relative`, on the device and in float32."""
+    return float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def compile_trial(trial: Trial) -> dict:
+    """Compiles its kernel as `tune` will launch it, into Triton's cache: registers, bytes spilled, programs at once."""
+    from compiled import launches_of, layer_call, residents, resources
+
+    _, (policy, slots, T, shape), train = TUNED[trial.what]
+    try:
+        with trial.applied():
+            launches, _ = launches_of(layer_call({**LLAMA, "policy": policy, "slots": slots}, shape, T, train))
+            found = resources(next(x for x in launches if x.name == f"{trial.name}_kernel"))
+        return {"registers used": found["registers"], "spilled": found["spilled"], "at once": residents(found)}
+    except Exception as error:
+        return {"compiled": f"{type(error).__name__} {error}"[:120]}
+
+
+def one_call(attention, leaves, up, train: bool) -> list[torch.Tensor]:
+    """y, and in training the gradients."""
+    D = leaves[0].shape[-1]
     with torch.set_grad_enabled(train):
-        y = fused.attend(*leaves, attention.kernel(128**-0.5), branches=False, keep=False)[0].y
-    if train:
-        torch.autograd.grad(y, [*leaves, *attention.parameters()], up)
-    return y.detach()
+        y = fused.attend(*leaves, attention.kernel(D**-0.5), branches=False, keep=False)[0].y
+    grads = torch.autograd.grad(y, [*leaves, *attention.parameters()], up) if train else ()
+    return [y.detach(), *grads]
 
 
 def kernel_ms(call, name: str) -> float:
@@ -436,11 +520,11 @@ def kernel_ms(call, name: str) -> float:
     return sum(e.self_device_time_total for e in found.key_averages() if e.key == name) / 5000
 
 
-def profile(T: int, policy: str, slots: int, train: bool, top: int = 20) -> None:
+def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    attention, qkv = ours(policy, slots, T)
+    attention, qkv = ours(policy, slots, T, shape)
     leaves = [x.requires_grad_(train) for x in qkv]
     up = torch.randn_like(qkv[0])
 
@@ -455,7 +539,7 @@ def profile(T: int, policy: str, slots: int, train: bool, top: int = 20) -> None
         torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events) / 3000
-    print(f"# {policy} {slots}, T={T}, {'fwd+bwd' if train else 'fwd'}: {total:.3f} ms on the device")
+    print(f"# {policy} {slots}, {shape}, T={T}, {'fwd+bwd' if train else 'fwd'}: {total:.3f} ms on the device")
     for e in events[:top]:
         print(f"{e.self_device_time_total / 3000:8.4f} ms {e.count // 3:4d}×  {e.key[:90]}", flush=True)
 
@@ -470,9 +554,10 @@ def stamp() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time", "profile", "tune"])
-    parser.add_argument("--only", default="", help="cases of `check` whose name contains this")
-    parser.add_argument("--workers", type=int, default=7, help="processes of `check`: compiling takes longest")
+    parser.add_argument("--only", default="", help="cases of `check`, or kernels of `tune`, whose name contains this")
+    parser.add_argument("--workers", type=int, default=7, help="processes that compile, which takes longest, and check")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
+    parser.add_argument("--tuned", nargs="+", choices=TUNED, help="what `tune` looks at")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -487,10 +572,15 @@ def main() -> None:
     elif given.what == "time":
         time_all(given.lengths, not given.no_peers, keep)
     elif given.what == "tune":
-        tune(131072)
+        for what in given.tuned or TUNED:
+            tune(what, given.only, given.workers, keep)
     else:
-        profile(131072, "mixed", 128, False)
-        profile(32768, "attention", 128, True)
+        calls = [(("mixed", 128, 131072, (1, 32, 8, 128)), False), *(row[1:] for row in TUNED.values())]
+        with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+            compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
+                               for (policy, slots, T, shape), train in calls])  # fmt: skip
+        for call, train in calls:
+            profile(*call, train)
 
 
 if __name__ == "__main__":
