@@ -20,8 +20,11 @@ from .spec import KernelSpec
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=2, chunk=32, warps=4, stages=3, registers=128),
     "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
-    "window_grad": Launch(heads=1, chunk=64, warps=8, stages=2),
-    "held_grad": Launch(heads=1, chunk=32, warps=8, stages=2, registers=128),
+    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
+    "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
+}
+SMALL = LAUNCH | {  # of up to 64
+    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 WIDE = Launch(heads=1, chunk=64, warps=8, stages=1)  # all others
 
@@ -409,7 +412,7 @@ def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
     """How the kernel is launched for such queries and `group` heads a key head."""
     if q.shape[-1] > 128 or q.dtype == torch.float32:
         return WIDE
-    launch = LAUNCH[name]
+    launch = (SMALL if q.shape[-1] <= 64 else LAUNCH)[name]
     heads = min(power_of_two(group, 1), launch.heads)
     launch = launch._replace(heads=heads, warps=launch.warps * heads)
     return launch if given.pos is None else launch._replace(stages=1, registers=None)

@@ -21,7 +21,7 @@ PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
     "recall": Launch(heads=1, chunk=16384, warps=4, stages=2),
-    "memory": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
