@@ -169,6 +169,12 @@ def token_of(key):
 
 
 @jit
+def counted(theirs, mine):
+    """How many of `theirs` are above each of `mine`; in this order a thread counts alone, without the others."""
+    return tl.sum((theirs[:, None] > mine[None, :]).to(tl.int32), 0)
+
+
+@jit
 def best_kernel(
     Applicants, Score, Keys, Best, Own, X, length, lists, heads,
     L: constexpr, CP: constexpr, CHUNK: constexpr, EMPTY: constexpr,
@@ -181,12 +187,11 @@ def best_kernel(
     score = tl.load(Score + row * X + index, mask=index >= 0, other=0.0)
     key = keys_of(score, index)
     tl.store(Keys + row * length + at, key, mask=at < length)
+    tl.debug_barrier()  # what the other threads have stored is read below
     rank = tl.zeros([L], tl.int32)
     for start in range(0, L, CHUNK):
         near = segment * L + start + tl.arange(0, CHUNK)
-        other = tl.load(Applicants + row * length + near, mask=near < length, other=-1)
-        theirs = keys_of(tl.load(Score + row * X + other, mask=other >= 0, other=0.0), other)
-        rank += tl.sum((theirs[None, :] > key[:, None]).to(tl.int32), 1)
+        rank += counted(tl.load(Keys + row * length + near, mask=near < length, other=-0x8000000000000000), key)
     out = (row * lists + segment + 1) * CP
     tl.store(Best + out + rank, key, mask=(index >= 0) & (rank < capacity))
     free = tl.arange(0, CP)
@@ -205,8 +210,8 @@ def merge_lists(A, B, Out, capacity, CP: constexpr, CHUNK: constexpr):
     rank_a, rank_b = i, i
     for start in range(0, CP, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        rank_a += tl.sum((tl.load(B + j)[None, :] > a[:, None]).to(tl.int32), 1)
-        rank_b += tl.sum((tl.load(A + j)[None, :] > b[:, None]).to(tl.int32), 1)
+        rank_a += counted(tl.load(B + j), a)
+        rank_b += counted(tl.load(A + j), b)
     none = -0x8000000000000000
     total = tl.sum((a != none).to(tl.int32), 0) + tl.sum((b != none).to(tl.int32), 0)
     tl.debug_barrier()
@@ -259,13 +264,13 @@ def death_kernel(
     better_h, better_x = i, tl.zeros([L], tl.int32)
     for start in range(0, CP, CHUNK):
         theirs = tl.load(list_here + start + tl.arange(0, CHUNK))
-        better_x += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+        better_x += counted(theirs, mine)
     lasts_h, lasts_x = tl.zeros([CP], tl.int32), tl.zeros([L], tl.int32)  # blocks with fewer better than capacity
     for j in range(L // BLOCK):
         near = segment * L + j * BLOCK + tl.arange(0, BLOCK)
         theirs = tl.load(Keys + row * length + near, mask=near < length, other=none)
-        better_h += tl.sum((theirs[None, :] > holder[:, None]).to(tl.int32), 1)
-        better_x += tl.sum((theirs[None, :] > mine[:, None]).to(tl.int32), 1)
+        better_h += counted(theirs, holder)
+        better_x += counted(theirs, mine)
         lasts_h += (better_h < capacity).to(tl.int32)
         lasts_x += (better_x < capacity).to(tl.int32)
     lasts_x = tl.maximum(lasts_x, x // BLOCK)  # who is not good enough is rejected on arrival
