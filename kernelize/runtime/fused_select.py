@@ -26,7 +26,8 @@ LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every siz
 ALONE = 12  # lists that one program merges one after the other; more are cut into groups
 FOLDED = 512  # keys of one program that adds up their mass
 NONE = -0x8000000000000000  # the key of no token
-LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=4, stages=2, registers=128)}  # warps for one head, of 16-bit keys
+LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=2, stages=2)}  # warps for one head, of 16-bit keys
+SMALL = {"mass": Launch(heads=1, chunk=128, warps=4, stages=2, registers=128)}  # of up to 64 channels
 WIDE = Launch(heads=1, chunk=128, warps=4, stages=2)
 
 
@@ -50,20 +51,28 @@ def scaled_scores(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constex
 
 
 @jit
+def seen_by(at, low, until):
+    """[rows, keys]: low <= at < until, as one comparison."""
+    size = tl.maximum(until - low, 0)
+    return (at[:, None] - low[None, :]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[None, :]
+
+
+@jit
 def window_scores(
-    q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+    q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
     D: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, REACH: constexpr, KEYS: constexpr,
     SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """(blocks, scores that are −inf out of the window) of KEYS keys of the reach."""
-    c = (tile + 1 - REACH) * TILE + step * KEYS + tl.arange(0, KEYS)
+    """(coordinate of the next block, scores that are −inf out of the window) of KEYS keys of the reach."""
+    first, i = (tile + 1 - REACH) * TILE + step * KEYS, tl.arange(0, KEYS)
+    c = first + i
     here = (c >= lo) & (c < hi)
-    k = tl.load(key + (front + c).to(tl.int64)[:, None] * skt + d[None, :], mask=here[:, None] & (d < D)[None, :],
-                other=0.0)  # fmt: skip
+    start = key + (front + first).to(tl.int64) * skt
+    k = tl.load(start + (i[:, None] * skt + d[None, :]), mask=here[:, None] & (d < D)[None, :], other=0.0)
     s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-    born = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK  # c may be negative
-    until = tl.where(here, born + BACK, -1)
-    return born, tl.where((c[None, :] <= at[:, None]) & (block[:, None] <= until[None, :]), s, float("-inf"))
+    after = first + (i // BLOCK + 1) * BLOCK
+    until = tl.where(here, after + BACK * BLOCK, c)
+    return after, tl.where(seen_by(at, c, until), s, float("-inf"))
 
 
 @jit
@@ -94,7 +103,6 @@ def mass_kernel(
 
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
-    block = at // BLOCK
     if SINKS:
         i = tl.arange(0, SP)
         wide = ((i < SINKS) & (i < X))[:, None] & (d < D)[None, :]
@@ -111,25 +119,26 @@ def mass_kernel(
         m = tl.maximum(m, tl.max(first, 1))
         l = tl.sum(tl.exp2(first - m[:, None]), 1)
     if REACH * TILE == KEYS:  # one score matrix: the second pass has it already
-        born, s = window_scores(q, key, lo, hi, tile, 0, at, block, front, skt, d, scaling, softcap,
+        after, s = window_scores(q, key, lo, hi, tile, 0, at, front, skt, d, scaling, softcap,
                                    D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
         new = tl.maximum(m, tl.max(s, 1))
-        lse = new + tl.log2(tl.maximum(l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1), 1e-30))
-        lse = tl.where(counts, lse, float("inf"))
-        p = tl.sum(tl.where(block[:, None] > born[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
+        p = tl.exp2(s - new[:, None])
+        l = l * tl.exp2(m - new) + tl.sum(p, 1)
+        p *= tl.where(counts, 1 / tl.maximum(l, 1e-30), 0.0)[:, None]
+        p = tl.sum(tl.where(at[:, None] >= after[None, :], p, 0.0), 0)
         tl.store(Out + (row.to(tl.int64) * n + tile) * REACH * TILE + tl.arange(0, KEYS), p)
     else:
         for step in range(REACH * TILE // KEYS):
-            born, s = window_scores(q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+            after, s = window_scores(q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
                                        D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
             new = tl.maximum(m, tl.max(s, 1))
             l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
             m = new
         lse = tl.where(counts, m + tl.log2(tl.maximum(l, 1e-30)), float("inf"))
         for step in range(REACH * TILE // KEYS):
-            born, s = window_scores(q, key, lo, hi, tile, step, at, block, front, skt, d, scaling, softcap,
+            after, s = window_scores(q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
                                        D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
-            p = tl.sum(tl.where(block[:, None] > born[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
+            p = tl.sum(tl.where(at[:, None] >= after[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
             place = (row.to(tl.int64) * n + tile) * REACH * TILE + step * KEYS + tl.arange(0, KEYS)
             tl.store(Out + place, p)
 
@@ -449,7 +458,7 @@ def received(
     """
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
     G, n = H // Hk, -(-W // TILE)
-    launch = WIDE if q.dtype == torch.float32 else LAUNCH["mass"]
+    launch = WIDE if q.dtype == torch.float32 else (SMALL if D <= 64 else LAUNCH)["mass"]
     HP = min(power_of_two(G, 1), launch.heads)
     launch = launch._replace(warps=launch.warps * HP)
     parts, reach = -(-G // HP), -(-spec.back * spec.block // TILE) + 1
