@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_select import TILE, capped, scaled_scores
+from .fused_select import TILE, capped, scaled_scores, seen_by
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
-    "exact": Launch(heads=2, chunk=32, warps=4, stages=3, registers=128),
+    "exact": Launch(heads=2, chunk=32, warps=4, stages=1, registers=128),
     "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 SMALL = LAUNCH | {  # of up to 64
+    "exact": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128),
+    "query_grad": Launch(heads=1, chunk=32, warps=4, stages=3, registers=168),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 WIDE = Launch(heads=1, chunk=64, warps=8, stages=1)  # all others
@@ -52,33 +54,48 @@ def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexp
 
 
 @jit
-def seen_by(at, low, until, BLOCK: constexpr):
-    """[rows, keys]: low <= at < until · BLOCK, as one comparison."""
-    size = tl.maximum(until * BLOCK - low, 0)
-    return (at[:, None] - low[None, :]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[None, :]
+def window_chunk(
+    step, key, value, at, tile, death, lo, hi, front, skt, svt, d,
+    D: constexpr, SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr, BLOCK: constexpr,
+    BACK: constexpr,
+):  # fmt: skip
+    """(keys, values, which rows see them) of one chunk of the window, which stands together in the store."""
+    first, i = (tile + 1 - REACH) * TILE + step * CHUNK, tl.arange(0, CHUNK)
+    c, start = first + i, (front + first).to(tl.int64)
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+    return k, v, seen_by(at, c, until)
 
 
 @jit
-def chunk_of(
-    step, tile, table, death, lo, hi, at, front, width,
-    SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
-):  # fmt: skip
-    """(index in the store or −1, which rows see it) of one chunk of the window's keys and then the holders."""
-    i = step * CHUNK + tl.arange(0, CHUNK)
-    c = (tile + 1 - REACH) * TILE + i
+def near_until(c, here, tile, death, front, SLOTS: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
+               REACH: constexpr):  # fmt: skip
+    """Coordinate from which keys at the coordinates c in a tile's reach are not seen; 0 for those of no place."""
+    leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1  # c may be negative
+    if BACK % (TILE // BLOCK):  # else the reach ends where the first query's window does
+        here = here & (leaves > tile * (TILE // BLOCK))  # who left before stands in the table, if it holds a slot
     if SLOTS:
-        # who leaves inside this tile is seen until it loses its slot
-        leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1
-        near = (i < REACH * TILE) & (c >= lo) & (c < hi) & (leaves > tile * (TILE // BLOCK))
-        holder = i - REACH * TILE
-        held = tl.load(table + holder, mask=(holder >= 0) & (holder < width), other=-1)
-        index = tl.where(near, front + c, held)
-        until = tl.load(death + index, mask=index >= 0, other=0)
-        visible = seen_by(at, tl.where(near, c, -1073741824), until, BLOCK)
+        return tl.load(death + front + c, mask=here, other=0) * BLOCK
     else:
-        index, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = seen_by(at, c, until, BLOCK)
-    return index, visible
+        return tl.where(here, leaves, 0) * BLOCK
+
+
+@jit
+def near_rows(pointer, i, here, stride, d, D: constexpr):
+    """Rows [keys, D] that stand together, zero where there is none."""
+    return tl.load(pointer + (i[:, None] * stride + d[None, :]), mask=here[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def holder_chunk(
+    step, key, value, at, table, death, skt, svt, width, d, D: constexpr, CHUNK: constexpr, BLOCK: constexpr
+):
+    """(index in the store or −1, keys, values, which rows see them) of one chunk of the holders."""
+    i = step * CHUNK + tl.arange(0, CHUNK)
+    index = tl.load(table + i, mask=i < width, other=-1)
+    until = tl.load(death + index, mask=index >= 0, other=0) * BLOCK
+    return index, rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D), at[:, None] < until[None, :]
 
 
 @jit
@@ -157,17 +174,6 @@ def exact_kernel(
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
-    for step in tl.range(chunks):
-        index, visible = chunk_of(
-            step, tile, table, death, lo, hi, at, front, width, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
-        s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
-            if beyond:
-                far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
-                s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
         k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
@@ -177,6 +183,23 @@ def exact_kernel(
                 far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
                 s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
         m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
+    for step in tl.range(REACH * TILE // CHUNK):
+        near_k, near_v, near = window_chunk(
+            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
+        )
+        near_s = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
+        m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
+    if SLOTS:
+        for step in tl.range(chunks):
+            held, held_k, held_v, holds = holder_chunk(
+                step, key, value, at, table, death, skt, svt, width, d, D, CHUNK, BLOCK
+            )
+            held_s = scores_on(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
+            if FAR:  # noqa: SIM102
+                if beyond:
+                    turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
+                    held_s = tl.where(farther, scores_on(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
+            m, l, acc = absorb(held_s, held_v, holds, m, l, acc, scaling, SOFTCAP, PRECISION)
     seen = l > 0  # rows of padding see nothing
     acc = acc * tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)[:, None]
     lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * 0.6931471805599453, 0.0)
@@ -230,20 +253,6 @@ def query_grad_kernel(
     table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
-    for step in tl.range(chunks):
-        index, visible = chunk_of(
-            step, tile, table, death, lo, hi, at, front, width, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
-            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
-            ds = tl.where(away, 0.0, ds)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
         k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
@@ -256,6 +265,28 @@ def query_grad_kernel(
             far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    for step in tl.range(REACH * TILE // CHUNK):
+        near_k, near_v, near = window_chunk(
+            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
+        )
+        near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
+        _near_p, near_ds = grad_scores(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
+    if SLOTS:
+        for step in tl.range(chunks):
+            held, held_k, held_v, holds = holder_chunk(
+                step, key, value, at, table, death, skt, svt, width, d, D, CHUNK, BLOCK
+            )
+            held_s = scaled_scores(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
+            if FAR:
+                turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
+                held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
+            _held_p, held_ds = grad_scores(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            if FAR:
+                far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
+                far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
+                held_ds = tl.where(farther, 0.0, held_ds)
+            acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
     keep = live[:, None] & wide
     tl.store(GradQ + out[:, None] * D + d[None, :], acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
@@ -320,7 +351,7 @@ def window_grad_kernel(
     for step in tl.range(REACH * G):
         tile = first + step // G
         _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = seen_by(tile * TILE + tl.arange(0, TILE), c, until, BLOCK)
+        visible = seen_by(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
             sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
@@ -358,7 +389,7 @@ def held_grad_kernel(
         held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
         until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
         index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
-    visible = seen_by(at, low, until, BLOCK)
+    visible = seen_by(at, low, until * BLOCK)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
@@ -401,7 +432,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> 
     sizes = {
         "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": launch.chunk,
         "BLOCK": spec.block, "BACK": spec.back, "REACH": reach, "SINKS": spec.sinks, "SP": power_of_two(spec.sinks),
-        "SLOTS": spec.slots > 0, "chunks": -(-(reach * TILE + spec.slots) // launch.chunk),
+        "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // launch.chunk),
         "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None, "PRECISION": precision(q.dtype),
         **launch.options,
     }  # fmt: skip
