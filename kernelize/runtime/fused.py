@@ -127,7 +127,8 @@ def read_branches(
     clock_end: Tensor, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output with its parts, the memory at the end)."""
-    exact, lse = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
+    exact, lse, q = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
+    store = store._replace(q=q)  # the map of the queries hands its gradient on to the exact branch
     exact, lse = add_sink_logits(exact, lse, kernel)
     exact = exact.to(store.q.dtype)
     if not kernel.spec.has_memory:

@@ -224,12 +224,12 @@ def grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constex
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, GradQ, GradQFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
@@ -288,6 +288,8 @@ def query_grad_kernel(
                 held_ds = tl.where(farther, 0.0, held_ds)
             acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
     keep = live[:, None] & wide
+    if MORE:  # what q's other readers say
+        acc += tl.load(More + out[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
     tl.store(GradQ + out[:, None] * D + d[None, :], acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
         tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
@@ -450,8 +452,9 @@ def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
 
 
 class ExactFunction(torch.autograd.Function):
-    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32).
+    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q).
 
+    Who reads the q that comes back has its gradient added inside the backward's kernel, not by another pass.
     `far_q` and `far_k` are q and k turned to where they are seen from beyond reach, contiguous; without `given.pos`
     they are not looked at.
     """
@@ -459,7 +462,7 @@ class ExactFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
@@ -470,21 +473,27 @@ class ExactFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
-        return out, lse
+        ctx.set_materialize_grads(False)  # of what nobody looks at
+        return out, lse, q.view_as(q)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
         given: Exact = ctx.given
         (B, H, W, _), Hk = q.shape, k.shape[1]
         tensors = inputs(q, k, v, far_q, far_k, given)
-        grad, grad_lse = grad.contiguous(), grad_lse.contiguous()
+        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+        added = grad if more is None else more.contiguous()
         delta, grad_q, grad_far_q = torch.empty_like(lse), torch.empty_like(out), torch.empty_like(far_q)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, grad_q, grad_far_q, *scalars, **sizes
-        )
+            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q, *scalars,
+            MORE=more is not None, **sizes,
+        )  # fmt: skip
         grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta))
         far = (None, None) if given.pos is None else (grad_far_q, grad_far_k.to(k.dtype))
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *far, None
