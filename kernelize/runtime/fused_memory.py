@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .fused_select import TILE
-from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
+from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
+MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
@@ -251,7 +252,7 @@ def memory_kernel(
 @jit
 def merge_grad_kernel(
     Grad, GradBranch, GradBranchLse, Exact, Lse, Branch, BranchLse, Gate, GradExact, GradLse, Down, Row, GradGate,
-    W, heads, D: constexpr, DP: constexpr, TILE: constexpr,
+    sgb, sgh, sgt, W, heads, D: constexpr, DP: constexpr, TILE: constexpr, BRANCH: constexpr, BRANCH_LSE: constexpr,
 ):  # fmt: skip
     """Through y = w exact + (1 − w) memory: gradients of exact and its lse, of the memory (Down), two numbers a row.
 
@@ -262,16 +263,20 @@ def merge_grad_kernel(
     out, live = row * W + at, at < W
     where = out[:, None] * D + d[None, :]
     wide = live[:, None] & (d < D)[None, :]
-    g = tl.load(Grad + where, mask=wide, other=0.0).to(tl.float32)
-    g_branch = tl.load(GradBranch + where, mask=wide, other=0.0).to(tl.float32)
+    where_g = row // heads * sgb + row % heads * sgh + at.to(tl.int64)[:, None] * sgt + d[None, :]
+    g = tl.load(Grad + where_g, mask=wide, other=0.0).to(tl.float32)
     exact = tl.load(Exact + where, mask=wide, other=0.0).to(tl.float32)
     memory = tl.load(Branch + where, mask=wide, other=0.0).to(tl.float32)
     lse = tl.load(BranchLse + out, mask=live, other=float("-inf"))
     share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)
     turn = tl.sum(g * (exact - memory), 1) * share * (1 - share)
     filled = lse > float("-inf")
-    g_lse = tl.where(filled, tl.load(GradBranchLse + out, mask=live, other=0.0) - turn, 0.0)
-    down = tl.where(filled[:, None], (1 - share)[:, None] * g + g_branch, 0.0)
+    g_lse, down = -turn, (1 - share)[:, None] * g
+    if BRANCH:
+        down += tl.load(GradBranch + where, mask=wide, other=0.0).to(tl.float32)
+    if BRANCH_LSE:
+        g_lse += tl.load(GradBranchLse + out, mask=live, other=0.0)
+    g_lse, down = tl.where(filled, g_lse, 0.0), tl.where(filled[:, None], down, 0.0)
     tl.store(GradExact + where, (share[:, None] * g).to(GradExact.dtype.element_ty), mask=wide)
     tl.store(GradLse + out, turn, mask=live)
     tl.store(Down + where, down.to(Down.dtype.element_ty), mask=wide)
@@ -382,7 +387,7 @@ def clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE: constexpr, P
 
 @jit
 def phi_k_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhi,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhi, GradClock,
     svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
@@ -407,7 +412,11 @@ def phi_k_grad_kernel(
         a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
         total += tl.dot(tl.trans(a).to(phi.dtype), phi_q, input_precision=PRECISION)
     out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
-    tl.store(out, total.to(GradPhi.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+    wide = here[:, None] & (f < F)[None, :]
+    tl.store(out, total.to(GradPhi.dtype.element_ty), mask=wide)
+    if DECAY:
+        mine = tl.load(Phi + (row * X + index)[:, None] * F + f[None, :], mask=wide, other=0.0).to(tl.float32)
+        tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * total, 1), mask=here)
 
 
 @jit
@@ -571,38 +580,34 @@ class MemoryFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, exact, lse, gate, branch, branch_lse)
         ctx.order = order
+        ctx.set_materialize_grads(False)  # of what nobody looks at
         return y, branch, branch_lse, end
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor, grad_end: Tensor
+        ctx: Any, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None, grad_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         phi_q, phi_k, v, clock, clock_end, memory, *branches = ctx.saved_tensors
         order: Order = ctx.order
+        grad_end = torch.zeros_like(memory) if grad_end is None else grad_end
         exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
         given = (order, phi_q, phi_k, v, clock, clock_end)
         states, _ = states_of(order, phi_k, v, clock, clock_end, memory)
         g_phi_q, turn = phi_q_grad(*given, states, down, row)
         back, g_memory = reverse_states(*given, down, row, grad_end)
-        g_phi_k, g_v = key_grads(*given, back, down, row)
-        g_clock, g_clock_end = clock_grads(order, phi_k, g_phi_k, turn, states, back) if order.decays else (None, None)
-        return (
-            g_phi_q, g_phi_k, g_v, g_clock, g_clock_end, g_memory, exact, lse,
-            g_gate.sum((0, 2)), None, None,
-        )  # fmt: skip
+        g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)
+        clocks = clock_grads(order, g_clock, turn, states, back) if order.decays else (None, None)
+        return g_phi_q, g_phi_k, g_v, *clocks, g_memory, exact, lse, g_gate.sum((0, 2)), None, None
 
 
-def clock_grads(
-    order: Order, phi_k: Tensor, g_phi_k: Tensor, turn: Tensor, states: States, back: States
-) -> tuple[Tensor, Tensor]:
+def clock_grads(order: Order, g_clock: Tensor, turn: Tensor, states: States, back: States) -> tuple[Tensor, Tensor]:
     """Gradients of clock [B, Hk, X] and clock_end [B, Hk, blocks]; turn [B, H, W] is phi(q) times its gradient.
 
     A decay touches all pairs of tokens on its two sides, so its gradient is a sum over the rest of the sequence, and
     rounding would grow with the length. What crosses the border of a segment is also ⟨M, gradient of M⟩ there, in
     float32: each segment is corrected to that.
     """
-    B, Hk = phi_k.shape[:2]
-    g_clock = -(phi_k.float() * g_phi_k.float()).sum(-1)
+    B, Hk = g_clock.shape[:2]
     turn = torch.nn.functional.pad(turn, (0, order.n * TILE - turn.shape[2]))
     g_end = turn.view(B, Hk, -1, turn.shape[2] // order.block, order.block).sum((2, 4)).flatten(0, 1)
     crossing = (states.start * back.start).sum((2, 3)) + (states.start_norm * back.start_norm).sum(2)
@@ -622,7 +627,7 @@ def by_segment(x: Tensor, size: int) -> Tensor:
 
 
 def merge_grad(
-    dtype: torch.dtype, grad: Tensor, grad_branch: Tensor, grad_lse: Tensor,
+    dtype: torch.dtype, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None,
     exact: Tensor, lse: Tensor, gate: Tensor, branch: Tensor, branch_lse: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of (exact, lse), then down [B, H, W, D] of `dtype`, row [B, H, W, 2] and the gate's [B, H, W]."""
@@ -630,9 +635,11 @@ def merge_grad(
     g_exact, g_lse, g_gate = torch.empty_like(exact), torch.empty_like(lse), torch.empty_like(lse)
     down = torch.empty(B, H, W, D, device=exact.device, dtype=dtype)
     row = torch.empty(B, H, W, 2, device=exact.device, dtype=torch.float32)
-    merge_grad_kernel[(-(-W // TILE), B * H)](
-        grad.contiguous(), grad_branch.contiguous(), grad_lse.contiguous(), exact, lse, branch, branch_lse, gate,
-        g_exact, g_lse, down, row, g_gate, W, H, D=D, DP=power_of_two(D), TILE=TILE,
+    grad = torch.zeros_like(exact) if grad is None else rows_first(grad)
+    given = [lse if x is None else x.contiguous() for x in (grad_branch, grad_lse)]
+    merge_grad_kernel[(-(-W // MERGED), B * H)](
+        grad, *given, exact, lse, branch, branch_lse, gate, g_exact, g_lse, down, row, g_gate, *grad.stride()[:3],
+        W, H, D=D, DP=power_of_two(D), TILE=MERGED, BRANCH=grad_branch is not None, BRANCH_LSE=grad_lse is not None,
     )  # fmt: skip
     return g_exact, g_lse, down, row, g_gate
 
@@ -646,6 +653,11 @@ def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[lis
         "PRECISION": precision(phi_q.dtype),
     }  # fmt: skip
     return scalars, sizes
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first axis."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def phi_q_grad(
@@ -663,7 +675,7 @@ def phi_q_grad(
         order.tokens, phi_q, phi_k, v, clock, clock_end, *states, down, row, out, turn, *scalars,
         **sizes, FB=FB, DP=power_of_two(D), **launch.options,
     )  # fmt: skip
-    return out, turn.sum(0)
+    return out, summed(turn)
 
 
 def reverse_states(
@@ -689,8 +701,8 @@ def reverse_states(
 def key_grads(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
     back: States, down: Tensor, row: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of phi_k [B, Hk, X, F] and of v [B, Hk, X, D]; zero for tokens that are not in the memory."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of phi_k [B, Hk, X, F], v [B, Hk, X, D] and clock [B, Hk, X], zero for tokens not in the memory."""
     F, (B, Hk, X, D) = phi_q.shape[-1], v.shape
     scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     g_phi = torch.zeros_like(phi_k)
@@ -698,12 +710,13 @@ def key_grads(
     given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back, down, row)
     launch = launch_of("phi_k_grad", phi_q)
     FB, parts = split(F, D, launch.chunk)
+    g_clock = torch.zeros(parts, B, Hk, X if order.decays else 0, device=v.device, dtype=torch.float32)
     phi_k_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_phi, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options
+        *given, g_phi, g_clock, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options
     )
     launch = launch_of("value_grad", phi_q)
     DV, parts = split(D, F, launch.chunk)
     value_grad_kernel[(order.n, parts, B * Hk)](
         *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch.options
     )
-    return g_phi, g_v
+    return g_phi, g_v, summed(g_clock)
