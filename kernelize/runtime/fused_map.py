@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,24 +19,33 @@ LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
 @jit
-def projected(x, Weight, h, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
-    """x [rows, D] by the head's float32 matrix; a 16-bit x takes it as the sum of two 16-bit matrices."""
-    w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
-    if x.dtype == tl.float32:
-        return tl.dot(x, w, input_precision=PRECISION)
-    high = w.to(x.dtype)
-    return tl.dot(x, high) + tl.dot(x, (w - high.to(tl.float32)).to(x.dtype))
+def split_kernel(Weight, Out, factor, items, SIZE: constexpr):
+    """factor · Weight: of 16-bit Out two matrices one after the other, whose sum it is."""
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    w = tl.load(Weight + i, mask=i < items, other=0.0) * factor
+    high = w.to(Out.dtype.element_ty)
+    tl.store(Out + i, high, mask=i < items)
+    if Out.dtype.element_ty != tl.float32:
+        tl.store(Out + items + i, (w - high.to(tl.float32)).to(Out.dtype.element_ty), mask=i < items)
 
 
 @jit
-def softmax_rows(z):
-    e = tl.exp(z - tl.max(z, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
+def hedgehog_of(x, Weight, h, heads, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
+    """Both halves [rows, C] of the map of x [rows, D], with what `splitted` made of the matrices."""
+    at, there = h * D * C + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :]
+    z = tl.dot(x, tl.load(Weight + at, mask=there, other=0.0), input_precision=PRECISION)
+    if x.dtype != tl.float32:
+        z = tl.dot(x, tl.load(Weight + heads * D * C + at, mask=there, other=0.0), z)
+    here = (c < C)[None, :]
+    up = tl.exp2(z - tl.max(tl.where(here, z, float("-inf")), 1)[:, None])
+    down = tl.exp2(tl.min(tl.where(here, z, float("inf")), 1)[:, None] - z)
+    up, down = tl.where(here, up, 0.0), tl.where(here, down, 0.0)
+    return up * (1 / tl.sum(up, 1))[:, None], down * (1 / tl.sum(down, 1))[:, None]
 
 
 @jit
 def hedgehog_kernel(
-    Input, Weight, Out, sxb, sxh, sxt, scale, T, heads,
+    Input, Weight, Out, sxb, sxh, sxt, T, heads,
     D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
@@ -43,11 +53,11 @@ def hedgehog_kernel(
     t, d, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, CP)
     at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
     x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    z = projected(x, Weight, h, d, c, D, C, PRECISION) * scale
+    up, down = hedgehog_of(x, Weight, h, heads, d, c, D, C, PRECISION)
     out = Out + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * C) + c[None, :]
     keep = (t < T)[:, None] & (c < C)[None, :]
-    tl.store(out, softmax_rows(tl.where((c < C)[None, :], z, float("-inf"))).to(Out.dtype.element_ty), mask=keep)
-    tl.store(out + C, softmax_rows(tl.where((c < C)[None, :], -z, float("-inf"))).to(Out.dtype.element_ty), mask=keep)
+    tl.store(out, up.to(Out.dtype.element_ty), mask=keep)
+    tl.store(out + C, down.to(Out.dtype.element_ty), mask=keep)
 
 
 @jit
@@ -59,27 +69,26 @@ def hedgehog_grad_kernel(
     row, split = tl.program_id(1), tl.program_id(0)
     b, h = row // heads, row % heads
     d, c = tl.arange(0, DP), tl.arange(0, CP)
-    w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
+    at_w, there = h * D * C + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :]
     total = tl.zeros([DP, CP], tl.float32)
     for step in range(STEPS):
         t = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
         at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
         x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        z = projected(x, Weight, h, d, c, D, C, PRECISION) * scale
-        up = softmax_rows(tl.where((c < C)[None, :], z, float("-inf")))
-        down = softmax_rows(tl.where((c < C)[None, :], -z, float("-inf")))
+        up, down = hedgehog_of(x, Weight, h, heads, d, c, D, C, PRECISION)
         keep = (t < T)[:, None] & (c < C)[None, :]
         g = Grad + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * C) + c[None, :]
         g_up = tl.load(g, mask=keep, other=0.0).to(tl.float32)
         g_down = tl.load(g + C, mask=keep, other=0.0).to(tl.float32)
         g_z = up * (g_up - tl.sum(up * g_up, 1)[:, None]) - down * (g_down - tl.sum(down * g_down, 1)[:, None])
-        g_z = (g_z * scale).to(x.dtype)
-        total += tl.dot(tl.trans(x), g_z, input_precision=PRECISION)
-        g_x = tl.dot(g_z, tl.trans(w.to(x.dtype)), input_precision=PRECISION)
+        g_z = g_z.to(x.dtype)
+        total = tl.dot(tl.trans(x), g_z, total, input_precision=PRECISION)
+        w = tl.load(Weight + at_w, mask=there, other=0.0)  # scale · W in units of log 2
+        g_x = tl.dot(g_z, tl.trans(w), input_precision=PRECISION) * 0.6931471805599453
         out = GradX + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * D + d[None, :]
         tl.store(out, g_x.to(GradX.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
     out = GradW + (row.to(tl.int64) * splits + split) * D * C + d[:, None] * C + c[None, :]
-    tl.store(out, total, mask=(d < D)[:, None] & (c < C)[None, :])
+    tl.store(out, total * scale, mask=there)
 
 
 class HedgehogFunction(torch.autograd.Function):
@@ -88,28 +97,45 @@ class HedgehogFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         B, H, T, D = x.shape
-        C = weight.shape[2]
+        C, parts = weight.shape[2], splitted(weight, scale, x.dtype)
         out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
         sizes = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C), "ROWS": ROWS}
         hedgehog_kernel[(-(-T // ROWS), B * H)](
-            x, weight, out, *x.stride()[:3], scale, T, H, **sizes, PRECISION=precision(x.dtype)
+            x, parts, out, *x.stride()[:3], T, H, **sizes, PRECISION=precision(x.dtype)
         )
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, parts)
         ctx.scale, ctx.sizes = scale, sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, parts = ctx.saved_tensors
         B, H, T, D = x.shape
         splits = -(-T // (ROWS * STEPS))
         grad_x = torch.empty(B, H, T, D, device=x.device, dtype=x.dtype)
-        grad_w = torch.empty(B, H, splits, D, weight.shape[2], device=x.device, dtype=torch.float32)
+        grad_w = torch.empty(B, H, splits, D, parts.shape[3], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
-            x, weight, grad.contiguous(), grad_x, grad_w, *x.stride()[:3], ctx.scale, T, H, splits,
-            **ctx.sizes, STEPS=STEPS, PRECISION=precision(x.dtype), num_warps=8, num_stages=1,
+            x, parts, grad.contiguous(), grad_x, grad_w, *x.stride()[:3], ctx.scale, T, H, splits,
+            **ctx.sizes, STEPS=STEPS, PRECISION=precision(x.dtype), num_warps=4, num_stages=1,
         )  # fmt: skip
         return grad_x, grad_w.sum((0, 2)), None, None
+
+
+def fits(mapping: Callable[[Tensor, Tensor], Tensor] | None) -> TypeGuard[Hedgehog]:
+    """Whether the kernels do this map themselves."""
+    return type(mapping) is Hedgehog and power_of_two(mapping.columns) * power_of_two(mapping.head_dim) <= LARGEST
+
+
+def plain(mapping: Hedgehog) -> Tensor:
+    """Its matrices [H, D, C] in float32."""
+    return mapping.weight.float().contiguous()
+
+
+def splitted(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """A map's matrices [1 or 2, H, D, C] times scale in units of log 2: two 16-bit ones are as precise as a float32."""
+    out = torch.empty(1 if dtype == torch.float32 else 2, *weight.shape, device=weight.device, dtype=dtype)
+    split_kernel[(-(-weight.numel() // 1024),)](weight, out, scale * math.log2(math.e), weight.numel(), SIZE=1024)
+    return out
 
 
 def mapped(
@@ -120,6 +146,6 @@ def mapped(
     dtype: torch.dtype,
 ) -> Tensor:
     """phi of x [B, H, T, D] at pos() [B, 1 or H, T] -> [B, H, T, F] of `dtype`; a hedgehog map in one pass."""
-    if type(mapping) is Hedgehog and power_of_two(mapping.columns) * power_of_two(mapping.head_dim) <= LARGEST:
-        return HedgehogFunction.apply(rows_first(x), mapping.weight.float().contiguous(), kernel.scaling**0.5, dtype)
+    if fits(mapping):
+        return HedgehogFunction.apply(rows_first(x), plain(mapping), kernel.scaling**0.5, dtype)
     return features(kernel, mapping, x, pos()).to(dtype).contiguous()

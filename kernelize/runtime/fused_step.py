@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .feature_maps import Hedgehog
 from .fused import DTYPES, unsupported
-from .fused_map import LARGEST, projected, softmax_rows
+from .fused_map import LARGEST
 from .fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, State
@@ -60,6 +60,22 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, state: State) -> s
 
 
 # --- a block leaves the window ------------------------------------------------------------------------------
+
+
+@jit
+def projected(x, Weight, h, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
+    """x [rows, D] by the head's float32 matrix; a 16-bit x takes it as the sum of two 16-bit matrices."""
+    w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
+    if x.dtype == tl.float32:
+        return tl.dot(x, w, input_precision=PRECISION)
+    high = w.to(x.dtype)
+    return tl.dot(x, high) + tl.dot(x, (w - high.to(tl.float32)).to(x.dtype))
+
+
+@jit
+def softmax_rows(z):
+    e = tl.exp(z - tl.max(z, 1)[:, None])
+    return e / tl.sum(e, 1)[:, None]
 
 
 @jit
