@@ -400,6 +400,13 @@ FORWARD = {
     ("fused_memory", "states"): [FREE, {"chunk": 4096}, {"chunk": 16384, "warps": 8, "registers": 128},
                                  {"stages": 2}, {"stages": 4}],
 }  # fmt: skip
+PREFILL = FORWARD | {
+    ("fused_memory", "mapped_memory"): [
+        {"stages": 2}, {"stages": 3}, {"warps": 8}, {"warps": 8, "stages": 2}, {"registers": 168},
+        {"chunk": 8192}, {"chunk": 8192, "stages": 2}, {"chunk": 8192, "registers": 168},
+        {"chunk": 8192, "warps": 8},
+    ],
+}  # fmt: skip
 RECALL = {("fused_memory", "recall"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}]}
 MEMORY = {
     ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"chunk": 8192, "stages": 3}, {"stages": 3},
@@ -424,7 +431,7 @@ TRAINING = {
 }  # fmt: skip
 # what is tuned: as `time` measures it, and as a distillation of SmolLM2 trains
 TUNED = {
-    "prefill": (FORWARD | MEMORY, ("attention", 128, 131072, (1, 32, 8, 128)), False),
+    "prefill": (PREFILL, ("attention", 128, 131072, (1, 32, 8, 128)), False),
     "training": (TRAINING, ("attention", 128, 32768, (1, 32, 8, 128)), True),
     "small": (FORWARD | MEMORY | RECALL | TRAINING, ("mixed", 176, 2048, (16, 9, 3, 64)), True),
 }

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction
-from .fused_map import mapped
-from .fused_memory import MemoryFunction, order_of, recall_errors
+from .fused_map import fits, mapped, plain, splitted
+from .fused_memory import MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
 from .reference import take
@@ -134,21 +134,23 @@ def read_branches(
     if not kernel.spec.has_memory:
         empty = torch.zeros_like(exact), torch.full_like(lse, -torch.inf)
         return AttentionOutput(exact, exact, lse, *empty), store.state.memory
-    phi_q = query_features(store, kernel)
-    return read_memory(store, kernel, lives, phi_q, phi_k, clock, clock_end, exact, lse, branches)
+    return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, branches)
 
 
 def read_memory(
-    store: Store, kernel: Kernel, lives: Lives, phi_q: Tensor, phi_k: Tensor, clock: Tensor, clock_end: Tensor,
+    store: Store, kernel: Kernel, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor,
     exact: Tensor, lse: Tensor, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output of both branches merged, the memory at the end)."""
     assert kernel.log_gate is not None
-    order = order_of(lives.order, kernel.spec.block, decays(store, kernel))
-    y, memory, memory_lse, total = MemoryFunction.apply(
-        phi_q, phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, kernel.log_gate.float(), order,
-        branches or torch.is_grad_enabled(),
-    )  # fmt: skip
+    order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
+    given = phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, gate, order
+    if fits(kernel.map_q) and not torch.is_grad_enabled():
+        weight = splitted(plain(kernel.map_q), kernel.scaling**0.5, store.q.dtype)
+        y, memory, memory_lse, total = read_mapped(store.q, weight, *given, branches)
+    else:
+        phi_q, branches = query_features(store, kernel), branches or torch.is_grad_enabled()
+        y, memory, memory_lse, total = MemoryFunction.apply(phi_q, *given, branches)
     return AttentionOutput(y, exact, lse, memory, memory_lse), total
 
 

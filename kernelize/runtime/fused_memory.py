@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fused_map import hedgehog_of
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
@@ -22,6 +23,7 @@ PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
     "recall": Launch(heads=1, chunk=16384, warps=4, stages=2),
+    "mapped_memory": Launch(heads=1, chunk=16384, warps=4, stages=1),
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
@@ -55,21 +57,27 @@ def entries(
 
 @jit
 def states_kernel(
-    Order, Phi, V, Clock, ClockEnd, Local, LocalNorm, Gain, GainNorm,
+    Order, Phi, V, Clock, ClockEnd, Start, StartNorm, Out, OutNorm,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
-    PRECISION: constexpr,
+    GAINS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """The memory before every tile of a segment that begins with none, and at the segment's end."""
+    """GAINS: what a segment that begins with none brings together. Else the memory before each tile of a segment."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     wide = (f < F)[:, None] & (d < D)[None, :]
-    acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
+    if GAINS:
+        acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
+    else:
+        begin = (row * (segments + 1) + segment) * F + f
+        acc = tl.load(Start + begin[:, None] * D + d[None, :], mask=wide, other=0.0)
+        norm = tl.load(StartNorm + begin, mask=f < F, other=0.0)
     for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        to = (row * n + tile) * F + f
-        tl.store(Local + to[:, None] * D + d[None, :], acc.to(Local.dtype.element_ty), mask=wide)
-        tl.store(LocalNorm + to, norm, mask=(f < F) & (part == 0))
+        if not GAINS:
+            to = (row * n + tile) * F + f
+            tl.store(Out + to[:, None] * D + d[None, :], acc.to(Out.dtype.element_ty), mask=wide)
+            tl.store(OutNorm + to, norm, mask=(f < F) & (part == 0))
         _, here, phi, v, clock = entries(
             Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
         )
@@ -79,11 +87,12 @@ def states_kernel(
             shrink = tl.exp(after - before)
             acc, norm = acc * shrink, norm * shrink
             phi = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
-        acc += tl.dot(tl.trans(phi), v, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(phi), v, acc, input_precision=PRECISION)
         norm += tl.sum(phi.to(tl.float32), 0)
-    out = (row * segments + segment) * F + f
-    tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
-    tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
+    if GAINS:
+        out = (row * segments + segment) * F + f
+        tl.store(Out + out[:, None] * D + d[None, :], acc, mask=wide)
+        tl.store(OutNorm + out, norm, mask=(f < F) & (part == 0))
 
 
 @jit
@@ -129,34 +138,25 @@ def walk_kernel(
 
 
 @jit
-def memory_at(
-    Local, LocalNorm, Start, StartNorm, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr
-):
-    """(M [features f, channels d], its normaliser): what the tile's segment begins with, shrunk, plus its own."""
-    start, local = (row * (segments + 1) + begin) * F + f, (row * n + tile) * F + f
-    wide = (f < F)[:, None] & (d < D)[None, :]
-    acc = tl.load(Start + start[:, None] * D + d[None, :], mask=wide, other=0.0) * shrink
-    acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
-    norm = tl.load(StartNorm + start, mask=f < F, other=0.0) * shrink
-    return acc, norm + tl.load(LocalNorm + local, mask=f < F, other=0.0)
+def memory_at(Memory, Norm, row, tile, n, f, d, F: constexpr, D: constexpr):
+    """(M [features f, channels d], its normaliser) before a tile."""
+    at = (row * n + tile) * F + f
+    memory = tl.load(Memory + at[:, None] * D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
+    return memory, tl.load(Norm + at, mask=f < F, other=0.0)
 
 
 @jit
-def clocks_of(
-    ClockEnd, row, tile, block, n, tiles, ROWS: constexpr, PER: constexpr, DECAY: constexpr, STRICT: constexpr
-):
-    """(the rows' clock, decay from the tile's start to them, decay from the segment's start to the tile's)."""
+def clocks_of(ClockEnd, row, tile, block, n, ROWS: constexpr, PER: constexpr, DECAY: constexpr, STRICT: constexpr):
+    """(the rows' clock, decay from the tile's start to them)."""
     now = tl.zeros([ROWS], tl.float32)
-    far, shrink = now + 1.0, 1.0
+    far = now + 1.0
     if DECAY:
-        before = edge_at(ClockEnd, row, tile, n, PER)
-        shrink = tl.exp(before - edge_at(ClockEnd, row, tile // tiles * tiles, n, PER))
         if STRICT:
             now = tl.load(ClockEnd + row * n * PER + block - 1, mask=block > 0, other=0.0)
         else:
             now = tl.load(ClockEnd + row * n * PER + block)
-        far = tl.exp(tl.minimum(now - before, 0.0))
-    return now, far, shrink
+        far = tl.exp(tl.minimum(now - edge_at(ClockEnd, row, tile, n, PER), 0.0))
+    return now, far
 
 
 @jit
@@ -178,8 +178,8 @@ def near_weights(
 
 @jit
 def recall_kernel(
-    Order, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Out,
-    svb, svh, svt, X, n, length, segments, tiles, kv_heads,
+    Order, Phi, V, Clock, ClockEnd, Memory, Norm, Out,
+    svb, svh, svt, X, n, length, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
@@ -189,14 +189,14 @@ def recall_kernel(
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     first = tile * (TILE // BLOCK)
     block = first + tl.arange(0, TILE) // BLOCK
-    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, True)
-    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, True)
+    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     weight = near_weights(block, first, here, now, clock, TILE, BLOCK, True, DECAY)
     a = tl.dot(phi, tl.trans(phi), input_precision=PRECISION) * weight
-    total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * far[:, None]
+    total = tl.dot(phi, low, input_precision=PRECISION) * far[:, None]
     total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
     z = tl.sum(a, 1) + tl.sum(phi.to(tl.float32) * norm[None, :], 1) * far
     answer = tl.where((z > 1.1754943508222875e-38)[:, None], total / tl.where(z > 0, z, 1.0)[:, None], 0.0)
@@ -207,8 +207,8 @@ def recall_kernel(
 
 @jit
 def memory_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    svb, svh, svt, W, X, n, length, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -218,32 +218,79 @@ def memory_kernel(
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
-    wide = live[:, None] & (d < D)[None, :]
-    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, False)
-    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
+    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
-    low = acc.to(phi.dtype)
     for g in range(G):
         out = (row * G + g) * W + at
         phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
-        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
         a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
         total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
-        total += tl.dot(a.to(phi.dtype), v, input_precision=PRECISION)
+        total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
         z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
-        filled = z > 1.1754943508222875e-38
-        safe = tl.where(filled, z, 1.0)
-        memory = total * tl.where(filled, 1.0 / safe, 0.0)[:, None]
-        lse = tl.where(filled, tl.log(safe) + tl.load(Gate + h * G + g), float("-inf"))
-        share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
-        y = memory + share * (exact.to(tl.float32) - memory)
-        tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
-        if BRANCHES:
-            tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
-            tl.store(BranchLse + out, lse, mask=live & (part == 0))
+        merge(total, z, exact, tl.load(Gate + h * G + g), Lse, Y, Branch, BranchLse, out, live, d, part, D, BRANCHES)
+
+
+@jit
+def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, live, d, part, D: constexpr, BRANCHES: constexpr):
+    """Stores y of the rows `out`, from the memory's numerator [rows, channels d], its normaliser, the exact branch."""
+    wide = live[:, None] & (d < D)[None, :]
+    filled = z > 1.1754943508222875e-38
+    safe = tl.where(filled, z, 1.0)
+    memory = total * tl.where(filled, 1.0 / safe, 0.0)[:, None]
+    lse = tl.where(filled, tl.log(safe) + gate, float("-inf"))
+    share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
+    y = memory + share * (exact.to(tl.float32) - memory)
+    tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
+    if BRANCHES:
+        tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
+        tl.store(BranchLse + out, lse, mask=live & (part == 0))
+
+
+@jit
+def mapped_memory_kernel(
+    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    sqb, sqh, sqt, svb, svh, svt, W, X, n, length, kv_heads,
+    G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
+    BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """`memory_kernel` with the hedgehog map of the queries in it: its halves [rows, C] never leave the registers."""
+    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    c, d, at = tl.arange(0, CP), part * DV + tl.arange(0, DV), tile * TILE + tl.arange(0, TILE)
+    block, live = at // BLOCK, at < W
+    wide = live[:, None] & (d < D)[None, :]
+    now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
+    M = Memory + (row * n + tile) * 2 * C * D + c[:, None] * D + d[None, :]
+    keep, norm = (c < C)[:, None] & (d < D)[None, :], Norm + (row * n + tile) * 2 * C + c
+    m_up, m_down = tl.load(M, mask=keep, other=0.0), tl.load(M + C * D, mask=keep, other=0.0)
+    norm_up, norm_down = tl.load(norm, mask=c < C, other=0.0), tl.load(norm + C, mask=c < C, other=0.0)
+    index, here, k_up, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, c, d, 2 * C, D, TILE, DECAY
+    )
+    below = Phi + (row * X + index)[:, None] * (2 * C) + C + c[None, :]
+    k_down = tl.load(below, mask=here[:, None] & (c < C)[None, :], other=0.0)
+    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    x = tl.arange(0, DP)
+    for g in range(G):
+        out = (row * G + g) * W + at
+        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+        where_q = Q + b * sqb + (h * G + g) * sqh + at.to(tl.int64)[:, None] * sqt + x[None, :]
+        q = tl.load(where_q, mask=live[:, None] & (x < D)[None, :], other=0.0)
+        up, down = hedgehog_of(q, Weight, h * G + g, kv_heads * G, x, c, D, C, PRECISION)
+        up, down = up.to(k_up.dtype), down.to(k_up.dtype)
+        a = tl.dot(up, tl.trans(k_up), input_precision=PRECISION)
+        a = tl.dot(down, tl.trans(k_down), a, input_precision=PRECISION) * weight
+        total = tl.dot(up, m_up, input_precision=PRECISION)
+        total = tl.dot(down, m_down, total, input_precision=PRECISION) * far[:, None]
+        total = tl.dot(a.to(k_up.dtype), v, total, input_precision=PRECISION)
+        known = up.to(tl.float32) * norm_up[None, :] + down.to(tl.float32) * norm_down[None, :]
+        z = tl.sum(a, 1) + tl.sum(known, 1) * far
+        merge(total, z, exact, tl.load(Gate + h * G + g), Lse, Y, Branch, BranchLse, out, live, d, part, D, BRANCHES)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -288,8 +335,8 @@ def merge_grad_kernel(
 
 @jit
 def phi_q_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhiQ, GradClock,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Memory, Norm, Down, Row, GradPhiQ, GradClock,
+    svb, svh, svt, W, X, n, length, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -299,13 +346,12 @@ def phi_q_grad_kernel(
     f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
-    now, far, shrink = clocks_of(ClockEnd, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY, False)
-    acc, norm = memory_at(Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles, n, segments, shrink, f, d, F, D)
+    now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
+    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
-    low = acc.to(phi.dtype)
     for g in range(G):
         out = (row * G + g) * W + at
         down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
@@ -372,6 +418,19 @@ def reverse_states_kernel(
 
 
 @jit
+def grad_at(
+    Local, LocalNorm, Start, StartNorm, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr
+):
+    """(gradient of M [features f, channels d], of its normaliser): its segment's own and what comes from behind."""
+    start, local = (row * (segments + 1) + begin) * F + f, (row * n + tile) * F + f
+    wide = (f < F)[:, None] & (d < D)[None, :]
+    acc = tl.load(Start + start[:, None] * D + d[None, :], mask=wide, other=0.0) * shrink
+    acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
+    norm = tl.load(StartNorm + start, mask=f < F, other=0.0) * shrink
+    return acc, norm + tl.load(LocalNorm + local, mask=f < F, other=0.0)
+
+
+@jit
 def clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE: constexpr, PER: constexpr, DECAY: constexpr):
     """(the rows' clock, decay from the entries to the tile's end, from there to the segment's end)."""
     now = tl.zeros([TILE], tl.float32)
@@ -402,7 +461,7 @@ def phi_k_grad_kernel(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, norm = memory_at(
+    acc, norm = grad_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
@@ -436,7 +495,7 @@ def value_grad_kernel(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, _norm = memory_at(
+    acc, _norm = grad_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
@@ -501,9 +560,9 @@ def split(size: int, other: int, most: int) -> tuple[int, int]:
 
 
 class States(NamedTuple):
-    """The memory, or its gradient, at every tile: what its segment starts with, and what is the segment's own."""
+    """The memory before every tile; or its gradient after each, without what its segment gets from behind."""
 
-    local: Tensor  # [R, n, F, D] of phi's dtype
+    at: Tensor  # [R, n, F, D] of phi's dtype
     norm: Tensor  # [R, n, F] float32
     start: Tensor  # [R, segments + 1, F, D] float32: at every segment's start, and after the last
     start_norm: Tensor  # [R, segments + 1, F] float32
@@ -519,17 +578,22 @@ def states_of(
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     launch = launch_of("states", phi)
     DV, parts = split(D, F, launch.chunk)
-    local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
+    at = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
     norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
     gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
-    states_kernel[(order.segments, parts, B * Hk)](
-        order.tokens, phi, v, clock, clock_end, local, norm, gain, gain_norm, *v.stride()[:3],
-        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
-        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-        PRECISION=precision(phi.dtype), **launch.options,
-    )  # fmt: skip
+
+    def run(gains: bool, *tensors: Tensor) -> None:
+        states_kernel[(order.segments, parts, B * Hk)](
+            order.tokens, phi, v, clock, clock_end, *tensors, *v.stride()[:3],
+            X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
+            GAINS=gains, PRECISION=precision(phi.dtype), **launch.options,
+        )  # fmt: skip
+
+    run(True, gain, gain_norm, gain, gain_norm)  # the first two are not read
     start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
-    return States(local, norm, start, start_norm), end
+    run(False, start, start_norm, at, norm)
+    return States(at, norm, start, start_norm), end
 
 
 def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor) -> Tensor:
@@ -543,8 +607,8 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     DV, parts = split(D, F, launch.chunk)
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
     recall_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi, v, clock, clock_end, *states, out, *v.stride()[:3],
-        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
+        order.tokens, phi, v, clock, clock_end, states.at, states.norm, out, *v.stride()[:3],
+        X, order.n, order.tokens.shape[1], Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
         PRECISION=precision(phi.dtype), **launch.options,
     )  # fmt: skip
@@ -573,8 +637,8 @@ class MemoryFunction(torch.autograd.Function):
         branch = torch.empty_like(exact) if branches else exact.new_empty(0)
         branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
         memory_kernel[(order.n, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse,
-            *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
+            order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
+            y, branch, branch_lse, *v.stride()[:3], W, X, order.n, order.tokens.shape[1], Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
             BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
@@ -598,6 +662,27 @@ class MemoryFunction(torch.autograd.Function):
         g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)
         clocks = clock_grads(order, g_clock, turn, states, back) if order.decays else (None, None)
         return g_phi_q, g_phi_k, g_v, *clocks, g_memory, exact, lse, g_gate.sum((0, 2)), None, None
+
+
+def read_mapped(
+    q: Tensor, weight: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
+    exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`MemoryFunction` for q [B, H, W, D] and the matrices of its hedgehog map, `splitted`; no gradients."""
+    (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
+    states, end = states_of(order, phi_k, v, clock, clock_end, memory)
+    launch = launch_of("mapped_memory", phi_k)
+    DV, parts = split(D, F, launch.chunk)
+    y = torch.empty_like(exact)
+    branch = torch.empty_like(exact) if branches else exact.new_empty(0)
+    branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
+    mapped_memory_kernel[(order.n, parts, B * Hk)](
+        order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
+        y, branch, branch_lse, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
+        Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV, TILE=TILE, BLOCK=order.block,
+        DECAY=order.decays, BRANCHES=branches, PRECISION=precision(q.dtype), **launch.options,
+    )  # fmt: skip
+    return y, branch, branch_lse, end
 
 
 def clock_grads(order: Order, g_clock: Tensor, turn: Tensor, states: States, back: States) -> tuple[Tensor, Tensor]:
@@ -668,11 +753,12 @@ def phi_q_grad(
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
     launch = launch_of("phi_q_grad", phi_q)
     FB, parts = split(F, D, launch.chunk)
-    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
+    _, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
     phi_q_grad_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, down, row, out, turn, *scalars,
+        order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, down, row, out, turn,
+        *v.stride()[:3], W, v.shape[2], order.n, order.tokens.shape[1], Hk,
         **sizes, FB=FB, DP=power_of_two(D), **launch.options,
     )  # fmt: skip
     return out, summed(turn)
