@@ -551,6 +551,15 @@ def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) 
         print(f"{e.self_device_time_total / 3000:8.4f} ms {e.count // 3:4d}×  {e.key[:90]}", flush=True)
 
 
+def profile_all(workers: int) -> None:
+    calls = [(("mixed", 128, 131072, (1, 32, 8, 128)), False), *(row[1:] for row in TUNED.values())]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
+                           for (policy, slots, T, shape), train in calls])  # fmt: skip
+    for call, train in calls:
+        profile(*call, train)
+
+
 def stamp() -> dict:
     import triton
 
@@ -560,7 +569,7 @@ def stamp() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "profile", "tune"])
+    parser.add_argument("what", nargs="+", choices=["check", "time", "profile", "tune"], help="in this order")
     parser.add_argument("--only", default="", help="cases of `check`, or kernels of `tune`, whose name contains this")
     parser.add_argument("--workers", type=int, default=7, help="processes that compile, which takes longest, and check")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
@@ -574,20 +583,20 @@ def main() -> None:
             with given.out.open("a") as file:
                 file.write(json.dumps({**stamp(), **row}) + "\n")
 
-    if given.what == "check":
+    for what in given.what:
+        run(what, given, keep)
+
+
+def run(what: str, given: argparse.Namespace, keep) -> None:
+    if what == "check":
         check_all(given.only, given.workers, keep)
-    elif given.what == "time":
+    elif what == "time":
         time_all(given.lengths, not given.no_peers, keep)
-    elif given.what == "tune":
-        for what in given.tuned or TUNED:
-            tune(what, given.only, given.workers, keep)
+    elif what == "tune":
+        for call in given.tuned or TUNED:
+            tune(call, given.only, given.workers, keep)
     else:
-        calls = [(("mixed", 128, 131072, (1, 32, 8, 128)), False), *(row[1:] for row in TUNED.values())]
-        with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-            compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
-                               for (policy, slots, T, shape), train in calls])  # fmt: skip
-        for call, train in calls:
-            profile(*call, train)
+        profile_all(given.workers)
 
 
 if __name__ == "__main__":

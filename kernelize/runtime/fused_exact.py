@@ -486,7 +486,7 @@ class ExactFunction(torch.autograd.Function):
         tensors = inputs(q, k, v, far_q, far_k, given)
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        added = grad if more is None else more.contiguous()
+        added = grad if more is None else more.contiguous()  # what is missing is not read
         delta, grad_q, grad_far_q = torch.empty_like(lse), torch.empty_like(out), torch.empty_like(far_q)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)

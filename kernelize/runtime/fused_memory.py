@@ -1,8 +1,9 @@
 """The memory branch: a linear attention over the tokens in the order of their deaths, merged with the exact branch.
 
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
-tiles. One pass writes down the memory before every tile as if its segment had begun with none; a scan over the few
-segments gives what each begins with; then all tiles are read at once. The backward does the same from the end.
+tiles. One pass adds up what every segment brings; a scan over the few segments gives what each begins with; a second
+pass writes the memory before every tile; then all tiles are read at once. The backward goes from the end, and writes
+down what is a segment's own alone: its readers add what comes from behind.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
@@ -721,7 +722,7 @@ def merge_grad(
     down = torch.empty(B, H, W, D, device=exact.device, dtype=dtype)
     row = torch.empty(B, H, W, 2, device=exact.device, dtype=torch.float32)
     grad = torch.zeros_like(exact) if grad is None else rows_first(grad)
-    given = [lse if x is None else x.contiguous() for x in (grad_branch, grad_lse)]
+    given = [lse if x is None else x.contiguous() for x in (grad_branch, grad_lse)]  # what is missing is not read
     merge_grad_kernel[(-(-W // MERGED), B * H)](
         grad, *given, exact, lse, branch, branch_lse, gate, g_exact, g_lse, down, row, g_gate, *grad.stride()[:3],
         W, H, D=D, DP=power_of_two(D), TILE=MERGED, BRANCH=grad_branch is not None, BRANCH_LSE=grad_lse is not None,
