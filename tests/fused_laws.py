@@ -142,9 +142,9 @@ def far() -> None:
 
 
 def derivatives(
-    implementation, spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None
+    implementation, spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Gradients of something that depends on every branch and on the state at the end."""
+    """Gradients of something that depends on every branch and on the state at the end; `alone`: on y, as models do."""
     attention, generator = contract.layer(spec, FULL, SIZES), torch.Generator().manual_seed(5)
     leaves = dict(
         zip("qkv", (x.requires_grad_() for x in contract.tokens(1, sum(lengths), FULL, sizes=SIZES)), strict=True)
@@ -154,10 +154,15 @@ def derivatives(
     kernel = kernel._replace(rotation=rotation)
     for piece in zip(*(x.split(lengths, 2) for x in leaves.values()), strict=True):
         out, state = implementation.attend(*piece, kernel, state)
+        if alone:  # its gradient is laid out by token
+            y = out.y.transpose(1, 2)
+            loss = loss + (y * torch.randn(y.shape, generator=generator)).sum()
+            continue
         finite = torch.where(out.memory_lse > -torch.inf, out.memory_lse, 0.0)
         for x in (out.y, out.exact, out.exact_lse, out.memory, finite):
             loss = loss + (x * torch.randn(x.shape, generator=generator)).sum()
-    loss = loss + (state.memory * torch.randn(state.memory.shape, generator=generator)).sum() + state.decay.sum()
+    if not alone:
+        loss = loss + (state.memory * torch.randn(state.memory.shape, generator=generator)).sum() + state.decay.sum()
     loss.backward()
     return {n: p.grad for n, p in [*leaves.items(), *attention.named_parameters(), ("sink", sink)]}
 
@@ -167,6 +172,7 @@ def gradients() -> None:
     fused_memory.PROGRAMS = 4  # segments of more than one tile
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
+    same_gradients(SPECS[0], [90], alone=True)
 
 
 def far_gradients() -> None:
@@ -175,9 +181,9 @@ def far_gradients() -> None:
     same_gradients(spec, [spec.reach + 40], rotation)
 
 
-def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None) -> None:
-    expected = derivatives(chunked, spec, lengths, rotation)
-    for name, got in derivatives(fused, spec, lengths, rotation).items():
+def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False) -> None:
+    expected = derivatives(chunked, spec, lengths, rotation, alone)
+    for name, got in derivatives(fused, spec, lengths, rotation, alone).items():
         what = f"{contract.name_of(spec)}: gradient of {name}"
         assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
 
