@@ -73,19 +73,20 @@ def decoding(options: argparse.Namespace, name: str, length: int) -> dict:
     """A document is read, then its further tokens one by one."""
     from kernelize.edge import EdgeModel
 
-    model = EdgeModel(Path(options.output) / name, threads=2)
+    model = EdgeModel(Path(options.output) / name, threads=options.threads)
     ids = document(options, model, length + STEPS)
     state, start = model.start(), time.monotonic()
     if name == "teacher":
         fill(state, length)
     else:
         model.read(state, [ids[:length]])
-    read, times = time.monotonic() - start, []
+    read, times, began = time.monotonic() - start, [], time.process_time()
     for token in ids[length:]:
         start = time.monotonic()
         model.step(state, [token])
         times.append(time.monotonic() - start)
     row = {"tokens_per_second": STEPS / sum(times), "median_milliseconds": 1e3 * float(np.median(times))}
+    row |= {"tokens_per_cpu_second": STEPS / (time.process_time() - began), "threads": options.threads}
     row |= {"state_bytes": state.nbytes, "file_bytes": model.facts["files"]["weights.bin"]}
     return row if name == "teacher" else row | {"read_tokens_per_second": length / read}
 
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--document", required=True, help="a text of 33k tokens; a shorter one is repeated")
     parser.add_argument("--text", help="JSON lines with a field text, for the loss")
     parser.add_argument("--output", required=True, help="folder for exports and rows.json")
+    parser.add_argument("--threads", type=int, default=2, help="of the rows about decoding (default 2)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:

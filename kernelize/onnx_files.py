@@ -158,11 +158,17 @@ def as_halves(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> list[ir.No
 
 
 def as_bytes(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> list[ir.Node]:
-    """Of a matrix: a scale a row, as torch stores it, so an output of a layer or an entry of a table."""
-    scales = np.maximum(np.abs(array).max(-1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    stored = new_weight(graph, f"{value.name}.int8", np.rint(array / scales).astype(np.int8))
-    number = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
-    return [number, ir.node("Mul", [number.outputs[0], new_weight(graph, f"{value.name}.scales", scales)])]
+    """Of a matrix [N, K], as torch stores it: a scale for every block of a row, or a row where blocks do not fit."""
+    N, K = array.shape
+    blocks = array.reshape(N, -1, BLOCKS[8] if K % BLOCKS[8] == 0 else K)
+    half = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16)
+    half[half == 0] = 1
+    number = np.rint(blocks / half.astype(np.float32)).clip(-127, 127).astype(np.int8)
+    stored, scales = (new_weight(graph, f"{value.name}.{end}", x) for end, x in (("int8", number), ("scales", half)))
+    shape = new_weight(graph, f"kernelize.shape.{N}.{K}", np.array([N, K], np.int64))
+    wide = [ir.node("Cast", [x], {"to": ir.DataType.FLOAT}) for x in (stored, scales)]
+    product = ir.node("Mul", [node.outputs[0] for node in wide])
+    return [*wide, product, ir.node("Reshape", [product.outputs[0], shape])]
 
 
 def new_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
