@@ -202,7 +202,7 @@ def received_later(seen: Seen, spec: KernelSpec, asked: Tensor | None = None) ->
 class ForecastTerms(NamedTuple):
     """One layer's forecast against what came: summed over the rows of the batch."""
 
-    error: Tensor  # see `forecast_terms` and `asked_terms`, mean over KV heads
+    error: Tensor  # see `forecast_terms` and `asked_error`, mean over KV heads
     correlation: Tensor  # of the two over a row's tokens, mean over KV heads
 
 

@@ -616,6 +616,13 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     return out.sum(0).sqrt()
 
 
+def unwritten(exact: Tensor, lse: Tensor, branches: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for y, and with `branches` for the memory's branch and its lse."""
+    if not branches:
+        return torch.empty_like(exact), exact.new_empty(0), lse.new_empty(0)
+    return torch.empty_like(exact), torch.empty_like(exact), torch.empty_like(lse)
+
+
 class MemoryFunction(torch.autograd.Function):
     """Reads the memory and merges it with the exact branch.
 
@@ -634,9 +641,7 @@ class MemoryFunction(torch.autograd.Function):
         states, end = states_of(order, phi_k, v, clock, clock_end, memory)
         launch = launch_of("memory", phi_q)
         DV, parts = split(D, F, launch.chunk)
-        y = torch.empty_like(exact)
-        branch = torch.empty_like(exact) if branches else exact.new_empty(0)
-        branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
+        y, branch, branch_lse = unwritten(exact, lse, branches)
         memory_kernel[(order.n, parts, B * Hk)](
             order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
             y, branch, branch_lse, *v.stride()[:3], W, X, order.n, order.tokens.shape[1], Hk,
@@ -674,9 +679,7 @@ def read_mapped(
     states, end = states_of(order, phi_k, v, clock, clock_end, memory)
     launch = launch_of("mapped_memory", phi_k)
     DV, parts = split(D, F, launch.chunk)
-    y = torch.empty_like(exact)
-    branch = torch.empty_like(exact) if branches else exact.new_empty(0)
-    branch_lse = torch.empty_like(lse) if branches else lse.new_empty(0)
+    y, branch, branch_lse = unwritten(exact, lse, branches)
     mapped_memory_kernel[(order.n, parts, B * Hk)](
         order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
         y, branch, branch_lse, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
