@@ -6,7 +6,7 @@
     python benchmarks/scale.py figures                              # the predictions of docs/scaling.md; nothing is run
 
 A row is one stage on so many processes: tokens a second (of the steps after the first two), peak bytes of the device
-(on the CPU of the process), and the efficiency against as many times one process.
+(on the CPU of the process), each step's loss, and the efficiency against as many times one process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,9 +29,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kernelize.convert import demo_source
 from kernelize.launch import engine_environment, launch_command
 from kernelize.plan import ConversionPlan
 from kernelize.predict import FACTOR, Machine, machine_named, predict
@@ -41,6 +41,7 @@ from kernelize.shapes import SHAPES
 from kernelize.train import finetune
 
 WARM = 2  # steps that are not timed
+SPARE = 2  # more than are timed: the run is stopped
 STAGES: dict[str, dict[str, Any]] = {
     "transfer": {"kind": "transfer"},
     "lora": {"kind": "distil", "trainable": "new+lora", "gradient_checkpointing": True},
@@ -56,13 +57,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [  # of `predict`: layers, stage
 ]
 
 
-def tokenizer() -> Any:
-    gguf = demo_source()
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-
-
 def letters() -> Any:
-    """A tokenizer of bytes, for models whose vocabulary should not matter."""
+    """A tokenizer of bytes: weights are random, so it does not matter which of the vocabulary's rows a text reads."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={"</s>": 0} | {x: i for i, x in enumerate(alphabet, 1)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,11 +111,16 @@ def measure(config: Any, recipe: Recipe, output: Path, words: Any) -> dict[str, 
         torch.cuda.reset_peak_memory_stats()
     moments: list[float] = []
     cpu: list[float] = []
+    losses: list[float] = []
+    timed = recipe.stages[0].total_steps - SPARE
 
     def listen(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             moments.append(time.monotonic())
             cpu.append(time.process_time())
+            losses.append(event["metrics"]["loss"])
+        if len(moments) == timed:  # all processes then stop at the next step: what was trained is saved, no whole model
+            os.kill(os.getpid(), signal.SIGTERM)
 
     finetune(student, words, recipe, output, teacher=teacher, on_event=listen, overwrite=True)
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -129,6 +130,7 @@ def measure(config: Any, recipe: Recipe, output: Path, words: Any) -> dict[str, 
     wall, used = map(statistics.median, spent)
     tokens = recipe.stages[0].batch_tokens
     found = {"tokens_per_second": tokens / wall, "step_cpu_seconds": used, "peak_bytes": peak - (0 if cuda else before)}
+    found["losses"] = losses[:timed]
     return found | {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
 
 
@@ -155,7 +157,7 @@ def launched(given: argparse.Namespace, name: str, processes: int) -> dict[str, 
         found = Path(folder) / "found.json"
         arguments = ["worker", "--shape", given.shape, "--stage", name, "--found", str(found)]
         arguments += ["--length", str(given.length), "--rows", str(given.rows), "--micro-batch", str(given.micro_batch)]
-        environment = os.environ | engine_environment(given.engine, processes) | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | engine_environment(given.engine, processes) | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
         subprocess.run(launch_command(__file__, arguments, processes), env=environment, check=True)
@@ -167,10 +169,10 @@ def launched(given: argparse.Namespace, name: str, processes: int) -> dict[str, 
 def worker(given: argparse.Namespace) -> None:
     """One of the processes of `train`. All are as long in every number of processes: the global batch is the same."""
     fields = STAGES[given.stage] | {"micro_batch": given.micro_batch}
-    words = tokenizer()
+    words = letters()
     config = config_of(dict(SHAPES[given.shape]), len(words))
     output = given.found.parent / "out"
-    found = measure(config, one_stage(fields, given.length, given.rows, WARM + given.steps), output, words)
+    found = measure(config, one_stage(fields, given.length, given.rows, WARM + given.steps + SPARE), output, words)
     if found:
         given.found.write_text(json.dumps(found))
 
@@ -193,10 +195,10 @@ def compare(given: argparse.Namespace) -> None:
 def case(given: argparse.Namespace) -> None:
     (layers, stage), words = CASES[given.number], letters()
     config = config_of(SMALL | {"num_hidden_layers": layers}, len(words))
-    recipe = one_stage({"micro_batch": 2, **stage}, 512, 2, WARM + 2)
+    recipe = one_stage({"micro_batch": 2, **stage}, 512, 2, WARM + 2 + SPARE)
     flops, scores = processor_speed(SMALL["hidden_size"])
     with tempfile.TemporaryDirectory() as folder:  # the first run loads what any run needs
-        first = one_stage({"micro_batch": 1, **stage}, 64, 1, WARM + 1)
+        first = one_stage({"micro_batch": 1, **stage}, 64, 1, WARM + 1 + SPARE)
         measure(config_of(SMALL | {"num_hidden_layers": 1}, len(words)), first, Path(folder) / "first", words)
         found = measure(config, recipe, Path(folder) / "out", words)
     machine = Machine("this CPU", 0, flops, 1.0, fused=False, scores=scores)

@@ -140,10 +140,14 @@ class NonfiniteError(KernelizeError):
 
 
 class _Stop:
-    """Notes a SIGTERM, so that the step can be finished and saved. Only a process's main thread can."""
+    """Notes a SIGTERM, so that the step can be finished and saved. Only a process's main thread can.
+
+    `asked` is what this process was told, at any moment; `agreed` is what all processes have heard from one of them in
+    the same step: only by that may a process leave the others.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.agreed = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -308,7 +312,7 @@ class _Run:
                 continue
             results.append(self._stage(index, stage, last))
             last = None
-            if self.stop.asked:
+            if self.stop.agreed:
                 self._tell(event="stopped", stage=stage.name)
                 return TrainResult(self.output, tuple(results), completed=False)
         if last:
@@ -342,7 +346,7 @@ class _Run:
                     results.append(self._steps(index, training, data, first))
             finally:
                 self._leave(training)
-            if self.stop.asked:
+            if self.stop.agreed:
                 break
             if group:
                 self._store().forget(group.first)
@@ -513,9 +517,9 @@ class _Run:
             ended = step == stage.total_steps
             if ended:
                 self._merge(training)
-            if ended or self.stop.asked or step % self.recipe.checkpoint_steps == 0:
+            if ended or self.stop.agreed or step % self.recipe.checkpoint_steps == 0:
                 self._checkpoint(index, before + step, position, None if ended else training)
-            if self.stop.asked:
+            if self.stop.agreed:
                 break
         tokens = len(losses) * stage.batch_tokens
         first_loss, last_loss = (losses[0], losses[-1]) if losses else (math.nan, math.nan)
@@ -523,7 +527,7 @@ class _Run:
 
     def _step(self, index: int, step: int, training: _Training, micro: list[Row]) -> dict[str, float]:
         summed = self._gradients_in_memory(index, step, training, micro)
-        self.stop.asked = summed.pop() > 0
+        self.stop.agreed = summed.pop() > 0
         norm = self.engine.clipped_norm(training.wrapped, training.stage.clip)
         if not math.isfinite(norm) or not all(map(math.isfinite, summed)):
             problem = self._loss_problem(training, summed) or self._gradient_problem(index, step, training, micro)

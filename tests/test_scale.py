@@ -181,6 +181,33 @@ def test_a_step_that_cannot_be_used_is_skipped_by_all_processes(text, tmp_path, 
     assert re.match("stage 'transfer', step 1: the gradient of .*kernelize.* is not finite", problems[0])
 
 
+TOLD = """
+import json, os, signal, sys
+from test_scale import stages
+from test_train import recipe, run
+
+text, output, found = sys.argv[1:]
+
+def tell(event):
+    if event["event"] == "step" and event["step"] == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+_, result, events = run(recipe(text, *stages(2)), output, on_event=tell)
+assert not result.completed
+if events:
+    json.dump([event["step"] for event in events if event["event"] == "step"], open(found, "w"))
+"""
+
+
+def test_a_process_that_is_told_to_stop_waits_for_the_others(text, tmp_path):
+    """A moment after a step's losses are exchanged: the other processes can hear of it in the next one only."""
+    script, found = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(TOLD)
+    launch(script, text, str(tmp_path / "out"), str(found), timeout=300)
+    assert json.loads(found.read_text()) == [1, 2]
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["0-transfer-2"]
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
