@@ -157,7 +157,11 @@ def launched(given: argparse.Namespace, name: str, processes: int) -> dict[str, 
         found = Path(folder) / "found.json"
         arguments = ["worker", "--shape", given.shape, "--stage", name, "--found", str(found)]
         arguments += ["--length", str(given.length), "--rows", str(given.rows), "--micro-batch", str(given.micro_batch)]
-        environment = os.environ | engine_environment(given.engine, processes) | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        environment = (
+            os.environ
+            | engine_environment(given.engine, processes)
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        )
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
         subprocess.run(launch_command(__file__, arguments, processes), env=environment, check=True)

@@ -48,7 +48,7 @@ class Objective(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self._no_split_modules = sharding.layer_classes(model)  # where accelerate looks for the units of FSDP2
+        self._no_split_modules = sharding.units_of(model, self.probed)  # where accelerate looks for those of FSDP2
 
     def counts(self, rows: Row) -> tuple[int, ...]:
         """How many items of a micro-batch [b, T] each part of the loss sums over."""

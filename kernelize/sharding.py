@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import InputError, KernelizeError
+from .runtime.attention import KernelAttention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +60,15 @@ def _fsdp() -> FullyShardedDataParallelPlugin:
     )
 
 
-def layer_classes(model: nn.Module) -> list[str]:
-    """Class names of a model's decoder layers, the units of sharding."""
-    return sorted({type(module).__name__ for module in layers_of(model)})
+def units_of(model: nn.Module, probed: bool) -> list[str]:
+    """Class names of what is gathered at once: the decoder layers, and where losses are taken inside them (`probed`)
+    the kernelized attention by itself.
+
+    A loss inside a layer never passes the layer's output, where FSDP2 would learn that the backward pass comes: the
+    layer's weights would be gone by then. Those of the attention are small, and stay.
+    """
+    layers = {type(module).__name__ for module in layers_of(model)}
+    return sorted(layers | ({KernelAttention.__name__} if probed else set()))
 
 
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -149,6 +156,9 @@ class Fsdp2(Whole):
         made = super().prepare(objective, optimizer, clip)
         if whole := [name for name, p in objective.named_parameters() if not isinstance(p, DTensor)]:
             raise KernelizeError(f"accelerate has not sharded {whole[0]}, though FSDP2 was asked for")
+        for module in objective.modules():
+            if isinstance(module, KernelAttention) and isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False)
         return made
 
     def teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:

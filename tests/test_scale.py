@@ -19,7 +19,7 @@ from kernelize.sharding import make_accelerator
 
 SCRIPT = """
 import json, sys
-from test_scale import stages
+from test_scale import SMALL, stages
 from test_train import losses_of, metric_of, recipe, run
 
 text, output, found, processes, resume = sys.argv[1:]
@@ -50,6 +50,8 @@ def alone(text, tmp_path_factory):
     return run(recipe(text, *stages(1), checkpoint_steps=1), tmp_path_factory.mktemp("alone"))[2]
 
 
+# one step that both of two processes have a part in
+SMALL = TRANSFER | {"steps": 1, "packing": "joined", "batch_tokens": 64, "micro_batch": 1}
 LONG = pytest.mark.timeout(1800)  # DeepSpeed compiles its exchange of memory once
 ENGINES = [
     "fsdp2",
@@ -90,6 +92,22 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     shutil.rmtree(output / "checkpoints/2-all-3")
     _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
     assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[pytest.mark.slow, LONG, *ENGINES[1].marks])])
+def test_fused_kernels_find_weights_that_are_gathered(text, tmp_path, monkeypatch, engine):
+    """They read them again in the backward pass, through pointers: freed memory would be no error there."""
+    pytest.importorskip("triton", reason="Triton is made for Linux")
+    script, found, output = tmp_path / "script.py", tmp_path / "found.json", tmp_path / "out"
+    script.write_text("import interpreted\n" + SCRIPT.replace("*stages(int(processes))", "SMALL"))
+    with monkeypatch.context() as there:
+        there.setenv("TRITON_INTERPRET", "1")
+        there.setenv("KERNELIZE_IMPLEMENTATION", "fused")
+        launch(script, text, str(output), str(found), "2", "anew", engine=engine)
+    losses, norms, _ = json.loads(found.read_text())
+    _, _, events = run(recipe(text, SMALL), tmp_path / "one")
+    assert losses == pytest.approx(losses_of(events), rel=1e-3)
+    assert norms == pytest.approx(metric_of(events, "gradient_norm"), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ from .state import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
+WIDEST_ON_GPU = 128
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 
@@ -56,6 +57,8 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
     if q.is_cuda and q.dtype == torch.float32:
         return "in float32 the backward kernels fail on a GPU (illegal access, H200, Triton 3.6)"
+    if q.is_cuda and q.shape[-1] > WIDEST_ON_GPU:
+        return f"heads of more than {WIDEST_ON_GPU} channels fail on a GPU (illegal access, H100, Triton 3.6)"
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
     return unsupported(spec)
