@@ -430,7 +430,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--source", default=None, help="the teacher; by default the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="of the teacher, and of all models when they are measured")
-    parser.add_argument("--pieces", type=int, default=None, help="of wikitext; by default all 144 on a GPU, else 8")
+    parser.add_argument("--pieces", type=int, default=None, help="of wikitext; by default all on a GPU, else 8")
     parser.add_argument("--book-pieces", type=int, default=3, help="of 65,536 tokens")
     parser.add_argument("--together", action="store_true", help="all suites in this process; without a GPU")
     parser.add_argument("--trial", action="store_true", help="one step, a few short texts: whether all of it runs")

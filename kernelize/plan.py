@@ -57,14 +57,15 @@ class ConversionPlan:
     ) -> ConversionPlan:
         """The recipe's choice for a model of `count` layers; those in `leave` only if the recipe names them.
 
-        `context` is the number of positions that the model has, where its recipe asks for that as the reach.
+        `context` is the number of positions that the model has, where its recipe asks for a reach by that.
         """
         if recipe.keep_auto:
             raise InputError(f"recipe {recipe.name!r}: keep_auto={recipe.keep_auto} is measured by `convert`, not here")
         kept = set(leave) - recipe.named
         specs = recipe.specs(count)
         if recipe.reach and context is not None:
-            specs = tuple(s and s.replace(reach=max(context, s.least_reach)) for s in specs)
+            reach = context // 2 if recipe.reach == "half" else context
+            specs = tuple(s and s.replace(reach=max(reach, s.least_reach)) for s in specs)
         return cls(tuple(None if i in kept else spec for i, spec in enumerate(specs)))
 
     def override(self, changes: Mapping[int, Mapping[str, Any]]) -> ConversionPlan:

@@ -237,8 +237,9 @@ class Recipe(_Strict):
     """A whole run.
 
     `kernel` holds fields of KernelSpec for every converted layer; `layers` overrides some of them for a layer ("3")
-    or an inclusive range ("3-7"). `context` stretches rotary positions to so many tokens; with `reach: context` sinks
-    and slots are never seen further back than the positions that the model then has. The layers in `keep` stay
+    or an inclusive range ("3-7"). `context` stretches rotary positions to so many tokens; with `reach: half` sinks and
+    slots are never seen further back than half of the positions that the model then has, with `reach: context` than
+    all of them: but a model has hardly ever looked so far back as that. The layers in `keep` stay
     softmax; `keep_auto` is how many do, chosen at the conversion by what their replacement costs in retrieval: `keep`
     and `keep_costs` (nats a token of the answers, by layer) then say what was found. With `budget: auto` the slots of
     all layers go where they save most, as many in all; with `heads` every KV head has a number of its own.
@@ -251,7 +252,7 @@ class Recipe(_Strict):
     keep: Sequence[Annotated[int, Field(ge=0)]] = ()
     keep_auto: int | None = Field(default=None, ge=1)
     context: int | None = Field(default=None, ge=2)
-    reach: Literal["context"] | None = None
+    reach: Literal["half", "context"] | None = None
     keep_costs: dict[str, float] = {}
     layers: dict[str, dict[str, Any]] = {}
     budget: Literal["uniform", "auto", "heads"] = "uniform"

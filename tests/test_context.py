@@ -13,6 +13,7 @@ from kernelize.cli import main
 from kernelize.convert import convert, load, save, stretch
 from kernelize.errors import InputError
 from kernelize.plan import ConversionPlan
+from kernelize.recipe import Recipe
 from kernelize.runtime.modeling import kernelized_layers, rotary_context, supported
 from kernelize.runtime.spec import KernelSpec, SpecError
 
@@ -107,20 +108,22 @@ def move(layer, key, pos):
 
 
 @torch.no_grad()
-def test_a_recipe_may_reach_as_far_as_the_model_has_positions(tmp_path):
-    """Within them nothing changes; beyond, the loaded model does as the converted one, and unlike one with none."""
+def test_a_recipe_may_reach_half_as_far_as_the_model_has_positions(tmp_path):
+    """Within it nothing changes; beyond, the loaded model does as the converted one, and unlike one with none."""
     tiny_llama().save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
     flags = ["--window", "9", "--block", "4", "--slots", "8", "--feature-dim", "16"]
-    for name, more in (("reaching", ()), ("plain", ("--reach", "0"))):
-        assert main(["convert", str(tmp_path / "source"), "-o", str(tmp_path / name), *flags, *more]) == 0
-    reaching, plain = (load(str(tmp_path / name))[0] for name in ("reaching", "plain"))
-    assert {spec["reach"] for spec in reaching.config.kernelize["layers"]} == {256}
-    assert "reach: context" in (tmp_path / "reaching/recipe.yaml").read_text()
+    assert main(["convert", str(tmp_path / "source"), "-o", str(tmp_path / "reaching"), *flags]) == 0
+    reaching, plain = (load(str(tmp_path / "reaching"))[0] for _ in range(2))
+    for layer in kernelized_layers(plain).values():
+        layer.kernelize.spec = layer.kernelize.spec.replace(reach=0)
+    (reach,) = {spec["reach"] for spec in reaching.config.kernelize["layers"]}
+    assert reach == max(128, KernelSpec(window=9, block=4).least_reach) < 256
+    assert "reach: half" in (tmp_path / "reaching/recipe.yaml").read_text()
     ids = torch.randint(1, 257, (1, 400), generator=torch.Generator().manual_seed(0))
     one, other = reaching(ids).logits, plain(ids).logits
-    torch.testing.assert_close(one[:, :256], other[:, :256], rtol=0, atol=1e-4)
-    assert (one[:, 256:] - other[:, 256:]).abs().max() > 1e-2
+    torch.testing.assert_close(one[:, :reach], other[:, :reach], rtol=0, atol=1e-4)
+    assert (one[:, reach:] - other[:, reach:]).abs().max() > 1e-2
     whole = reaching(ids, use_cache=True).past_key_values
     first = reaching(ids[:, :300], use_cache=True).past_key_values
     pieces = [reaching(ids[:, t : t + 1], past_key_values=first).logits for t in range(300, 330)]
@@ -133,6 +136,12 @@ def test_frequencies_that_change_with_the_length_cannot_be_moved():
     assert rotary_context(model.config) is None
     with pytest.raises(SpecError, match="positions of this 'llama' change with the length; allowed: reach=0"):
         convert(model, ConversionPlan.uniform(SPEC.replace(reach=500), 2))
+
+
+def test_a_recipe_says_of_how_many_positions_the_reach_is():
+    for reach, expected in (("half", 4096), ("context", 8192), (None, 0)):
+        recipe = Recipe.from_dict({"name": "r", "description": "d", "reach": reach})
+        assert ConversionPlan.from_recipe(recipe, 2, context=8192).layers[0].reach == expected
 
 
 def test_a_reach_within_the_window_is_refused():
