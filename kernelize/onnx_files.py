@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 from onnxscript import optimizer, rewriter
-from onnxscript.rewriter import RewriteRuleClassBase, onnx_fusions
+from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
@@ -51,8 +51,10 @@ class Turned(RewriteRuleClassBase):
         turned = op.Add(op.Mul(a, cos), op.Mul(b, sin)), op.Sub(op.Mul(b, cos), op.Mul(a, sin))
         return op.Concat(*turned, axis=-1)
 
-    def check(self, context: Any, cos: ir.Value, **_: Any) -> bool:
-        return cos.shape is not None and len(cos.shape) == 4 and cos.shape[1] == 1
+    def check(self, op: Any, *_: Any, **bound: Any) -> MatchResult:
+        shape = bound["cos"].shape
+        alike = shape is not None and len(shape) == 4 and shape[1] == 1
+        return MatchResult() if alike else MatchResult().fail("heads turn differently", bound["cos"])
 
     def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
         heads = op.Constant(value_ints=[1])
