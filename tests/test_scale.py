@@ -226,6 +226,39 @@ def test_a_process_that_is_told_to_stop_waits_for_the_others(text, tmp_path):
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["0-transfer-2"]
 
 
+LOST = """
+import os, signal, sys
+from test_scale import stages
+from test_train import recipe, run
+
+from kernelize import train
+
+text, output = sys.argv[1:]
+plain = train._Run._step
+
+def step(self, index, step, *rest):
+    if os.environ["RANK"] == "1" and (index, step) == (1, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, index, step, *rest)
+
+train._Run._step = step
+run(recipe(text, *stages(2), checkpoint_steps=1), output)
+"""
+
+
+def test_a_process_that_is_lost_ends_the_others_and_the_run_goes_on_from_the_last_checkpoint(text, alone, tmp_path):
+    script, output = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(LOST)
+    with pytest.raises(AssertionError, match="Signal 9"):
+        launch(script, text, str(output), timeout=300)
+    assert not (output / "config.json").exists()
+    _, result, resumed = run(recipe(text, *stages(2), checkpoint_steps=1), output, resume=True)
+    assert result.completed
+    at = [(event["stage"], event["step"]) for event in resumed if event["event"] == "step"]
+    assert at == [("lora", 2), ("lora", 3), ("all", 1), ("all", 2), ("all", 3)]
+    assert losses_of(resumed) == pytest.approx(losses_of(alone)[-5:], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
