@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 
 from .errors import InputError, KernelizeError
 
+log = logging.getLogger(__name__)
 MARK = "config.json"  # what makes a folder a model: of an output that is replaced, it goes first and comes last
 PART = ".part"
 
@@ -63,6 +66,32 @@ def check_apart(output: str | Path, *sources: str | Path | None) -> None:
     for source in sources:
         if source is not None and os.path.realpath(Path(source).expanduser()) == os.path.realpath(output):
             raise InputError(f"output folder {output} is the source, which is only read; choose another folder")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it: InputError if another process does. However a process ends, it lets go.
+
+    Where the system has no such locks (Windows, some network file systems) nothing is held.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {folder}; wait for it, or choose another folder") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): let no second run write to it", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:

@@ -48,7 +48,7 @@ from .data import (
     write_text,
 )
 from .errors import InputError, KernelizeError
-from .files import writing
+from .files import alone, writing
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.modeling import kernelized_layers
@@ -281,18 +281,17 @@ class _Run:
         last, damaged = checkpoints.last(self.output / CHECKPOINTS) if resume else (None, [])
         if last and last.recipe != self.recipe.to_dict():
             raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
-        if self.accelerator.is_main_process:
-            if not resume:
-                self._clear()
-            self.journal = _Journal(self.output, self.on_event)
-        try:
+        with ExitStack() as held:
+            if self.accelerator.is_main_process:
+                held.enter_context(alone(self.output))
+                if not resume:
+                    self._clear()
+                self.journal = _Journal(self.output, self.on_event)
+                held.callback(self.journal.close)
             for problem in damaged:
                 self._tell(event="damaged", problem=problem)
             with self.stop.listening():
                 return self._stages(last)
-        finally:
-            if self.journal:
-                self.journal.close()
 
     def _clear(self) -> None:
         """Removes what an earlier run in this folder has left: only what this module writes."""

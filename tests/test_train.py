@@ -270,6 +270,21 @@ def test_sigterm_finishes_the_step_and_saves(interrupted, tmp_path):
     assert_same_weights(resumed, undisturbed)
 
 
+def test_two_runs_do_not_write_into_one_folder(text, tmp_path):
+    made, output = recipe(text, LORA | {"steps": 2}), tmp_path / "out"
+
+    def second(event):
+        if event["event"] == "step" and event["step"] == 1:
+            with pytest.raises(InputError, match=f"another run is writing to {output}"):
+                run(made, output, overwrite=True)
+
+    model, result, _ = run(made, output, on_event=second)
+    assert result.completed
+    again, result, _ = run(made, output, resume=True)
+    assert result.completed
+    assert_same_weights(again, model)
+
+
 def test_resuming_a_finished_run_trains_nothing(text, tmp_path):
     made = recipe(text, LORA | {"steps": 2})
     model, _, _ = run(made, tmp_path / "out")
