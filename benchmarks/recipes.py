@@ -50,6 +50,7 @@ HAYSTACKS = {"books_fiction_nonfiction": 0.11, "openstax_textbooks": 0.04, "tech
 WIKI, BOOK, WITHOUT_QUESTIONS = "eval/wikitext2_test.jsonl", "longdocs/middlemarch.txt.xz", ("wikitext2_test",)
 PARTS = ("overlap", "convert", "train", "measure")
 SUITES = ("wikitext", "book", "passkey", "tasks", "audit")
+SLOW = ("passkey",)
 GRACE = 40  # seconds before the end at which trainings are told to stop: a step and a checkpoint
 TEACHER = "teacher"
 
@@ -248,29 +249,38 @@ def suites(args: argparse.Namespace) -> dict[str, Suite]:
     }
 
 
-def models(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
-    """Name -> (model, tokenizer): the teacher, untrained conversions that were asked for, all that is trained."""
-    folders = {TEACHER: source_of(args)}
-    folders |= {f"{name} untrained": str(args.output / "converted" / name) for name in args.untrained}
+def folders(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, str]:
+    """Name -> folder: the teacher, untrained conversions that were asked for, all that is trained."""
+    found = {TEACHER: source_of(args)}
+    found |= {f"{name} untrained": str(args.output / "converted" / name) for name in args.untrained}
     for run in runs:
         if is_trained(run, args):
             stages = load_recipe(run.recipe).stages
-            folders[run.name] = str(args.output / (run.name if stages else f"converted/{run.recipe}"))
-    found = {name: load(folder, device=args.device, dtype=args.dtype) for name, folder in folders.items()}
+            found[run.name] = str(args.output / (run.name if stages else f"converted/{run.recipe}"))
+    return {name: folder for name, folder in found.items() if not args.model or name in args.model}
+
+
+def models(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """Name -> (model, tokenizer) of `folders`, the first recipe also at other reaches."""
+    named = folders(runs, args)
+    found = {name: load(folder, device=args.device, dtype=args.dtype) for name, folder in named.items()}
     for run in runs:
-        for reach in args.reaches if run.recipe == args.recipes[0] and is_trained(run, args) else ():
-            model, tokenizer = load(folders[run.name], device=args.device, dtype=args.dtype)
+        for reach in args.reaches if run.recipe == args.recipes[0] and run.name in named else ():
+            model, tokenizer = load(named[run.name], device=args.device, dtype=args.dtype)
             found[f"{run.recipe} reach {reach}.{run.seed}"] = at_reach(model, reach), tokenizer
-    tokenizer = found[TEACHER][1]  # one object: texts are cut once
+    tokenizer = next(iter(found.values()))[1]  # one object: texts are cut once
     return {name: (model, tokenizer) for name, (model, _) in found.items()}
 
 
-def measure_apart(args: argparse.Namespace, clock: Clock) -> None:
-    """Every suite in a process of its own: small models leave most of a GPU idle. What was measured is kept."""
+def measure_apart(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None:
+    """Every suite in a process of its own, the slowest one for each model: small models leave most of a GPU idle.
+    What was measured is kept."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", "measure", "--together"]
     if args.minutes:
         command += ["--minutes", str(max(0.0, clock.end - time.time()) / 60)]
-    running = {name: subprocess.Popen([*command, "--suites", name]) for name in args.suites}
+    shares = [[name, "--model", model] for name in args.suites if name in SLOW for model in folders(runs, args)]
+    shares += [[name] for name in args.suites if name not in SLOW]
+    running = {" of ".join(share[::2]): subprocess.Popen([*command, "--suites", *share]) for share in shares}
     if failed := [name for name, process in running.items() if process.wait()]:
         raise SystemExit(f"{', '.join(failed)}: not measured; see above")
 
@@ -293,6 +303,8 @@ def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None
         if name not in args.suites:
             continue
         rows = evaluate(found, [suite], cache=args.output / f"measured-{name}.jsonl", on_progress=clock)
+        if args.model:  # they are in the cache
+            continue
         save_rows(rows, folder / f"{name}.json")
         write_report(rows, args.output / f"report-{name}")
         write_table(args, list(found))
@@ -434,6 +446,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--book-pieces", type=int, default=3, help="of 65,536 tokens")
     parser.add_argument("--together", action="store_true", help="all suites in this process; without a GPU")
     parser.add_argument("--trial", action="store_true", help="one step, a few short texts: whether all of it runs")
+    parser.add_argument("--model", nargs="+", default=[], help="only these of the models, into the cache alone")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")
@@ -457,7 +470,7 @@ def work(args: argparse.Namespace) -> None:
         if "train" in args.only:
             train_all(runs, args, clock)
         if "measure" in args.only and not args.together:
-            measure_apart(args, clock)
+            measure_apart(runs, args, clock)
         if "measure" in args.only:
             measure(runs, args, clock)  # what was measured already is only put together
     except TimeUpError:

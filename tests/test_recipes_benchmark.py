@@ -47,12 +47,12 @@ def args(tmp_path_factory) -> Namespace:
     return Namespace(
         data=root / "data", output=root / "out", source=str(root / "teacher"), device="cpu", dtype="float32", jobs=1,
         pieces=2, book_pieces=2, tokens=None, trial=True, untrained=["default"], suites=list(benchmark.SUITES),
-        recipes=["default"], reaches=[300], chunk=2048, batch=16,
+        recipes=["default"], reaches=[300], chunk=2048, batch=16, model=[], minutes=None,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_from_the_search_for_overlap_to_the_table(args):
+def test_from_the_search_for_overlap_to_the_table(args, monkeypatch):
     args.output.mkdir()
     benchmark.check_overlap(args)
     runs = [benchmark.Run("window-only", 0), benchmark.Run("default", 0), benchmark.Run("default", 1)]
@@ -63,7 +63,14 @@ def test_from_the_search_for_overlap_to_the_table(args):
     assert any(not torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(benchmark.TimeUpError):
         benchmark.measure(runs, args, benchmark.Clock.of(0))
+    options = {"--data": args.data, "--output": args.output, "--source": args.source, "--device": "cpu"}
+    words = [str(word) for pair in options.items() for word in pair]
+    words += ["--trial", "--recipes", "default", "window-only", "--seeds", "0", "1", "--reaches", "300"]
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *words])
+    benchmark.measure_apart(runs, Namespace(**{**vars(args), "suites": ["passkey"]}), benchmark.Clock.of(None))
+    assert len((args.output / "measured-passkey.jsonl").read_text().splitlines()) == 7  # each model's, and at a reach
     benchmark.measure(runs, args, benchmark.Clock.of(None))
+    assert len((args.output / "measured-passkey.jsonl").read_text().splitlines()) == 7
     lines = (args.output / "table.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     columns = ["teacher", "default untrained", "window-only", "default (2 seeds)", "default reach 300 (2 seeds)"]
