@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from compiled import launches_of, layer_call
+from compiled import launches_of, layer_call, warmed
 
 from kernelize.runtime import fused_step
 from kernelize.runtime.attention import KernelAttention
@@ -53,8 +53,8 @@ def constants(launch) -> tuple:
     return launch.name, *((name, launch.options[name]) for name in fixed if name in launch.options)
 
 
-def step_call(slots: int):
-    spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots}), SHAPE
+def step_call(slots: int, **fields):
+    spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots, **fields}), SHAPE
     kernel = KernelAttention(spec, H, Hk, D).to("meta").kernel(D**-0.5)
     q, k, v = (torch.empty(B, h, 1, D, device="meta", dtype=torch.bfloat16) for h in (H, Hk, Hk))
     state = empty_state(spec, k, v)
@@ -71,3 +71,22 @@ def test_layers_of_different_budgets_share_their_code(call):
     """Compiling takes seconds a kernel, and each of thirty layers may have slots of its own."""
     few, many = ({constants(launch) for launch in launches_of(call(slots))[0]} for slots in (72, 120))
     assert few == many
+
+
+def test_a_step_compiles_for_a_gpu(tmp_path, monkeypatch):
+    """What only the compiler refuses, such as constants that are called like lengths, the interpreter runs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = launches_of(step_call(32, policy="attention+forecast", aging=64))[0]
+    assert {launch.name for launch in launches} == {"leave_kernel", "read_kernel"}
+    assert warmed(launches, 0, 1) == 2
+    for launch in launches:
+        assert not any(p.is_constexpr and p.do_not_specialize for p in launch.kernel.params)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
+@pytest.mark.parametrize("policy", ["mixed", "attention+forecast"])
+def test_a_layer_compiles_for_a_gpu(tmp_path, monkeypatch, policy, train):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, 512, train))[0]
+    assert warmed(launches, 0, 1) == len({(x.name, *sorted((k, v) for k, v in x.options.items() if isinstance(v, bool)))
+                                          for x in launches})  # fmt: skip
