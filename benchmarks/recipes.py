@@ -50,7 +50,7 @@ HAYSTACKS = {"books_fiction_nonfiction": 0.11, "openstax_textbooks": 0.04, "tech
 WIKI, BOOK, WITHOUT_QUESTIONS = "eval/wikitext2_test.jsonl", "longdocs/middlemarch.txt.xz", ("wikitext2_test",)
 PARTS = ("overlap", "convert", "train", "measure")
 SUITES = ("wikitext", "book", "passkey", "tasks", "audit")
-SLOW = ("passkey",)
+SLOW = ("passkey",)  # so slow that each model is measured in a process of its own
 GRACE = 40  # seconds before the end at which trainings are told to stop: a step and a checkpoint
 TEACHER = "teacher"
 
@@ -257,7 +257,7 @@ def folders(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, str]:
         if is_trained(run, args):
             stages = load_recipe(run.recipe).stages
             found[run.name] = str(args.output / (run.name if stages else f"converted/{run.recipe}"))
-    return {name: folder for name, folder in found.items() if not args.model or name in args.model}
+    return {name: folder for name, folder in found.items() if args.model in (None, name)}
 
 
 def models(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
@@ -446,7 +446,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--book-pieces", type=int, default=3, help="of 65,536 tokens")
     parser.add_argument("--together", action="store_true", help="all suites in this process; without a GPU")
     parser.add_argument("--trial", action="store_true", help="one step, a few short texts: whether all of it runs")
-    parser.add_argument("--model", nargs="+", default=[], help="only these of the models, into the cache alone")
+    parser.add_argument("--model", default=None, help=argparse.SUPPRESS)  # to measure alone, into the cache
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     gpu = args.device.startswith("cuda")

@@ -41,7 +41,7 @@ from kernelize.shapes import SHAPES
 from kernelize.train import finetune
 
 WARM = 2  # steps that are not timed
-SPARE = 2  # more than are timed: the run is stopped
+SPARE = 2  # steps that are planned beyond those: the run is stopped before its end
 STAGES: dict[str, dict[str, Any]] = {
     "transfer": {"kind": "transfer"},
     "lora": {"kind": "distil", "trainable": "new+lora", "gradient_checkpointing": True},
@@ -119,8 +119,8 @@ def measure(config: Any, recipe: Recipe, output: Path, words: Any) -> dict[str, 
             moments.append(time.monotonic())
             cpu.append(time.process_time())
             losses.append(event["metrics"]["loss"])
-        if len(moments) == timed:  # all processes then stop at the next step: what was trained is saved, no whole model
-            os.kill(os.getpid(), signal.SIGTERM)
+            if len(moments) == timed:  # all processes stop after the next step: no whole model is written
+                os.kill(os.getpid(), signal.SIGTERM)
 
     finetune(student, words, recipe, output, teacher=teacher, on_event=listen, overwrite=True)
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -157,11 +157,8 @@ def launched(given: argparse.Namespace, name: str, processes: int) -> dict[str, 
         found = Path(folder) / "found.json"
         arguments = ["worker", "--shape", given.shape, "--stage", name, "--found", str(found)]
         arguments += ["--length", str(given.length), "--rows", str(given.rows), "--micro-batch", str(given.micro_batch)]
-        environment = (
-            os.environ
-            | engine_environment(given.engine, processes)
-            | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        )
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        environment = os.environ | engine_environment(given.engine, processes) | {"PYTHONPATH": paths}
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
         subprocess.run(launch_command(__file__, arguments, processes), env=environment, check=True)

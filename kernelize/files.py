@@ -72,7 +72,7 @@ def check_apart(output: str | Path, *sources: str | Path | None) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it: InputError if another process does. However a process ends, it lets go.
 
-    Where the system has no such locks (Windows, some network file systems) nothing is held.
+    Windows has no such locks: there nothing is held. Nor on a file system without them, which is logged.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,8 @@ def alone(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -47,7 +47,7 @@ def args(tmp_path_factory) -> Namespace:
     return Namespace(
         data=root / "data", output=root / "out", source=str(root / "teacher"), device="cpu", dtype="float32", jobs=1,
         pieces=2, book_pieces=2, tokens=None, trial=True, untrained=["default"], suites=list(benchmark.SUITES),
-        recipes=["default"], reaches=[300], chunk=2048, batch=16, model=[], minutes=None,
+        recipes=["default"], reaches=[300], chunk=2048, batch=16, model=None, minutes=None,
     )  # fmt: skip
 
 

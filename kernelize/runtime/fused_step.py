@@ -84,9 +84,9 @@ def better(score, pos, other_score, other_pos):
 
 
 @jit
-def hedgehog(x, NET, h, d, c, scale, D: constexpr, C: constexpr, PRECISION: constexpr):
+def hedgehog(x, Weight, h, d, c, scale, D: constexpr, C: constexpr, PRECISION: constexpr):
     """Both halves [rows, C] of the features of x [rows, D]."""
-    z = projected(x, NET, h, d, c, D, C, PRECISION) * scale
+    z = projected(x, Weight, h, d, c, D, C, PRECISION) * scale
     inside = (c < C)[None, :]
     return softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
 
@@ -182,34 +182,36 @@ def direction(x, D: constexpr, TINY: constexpr):
 @jit
 def forecast_of(
     mass, error, norm, key, value, Skip, In, Out, h, d,
-    D: constexpr, RECALL: constexpr, NET: constexpr, TINY: constexpr,
+    D: constexpr, RECALL: constexpr, HIDDEN: constexpr, TINY: constexpr,
 ):  # fmt: skip
     """`state.forecast` of tokens [rows] with these statistics and key and value [rows, D]."""
     LAST: constexpr = 3 if RECALL else 2  # the column of ones
     SIZE: constexpr = LAST + 1 + 2 * D
-    w, skip, into = tl.arange(0, NET), Skip + h * SIZE, In + h * SIZE * NET
+    w, skip, into = tl.arange(0, HIDDEN), Skip + h * SIZE, In + h * SIZE * HIDDEN
     mass, norm = tl.log(mass + TINY), tl.log(norm + TINY)
     total = mass * tl.load(skip) + norm * tl.load(skip + LAST - 1) + tl.load(skip + LAST)
-    hidden = mass[:, None] * tl.load(into + w)[None, :] + norm[:, None] * tl.load(into + (LAST - 1) * NET + w)[None, :]
-    hidden += tl.load(into + LAST * NET + w)[None, :]
+    hidden = (
+        mass[:, None] * tl.load(into + w)[None, :] + norm[:, None] * tl.load(into + (LAST - 1) * HIDDEN + w)[None, :]
+    )
+    hidden += tl.load(into + LAST * HIDDEN + w)[None, :]
     if RECALL:
         error = tl.log(error + TINY)
         total += error * tl.load(skip + 1)
-        hidden += error[:, None] * tl.load(into + NET + w)[None, :]
+        hidden += error[:, None] * tl.load(into + HIDDEN + w)[None, :]
     for side in tl.static_range(2):
         x = direction(key.to(tl.float32) if side == 0 else value, D, TINY)
         at, here = LAST + 1 + side * D + d, d < D
         total += tl.sum(x * tl.load(skip + at, mask=here, other=0.0)[None, :], 1)
-        weight = tl.load(into + at[:, None] * NET + w[None, :], mask=here[:, None], other=0.0)
+        weight = tl.load(into + at[:, None] * HIDDEN + w[None, :], mask=here[:, None], other=0.0)
         hidden += tl.dot(x, weight, input_precision="ieee")
     hidden = hidden * tl.sigmoid(hidden)
-    return total + tl.sum(hidden * tl.load(Out + h * NET + w)[None, :], 1)
+    return total + tl.sum(hidden * tl.load(Out + h * HIDDEN + w)[None, :], 1)
 
 
 @jit
 def score_of(
     mass, error, key, value, pos, aging, Skip, In, Out, h, d,
-    KIND: constexpr, AGING: constexpr, D: constexpr, RECALL: constexpr, NET: constexpr, TINY: constexpr,
+    KIND: constexpr, AGING: constexpr, D: constexpr, RECALL: constexpr, HIDDEN: constexpr, TINY: constexpr,
 ):  # fmt: skip
     if KIND == 0:
         score = mass
@@ -220,7 +222,7 @@ def score_of(
     else:
         score = tl.sqrt(tl.sum(value * value, 1))
         if KIND == 3:
-            score = forecast_of(mass, error, score, key, value, Skip, In, Out, h, d, D, RECALL, NET, TINY)
+            score = forecast_of(mass, error, score, key, value, Skip, In, Out, h, d, D, RECALL, HIDDEN, TINY)
     return score
 
 
@@ -282,7 +284,7 @@ def leave_kernel(
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, SHARES: constexpr,
     SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
-    RECALL: constexpr, AGING: constexpr, NET: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
+    RECALL: constexpr, AGING: constexpr, HIDDEN: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -312,7 +314,7 @@ def leave_kernel(
                 Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, places, h, up, down, value, scale, d, c,
                 D, C, SINKS, RING, PACKED, TILE, PRECISION,
             )  # fmt: skip
-        s0 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND0, AGING, D, RECALL, NET, TINY)
+        s0 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND0, AGING, D, RECALL, HIDDEN, TINY)
         s1 = s0
         # who gets a slot; `source`, `at`, `age`: entry, position and decay of who still applies
         gone, source, at, age = fresh, entry, pos, decay
@@ -329,7 +331,9 @@ def leave_kernel(
             at = tl.where(out, tl.load(Pos + source, mask=out, other=-1), pos)
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
         if SHARES == 2:
-            s1 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND1, AGING, D, RECALL, NET, TINY)
+            s1 = score_of(
+                mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND1, AGING, D, RECALL, HIDDEN, TINY
+            )
             held = (number + dropped) * SHARES
             moved_s0 = tl.where(out, tl.load(Score + held, mask=out, other=0.0), s0)
             moved_s1 = tl.where(out, tl.load(Score + held + 1, mask=out, other=0.0), s1)
@@ -643,7 +647,7 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         SLOTS=spec.slots > 0, SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
-        RECALL=spec.measures("recall"), AGING=spec.aging > 0, NET=width, TINY=TINY,
+        RECALL=spec.measures("recall"), AGING=spec.aging > 0, HIDDEN=width, TINY=TINY,
         PRECISION="ieee", num_warps=8,
     )  # fmt: skip
 
