@@ -5,6 +5,7 @@ python fused_laws.py LAW
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import contract
@@ -12,11 +13,16 @@ import interpreted  # noqa: F401  repairs the interpreter
 import pytest
 import torch
 import triton.language as tl
+from tiny import tiny_llama
 from tolerances import GRADIENT_TOLERANCE, assert_same
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor
 
 from kernelize import fused_losses, losses
-from kernelize.recipe import DistilWeights
+from kernelize.data import Row
+from kernelize.objectives import NEW, Distil, Forecast, Objective, Transfer
+from kernelize.recipe import DistilWeights, TransferWeights
 from kernelize.runtime import (
     chunked,
     fused,
@@ -26,10 +32,15 @@ from kernelize.runtime import (
     fused_triton,
     reference,
 )
+from kernelize.runtime import state as state_module
 from kernelize.runtime.fused_triton import constexpr
+from kernelize.runtime.kept import holding
+from kernelize.runtime.layout import whole_rows
+from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError, mean_slots
 from kernelize.runtime.state import Rotation, cells, moved, unpacked
+from kernelize.train import _means
 
 FULL, HALF = torch.float32, torch.bfloat16
 SIZES = (4, 2, 8)  # heads, key heads, head size
@@ -439,10 +450,84 @@ def divergence() -> None:
                     assert_same(a, b, f"V={V}, temperature={temperature}, {held} held", GRADIENT_TOLERANCE)
 
 
+class Unasked(TorchDispatchMode):
+    """Refuses what would make a GPU wait for the host, or let a CUDA graph read the host's memory."""
+
+    REFUSED = (
+        "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "unique", "_unique2",
+        "repeat_interleave.Tensor", "bincount",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        masked = name.startswith(("index.", "index_put")) and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if masked or name.startswith(tuple(f"{refused}." for refused in self.REFUSED)):
+            raise AssertionError(f"{name} cannot be captured")
+        return func(*args, **(kwargs or {}))
+
+
+def beside(launch):
+    """A launch of the interpreter, which copies and looks at tensors, out of sight."""
+
+    def run(*args, **kwargs):
+        with _disable_current_modes():
+            return launch(*args, **kwargs)
+
+    return run
+
+
+def objectives_of(spec: KernelSpec) -> list[Objective]:
+    """Of stages whose micro-steps may be CUDA graphs, on models of one layer."""
+    teacher = tiny_llama(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=16)
+    students = [kernelize_model(copy.deepcopy(teacher), [spec]).train() for _ in range(3)]
+    for student in students[1:]:
+        student.requires_grad_(False)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(NEW in name)
+    weights = DistilWeights(ce=0.5, answer=0.5, beyond=0.2)
+    return [
+        Distil(students[0], teacher.requires_grad_(False), weights),
+        Transfer(students[1], TransferWeights()),
+        Forecast(students[2], answers=True),
+    ]
+
+
+def capturable() -> None:
+    """A micro-step of a warm shape asks the device for nothing, forward or backward; what it keeps it has."""
+    GridExecutor.__call__ = beside(GridExecutor.__call__)
+    for module in (state_module, losses, chunked):
+        module.host_may_look = lambda x: False  # as on a GPU
+    ids = torch.randint(1, 257, (1, 26), generator=torch.Generator().manual_seed(0))
+    rows = Row(ids, torch.arange(26)[None], ids.masked_fill(ids < 20, -100), ids > 128)
+    for spec in (SPECS[6].replace(decay="gated"), SPECS[6].replace(aging=0, slots=6, head_slots=(6,))):
+        for objective in objectives_of(spec):
+            counts = torch.tensor([float(n) for n in objective.counts(rows)])
+            divisors = list(objective.terms.values())
+
+            def micro(objective=objective, counts=counts, divisors=divisors) -> torch.Tensor:
+                found = objective(*rows)
+                (found.loss / counts).sum().backward()
+                return _means(found, counts, divisors)
+
+            with force("fused"), whole_rows():
+                expected = micro()
+                with Unasked(), holding() as held:
+                    again = micro()
+            assert torch.equal(again, expected), type(objective).__name__
+            assert held.found
+            assert not held.made
+            objective.close()
+    for looks in (lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: torch.tensor([1.0]), torch.nonzero):
+        with pytest.raises(AssertionError, match="cannot be captured"), Unasked():
+            looks(torch.arange(3))
+
+
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
-    heads, divergence,
+    heads, divergence, capturable,
 )  # fmt: skip
 
 if __name__ == "__main__":
