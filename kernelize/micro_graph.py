@@ -79,6 +79,7 @@ class CudaRecorder:
 
     def syncs(self, micro: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
         before = torch.cuda.get_sync_debug_mode()
+        # other warnings are not heard this time; they have been in the micro-steps before
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")

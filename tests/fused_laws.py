@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from tiny import tiny_llama
 from tolerances import GRADIENT_TOLERANCE, assert_same
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor
 
@@ -468,6 +468,17 @@ class Unasked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def unless_unasked(look):
+    """A look at a tensor that never reaches the dispatcher."""
+
+    def run(self, *args, **kwargs):
+        if isinstance(_get_current_dispatch_mode(), Unasked):
+            raise AssertionError(f"{look.__name__} cannot be captured")
+        return look(self, *args, **kwargs)
+
+    return run
+
+
 def beside(launch):
     """A launch of the interpreter, which copies and looks at tensors, out of sight."""
 
@@ -497,6 +508,8 @@ def objectives_of(spec: KernelSpec) -> list[Objective]:
 def capturable() -> None:
     """A micro-step of a warm shape asks the device for nothing, forward or backward; what it keeps it has."""
     GridExecutor.__call__ = beside(GridExecutor.__call__)
+    for look in ("tolist", "cpu", "numpy"):
+        setattr(torch.Tensor, look, unless_unasked(getattr(torch.Tensor, look)))
     for module in (state_module, losses, chunked):
         module.host_may_look = lambda x: False  # as on a GPU
     ids = torch.randint(1, 257, (1, 26), generator=torch.Generator().manual_seed(0))
@@ -519,7 +532,13 @@ def capturable() -> None:
             assert held.found
             assert not held.made
             objective.close()
-    for looks in (lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: torch.tensor([1.0]), torch.nonzero):
+    for looks in (
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: torch.tensor([1.0]),
+        torch.Tensor.cpu,
+        torch.nonzero,
+    ):
         with pytest.raises(AssertionError, match="cannot be captured"), Unasked():
             looks(torch.arange(3))
 
