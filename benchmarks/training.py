@@ -2,6 +2,7 @@
 
     python benchmarks/training.py time --rows 16 32         # tokens a second of whole micro-steps, and of their parts
     python benchmarks/training.py profile                   # the kernels of one micro-step, and what the host waits for
+    python benchmarks/training.py graph                     # a micro-step as one CUDA graph: is it right, and how fast
 
 `--out FILE` appends the rows as JSON lines, with device, versions and date. The model is the one that `finetune`
 trains: float32 weights, bfloat16 arithmetic under autocast, the teacher in bfloat16, KL over the whole vocabulary,
@@ -25,10 +26,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kernelize import micro_graph
 from kernelize.compiled import compiled_layers
+from kernelize.data import Row
 from kernelize.objectives import Distil
 from kernelize.plan import ConversionPlan
 from kernelize.recipe import DistilWeights, load_recipe
+from kernelize.runtime.layout import whole_rows
 from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.spec import KernelSpec
 from kernelize.shapes import SHAPES, random_model
@@ -48,16 +52,32 @@ class MicroStep:
         teacher = teacher.to(torch.bfloat16 if gpu else torch.float32).requires_grad_(False)
         self.objective, self.device = Distil(student, teacher, DistilWeights()), device
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=gpu)
-        ids = torch.randint(0, student.config.vocab_size, (rows, length), device=device)
-        positions = torch.arange(length, device=device).expand(rows, -1)
-        self.rows = ids, positions, ids, torch.zeros_like(ids, dtype=torch.bool)
+        self.size, self.rows = (rows, length), self.batch(rows, length)
+        self.counts = torch.tensor([float(rows * length), 1.0], device=device)
+
+    def batch(self, rows: int, length: int) -> Row:
+        ids = torch.randint(0, self.objective.model.config.vocab_size, (rows, length), device=self.device)
+        positions = torch.arange(length, device=self.device).expand(rows, -1)
+        return Row(ids, positions, ids, torch.zeros_like(ids, dtype=torch.bool))
 
     def autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
 
     def forward(self) -> torch.Tensor:
-        with self.autocast():
+        with self.autocast(), whole_rows():
             return self.objective(*self.rows).loss.sum() / self.rows[0].numel()
+
+    def micro(self, rows: Row, counts: torch.Tensor) -> torch.Tensor:
+        """As the training loop's: adds the gradients, and gives loss and terms."""
+        with self.autocast():
+            losses = self.objective(*rows)
+        loss = (losses.loss / counts).sum()
+        loss.backward()
+        return torch.cat((loss.detach()[None], losses.terms / counts[0]))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.objective.model.parameters() if p.requires_grad]
 
     def __call__(self) -> None:
         self.forward().backward()
@@ -104,6 +124,57 @@ def measure(step: MicroStep, shape: str, rows: int, length: int) -> dict[str, An
     return row
 
 
+def gradients_of(step: MicroStep, run: Callable[[Row, torch.Tensor], torch.Tensor], rows: Row) -> list[torch.Tensor]:
+    """[losses, all gradients as one vector] of a micro-step."""
+    step.optimizer.zero_grad()
+    with whole_rows():
+        losses = run(rows, step.counts)
+    return [losses.float(), torch.cat([p.grad.flatten() for p in step.parameters if p.grad is not None])]
+
+
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, float]:
+    """How far losses and gradients are apart, relative to their norms."""
+    parts = zip(("loss", "gradient"), found, expected, strict=True)
+    return {name: float((a - b).norm() / b.norm()) for name, a, b in parts}
+
+
+def graph(step: MicroStep, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Rows of what a captured micro-step computes, beside the eager one, for two batches; then of what each takes.
+
+    Two eager runs differ as well, by the order of atomic additions: a replay must not differ by more than that.
+    SystemExit where it is not captured.
+    """
+    batches = [step.batch(*step.size) for _ in range(2)]
+    expected = [gradients_of(step, step.micro, rows) for rows in batches]
+    for number, rows in enumerate(batches):
+        tell({"eager again, batch": number} | difference(gradients_of(step, step.micro, rows), expected[number]))
+    tell({"batch": "1 against 0"} | difference(*expected))
+    tell({"micro-step": "eager"} | timed(step, step.micro, batches[0]))  # before a graph takes its memory
+    told: list[dict[str, Any]] = []
+    recorder = micro_graph.RECORDERS[step.device]()
+    steps = micro_graph.MicroSteps(step.micro, step.parameters, recorder, told.append)
+
+    def run(rows: Row, counts: torch.Tensor) -> torch.Tensor:
+        steps.begin()
+        return steps(rows, counts, True)
+
+    for _ in range(micro_graph.WARM_UPS):
+        gradients_of(step, run, batches[0])
+    for number, rows in enumerate(batches):
+        tell({"graph, batch": number} | difference(gradients_of(step, run, rows), expected[number]))
+    if told != [{"micro_batch": step.size[0]}]:
+        raise SystemExit(f"not captured: {told}")
+    tell({"micro-step": "graph"} | timed(step, run, batches[0]))
+    if step.device == "cuda":
+        tell({"peak GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.memory_reserved() / 1e9})
+
+
+def timed(step: MicroStep, run: Callable[[Row, torch.Tensor], torch.Tensor], rows: Row) -> dict[str, float]:
+    with whole_rows():
+        done, host = seconds(lambda: run(rows, step.counts), step.device)
+    return {"ms": 1e3 * done, "host ms": 1e3 * host}
+
+
 def profile(step: MicroStep, top: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
@@ -127,7 +198,7 @@ def stamp(device: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["time", "profile"])
+    parser.add_argument("what", choices=["time", "profile", "graph"])
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="+", default=[16], help="sequences of a micro-batch")
     parser.add_argument("--length", type=int, default=2048)
@@ -136,6 +207,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.what == "graph" and device not in micro_graph.RECORDERS:
+        raise SystemExit("graph: there is no GPU here")
     for rows in given.rows:
         step = MicroStep(given.shape, rows, given.length, device)
         with ExitStack() as stack:
@@ -151,10 +224,19 @@ def report(step: MicroStep, given: argparse.Namespace, rows: int) -> None:
     if given.what == "profile":
         profile(step, given.top)
         return
+    if given.what == "graph":
+        about = {"shape": given.shape, "rows": rows, "length": given.length, "compiled": not given.eager}
+        graph(step, lambda row: put(stamp(step.device) | about | row, given.out))
+        return
     row = stamp(step.device) | {"compiled": not given.eager} | measure(step, given.shape, rows, given.length)
-    print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-    if given.out:
-        with given.out.open("a", encoding="utf-8") as file:
+    put(row, given.out)
+
+
+def put(row: dict[str, Any], out: Path | None) -> None:
+    """Prints a row, and appends it to the file `out`."""
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    if out:
+        with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

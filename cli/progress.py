@@ -88,6 +88,8 @@ class TrainingProgress(Progress):
             self._say(f"{event['problem']}; going on from the one before")
         if event["event"] == "skipped":
             self._say(f"skipped: {event['problem']}")
+        if event["event"] == "graph" and "eager" in event:
+            self._say(f"{event['stage']}: without a CUDA graph, {event['eager']}")
         if event["event"] == "memory":
             size = event["micro_batch"]
             self._say(

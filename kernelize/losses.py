@@ -19,7 +19,7 @@ from .recipe import DistilWeights, TransferWeights
 from .runtime.attention import KernelAttention
 from .runtime.layout import Layout
 from .runtime.spec import KernelSpec
-from .runtime.state import EMPTY, AttentionOutput, Seen, capped, forecast
+from .runtime.state import EMPTY, AttentionOutput, Seen, capped, forecast, host_may_look
 
 # attention scores that the teacher's softmax holds at once: what a CPU's cache keeps (four times as fast as 1 << 24),
 # and elsewhere few launches
@@ -328,16 +328,21 @@ def distillation(
 def _chunked_totals(
     tokens: tuple[Tensor | None, ...], heads: tuple[Head, Head | None], temperature: float, with_ce: bool, step: int
 ) -> Tensor:
-    """The sums of `_totals`; tokens are those of `distillation`."""
+    """The sums of `_totals`; tokens are those of `distillation`. Those that do not count are left out where it costs
+    nothing to find them."""
     student, _, labels, *_ = tokens
     assert student is not None
     assert labels is not None
-    counted = (labels != -100).nonzero()[:, 0]  # one sync; a mask would be one for each part
-    tokens = tuple(None if part is None else part[counted] for part in tokens)
+    if host_may_look(labels):
+        counted = (labels != -100).nonzero()[:, 0]
+        tokens = tuple(None if part is None else part[counted] for part in tokens)
     totals = student.new_zeros(4, dtype=torch.promote_types(student.dtype, torch.float32))
-    for start in range(0, len(counted), step):
+    for start in range(0, len(tokens[2]), step):  # type: ignore[arg-type]
         chunk = (None if part is None else part[start : start + step] for part in tokens)
-        totals = totals + checkpoint(_divergence, *chunk, *heads, temperature, with_ce, use_reentrant=False)
+        # nothing is drawn, and a look at the generator cannot be captured
+        totals = totals + checkpoint(
+            _divergence, *chunk, *heads, temperature, with_ce, use_reentrant=False, preserve_rng_state=False
+        )
     return totals
 
 
@@ -365,6 +370,7 @@ def _divergence(
         kl = F.kl_div(_log_probabilities(logits, temperature), target, reduction="none", log_target=True).sum(-1)
         kl = kl * temperature**2
     ce = F.cross_entropy(logits.to(kl), labels, reduction="none") if with_ce else torch.zeros_like(kl)
+    kl, ce = (x.masked_fill(labels == -100, 0) for x in (kl, ce))
     return _totals(kl, ce, asked, beyond)
 
 

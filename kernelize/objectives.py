@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from . import sharding
 from .data import Row, longest_sequence
 from .errors import InputError, KernelizeError
-from .losses import ForecastProbe, ForecastTerms, TransferProbe, distillation
+from .losses import ForecastProbe, ForecastTerms, TransferProbe, TransferTerms, distillation
 from .recipe import DistilWeights, Lora, TransferWeights
 from .runtime.cache import CACHE
 from .runtime.modeling import kernelized_layers
@@ -105,8 +105,7 @@ class Transfer(RowObjective):
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 3]
-        weights = terms.new_tensor([self.weights.output, self.weights.far, self.weights.mass])
-        layers = (terms * weights).sum(-1)  # a product of matrices would be bfloat16 under autocast
+        layers = TransferTerms(*terms.unbind(-1)).weighted(self.weights)
         return Losses(layers.mean()[None], terms.detach().mean(0), layers.detach())
 
     def close(self) -> None:
@@ -140,6 +139,8 @@ class Forecast(RowObjective):
             asked = F.pad(answers[:, 1:], (0, 1))  # where the answer's token comes next
             for probe in self.probes.values():
                 probe.asked = asked
+        for probe in self.probes.values():
+            probe.leaving = []  # a pass that broke off may have left some
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 2]

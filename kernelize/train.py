@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import checkpoints, sharding
+from . import checkpoints, micro_graph, sharding
 from .blockwise import BlockTransfer, Group, Store, blocks_of, groups, place
 from .chunks import ChunkedDistil
 from .compiled import compiled_layers
@@ -49,8 +49,10 @@ from .data import (
 )
 from .errors import InputError, KernelizeError
 from .files import alone, writing
+from .micro_graph import MicroSteps
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
+from .runtime.layout import are_whole, whole_rows
 from .runtime.modeling import kernelized_layers
 from .subject import has_position_table
 
@@ -102,8 +104,8 @@ def finetune(
     `teacher` is the original model, for stages that distil or use data `self`; without it `recipe.source` is loaded.
     The folder also gets train.jsonl (every event), checkpoints/ (the last two) and TensorBoard files if that is
     installed. `on_event` gets each event on the main process: dictionaries with the key event, one of start,
-    damaged, writing, stage, step, skipped, memory, checkpoint, stopped, done. `document` may put files beside the
-    weights, as for `convert.save`.
+    damaged, writing, stage, graph, step, skipped, memory, checkpoint, stopped, done. `document` may put files beside
+    the weights, as for `convert.save`.
 
     InputError before anything is written when recipe, data, model and processes do not fit together; KernelizeError
     when a loss or gradient is not finite, naming stage, step, layer and batch, or when the disk does not take what is
@@ -130,6 +132,7 @@ class _Training:
     optimizer: Any
     scheduler: Any
     micro_batch: int  # sequences at a time
+    graphs: MicroSteps | None = None  # where micro-steps may be CUDA graphs
     adapter: Any = None
     adapted: list[str] = field(default_factory=list)
     round: int = 0  # of the groups of layers that train one after the other
@@ -436,7 +439,26 @@ class _Run:
             held_parameters=self.engine.held(objective.model, self.reading) if on_device is None else on_device,
             lora_layers=adapted,
         )
-        return _Training(stage, objective, wrapped, prepared, scheduler, fitting, adapter, adapted, number)
+        training = _Training(stage, objective, wrapped, prepared, scheduler, fitting, None, adapter, adapted, number)
+        training.graphs = self._graphs(training)
+        return training
+
+    def _graphs(self, training: _Training) -> MicroSteps | None:
+        """What makes CUDA graphs of the stage's micro-steps, on a GPU; None where none can be: the journal says why."""
+        stage, device = training.stage, self.accelerator.device
+        if device.type not in micro_graph.RECORDERS:
+            return None
+        tell = partial(self._tell, event="graph", stage=stage.name)
+        reason = micro_graph.uncapturable(stage, self.accelerator.num_processes, self.engine.sharded)
+        for model in (self.model, self.reading if stage.kind == "distil" else None):
+            if reason is None and model is not None:
+                reason = micro_graph.asks_the_host(model, device)
+        if reason:
+            tell(eager=reason)
+            return None
+        trained = [p for p in training.objective.model.parameters() if p.requires_grad]
+        recorder = micro_graph.RECORDERS[device.type]()
+        return MicroSteps(partial(self._micro, training), trained, recorder, lambda found: tell(**found))
 
     def _choose(self, stage: Stage, group: Group | None) -> None:
         """Sets which parameters train, in float32: those of the stage, within the group."""
@@ -486,6 +508,7 @@ class _Run:
         return self.reading
 
     def _leave(self, training: _Training) -> None:
+        training.graphs = None
         training.objective.close()
         self.engine.leave(training.wrapped)
         _recompute_layers(self.model, False)
@@ -552,7 +575,9 @@ class _Run:
             try:
                 return self._gradients(index, step, training, micro)
             except torch.OutOfMemoryError as error:
-                self._halve(training, error)
+                # what a graph has taken is all that an eager micro-step of another shape lacks
+                if training.graphs is None or not training.graphs.give_up("out of memory beside a graph"):
+                    self._halve(training, error)
             self.engine.forget(training.wrapped, training.optimizer)
             torch.cuda.empty_cache()
 
@@ -577,23 +602,36 @@ class _Run:
         ]
         # counted before the rows leave the host: there each count would be a sync
         counts = self._sum(torch.tensor([objective.counts(rows) for rows in micro], dtype=torch.float32).sum(0))
+        whole = [are_whole(rows.position_ids) for rows in micro]  # asked here for the same reason
         micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
         counts = counts.clamp(min=1)
         objective.begin(step)
+        if training.graphs:
+            training.graphs.begin()
         total: Tensor | float = 0.0
         for number, rows in enumerate(micro):
             self._seed(index, step, number * processes + self.accelerator.process_index)
+            if training.graphs:
+                total = total + training.graphs(rows, counts, whole[number])
+                continue
             for part, ends in self._parts(objective, rows):
-                last = ends and number == len(micro) - 1
-                with self.engine.micro(training.wrapped, last):
-                    with self.accelerator.autocast():  # which FSDP2's wrapper leaves to the loop
-                        losses: Losses = training.wrapped(*part)
-                    # data-parallel gradients are means over processes; those of a state are a process's own
-                    loss = (losses.loss / counts).sum() * processes
-                    self.engine.backward(training.wrapped, loss if losses.carried is None else loss + losses.carried)
-                total = total + _means(losses, counts, list(objective.terms.values()))
+                with whole_rows(whole[number]):
+                    total = total + self._micro(training, part, counts, ends and number == len(micro) - 1)
         asked = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
         return self._sum(torch.cat((torch.as_tensor(total), asked))).tolist()
+
+    def _micro(self, training: _Training, part: Row, counts: Tensor, last: bool = True) -> Tensor:
+        """Adds the gradients of a part of a micro-batch, and gives its `_means`; nothing here asks the device.
+
+        `last`: they complete those of the global batch, which matters to several processes alone.
+        """
+        with self.engine.micro(training.wrapped, last):
+            with self.accelerator.autocast():  # which FSDP2's wrapper leaves to the loop
+                losses: Losses = training.wrapped(*part)
+            # data-parallel gradients are means over processes; those of a state are a process's own
+            loss = (losses.loss / counts).sum() * self.accelerator.num_processes
+            self.engine.backward(training.wrapped, loss if losses.carried is None else loss + losses.carried)
+        return _means(losses, counts, list(training.objective.terms.values()))
 
     def _parts(self, objective: Objective, rows: Row) -> Iterator[tuple[Row, bool]]:
         """The parts of a micro-batch, each with whether it is the last; what is done between them is under autocast."""
@@ -685,7 +723,8 @@ class _Run:
 def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
     """[1 + terms + layers]: what a micro-batch adds to the global batch's loss, terms and losses of the layers."""
     loss = (losses.loss.detach() / counts).sum(0, keepdim=True)
-    return torch.cat((loss, losses.terms / counts[divisors], losses.layers / counts[0])).float()
+    divided = losses.terms / torch.stack([counts[number] for number in divisors])  # a list as index would be a sync
+    return torch.cat((loss, divided, losses.layers / counts[0])).float()
 
 
 def _needs_teacher(stage: Stage) -> bool:

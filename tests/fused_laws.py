@@ -6,17 +6,27 @@ python fused_laws.py LAW
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import contract
 import interpreted  # noqa: F401  repairs the interpreter
 import pytest
 import torch
 import triton.language as tl
+from tiny import tiny_llama
 from tolerances import GRADIENT_TOLERANCE, assert_same
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import InterpretedFunction
 
 from kernelize import fused_losses, losses
-from kernelize.recipe import DistilWeights
+from kernelize.data import Row
+from kernelize.objectives import NEW, Distil, Forecast, Objective, Transfer
+from kernelize.recipe import DistilWeights, TransferWeights
 from kernelize.runtime import (
     chunked,
     fused,
@@ -27,9 +37,13 @@ from kernelize.runtime import (
     reference,
 )
 from kernelize.runtime.fused_triton import constexpr
+from kernelize.runtime.kept import holding
+from kernelize.runtime.layout import whole_rows
+from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError, mean_slots
 from kernelize.runtime.state import Rotation, cells, moved, unpacked
+from kernelize.train import _means
 
 FULL, HALF = torch.float32, torch.bfloat16
 SIZES = (4, 2, 8)  # heads, key heads, head size
@@ -439,10 +453,92 @@ def divergence() -> None:
                     assert_same(a, b, f"V={V}, temperature={temperature}, {held} held", GRADIENT_TOLERANCE)
 
 
+class Unasked(TorchDispatchMode):
+    """Refuses what would make a device wait for the host, or let a CUDA graph read the host's memory.
+
+    Tensors on "meta" have no numbers, so a look at one fails by itself; here it is found that the host's come in.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if any(x.device.type != "meta" for x in found):
+            raise AssertionError(f"{func} cannot be captured")
+        return out
+
+
+class Handmade(TorchFunctionMode):
+    """The same for tensors that are made of Python's numbers, which on "meta" no operation shows."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        index = args[1] if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) else ()
+        of_numbers = any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
+        if of_numbers or func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            raise AssertionError(f"{func} cannot be captured")
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(model: torch.nn.Module) -> torch.nn.Module:
+    return model.to("meta").requires_grad_(True).train()
+
+
+def objectives_of(spec: KernelSpec, family: Callable[..., PreTrainedModel]) -> list[Objective]:
+    """Of all kinds of stages whose micro-steps may be CUDA graphs."""
+    teacher, made = on_meta(family()), [Transfer, Distil] if spec.has_memory else [Distil]
+    found = []
+    for kind in [*made, Forecast] if spec.scores_by("forecast") else made:
+        student = on_meta(kernelize_model(family(), [None, spec]))
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(kind is Distil or NEW in name)
+        given = {
+            Transfer: (TransferWeights(),),
+            Forecast: (True,),
+            Distil: (teacher.requires_grad_(False), DistilWeights(ce=0.5, answer=0.5, beyond=0.2)),
+        }
+        found.append(kind(student, *given[kind]))
+    return found
+
+
+def small_gemma() -> PreTrainedModel:
+    """Soft caps in attention and after the head, whose logits are then divided in chunks; a window of its own."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 257, "head_dim": 8}
+    return Gemma2ForCausalLM(Gemma2Config(**shape, num_attention_heads=4, num_key_value_heads=2, sliding_window=8))
+
+
+def capturable() -> None:
+    """A micro-step of a warm shape asks the device for nothing, forward or backward; what it keeps it has."""
+    InterpretedFunction.__getitem__ = lambda self, grid: lambda *_, **__: None  # there is nothing to compute
+    torch.is_autocast_enabled, torch.autocast = lambda *_: False, lambda *_, **__: nullcontext()  # unknown there
+    new = {"device": "meta", "dtype": torch.int64}
+    rows = Row(*(torch.empty(2, 200, **new) for _ in range(3)), torch.empty(2, 200, device="meta").bool())
+    counts, packed = torch.ones(2, device="meta"), SPECS[0].replace(slots=6, head_slots=(4, 8))
+    for spec, family in [*((spec, tiny_llama) for spec in (*SPECS, packed)), (SPECS[0], small_gemma)]:
+        for objective in objectives_of(spec, family):
+
+            def micro(objective: Objective = objective) -> None:
+                found = objective(*rows)
+                (found.loss / counts[: len(found.loss)]).sum().backward()
+                _means(found, counts, list(objective.terms.values()))
+
+            with force("fused"), whole_rows():
+                micro()
+                with Unasked(), Handmade(), holding() as held:
+                    micro()
+            assert held.found
+            assert not held.made
+            objective.close()
+    for looks in (lambda x: x[[0, 1]], lambda x: x.new_tensor([1.0]), lambda x: x + torch.empty(()).cpu()):
+        with pytest.raises(AssertionError, match="cannot be captured"), Unasked(), Handmade():
+            looks(torch.empty(3, device="meta"))
+    for looks in (bool, torch.Tensor.tolist, torch.Tensor.cpu, torch.nonzero, lambda x: x[x > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            looks(torch.empty(1, device="meta"))
+
+
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
-    heads, divergence,
+    heads, divergence, capturable,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The stages are those of chunked.py, each over the whole length at once:
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from .fused_map import fits, mapped, plain, splitted
 from .fused_memory import MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, rows_first, triton
+from .kept import kept
 from .reference import take
 from .spec import KernelSpec
 from .state import (
@@ -203,7 +203,7 @@ class Store(NamedTuple):
         return AttentionOutput(*(self.grid.unalign(x) if x.numel() else x for x in out))
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(bounds, last, seen) of new sequences of T tokens."""
     with torch.inference_mode(False):  # they outlive this call
@@ -212,14 +212,14 @@ def fresh_bounds(B: int, sinks: int, T: int, block: int, device: torch.device) -
         return bounds.to(device), last.to(device), seen.to(device)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def fresh_slots(rows: int, device: torch.device) -> Tensor:
     """No holders at the start: [rows, 0] int32."""
     with torch.inference_mode(False):
         return torch.empty(rows, 0, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=128)  # layers may differ
+@kept(128)  # layers may differ
 def nothing_seen(spec: KernelSpec, B: int, kv_heads: int, D: int, dtype: torch.dtype, device: torch.device) -> State:
     """The state before new sequences. It is shared and only read: what a call keeps, it makes anew."""
     with torch.inference_mode(False):
@@ -263,9 +263,9 @@ def standing(bounds: Tensor, last: Tensor, seen: Tensor, block: int, sinks: int,
 
 # New sequences of one length share their bookkeeping over all layers, whatever their slots: the tensors of
 # `fresh_bounds` are its keys.
-fresh_folded = lru_cache(maxsize=8)(folded_tokens)
-fresh_leaving = lru_cache(maxsize=8)(leaving)
-fresh_standing = lru_cache(maxsize=8)(standing)
+fresh_folded = kept(8)(folded_tokens)
+fresh_leaving = kept(8)(leaving)
+fresh_standing = kept(8)(standing)
 
 
 def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:

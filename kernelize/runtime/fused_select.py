@@ -10,13 +10,13 @@ is the next share's applicants, and that of the last share the order in which th
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
+from .kept import kept
 from .spec import KernelSpec
 from .state import Kernel
 
@@ -343,7 +343,7 @@ class Room(NamedTuple):
     own: Tensor  # [Hk] int32, each KV head's; [1] where all have as many
 
 
-@lru_cache(maxsize=512)  # layers may differ
+@kept(512)  # layers may differ
 def rooms(spec: KernelSpec, device: torch.device) -> tuple[Room, ...]:
     """The slots of each share."""
     heads = [spec.shares_of(head) for head in range(len(spec.head_slots))] or [spec.shares]

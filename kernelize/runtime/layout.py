@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
+
+_whole = False  # whether somebody has seen on the host that rows are whole
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,42 @@ def layout_of(
         valid = attention_mask[:, -length:].bool()
         skippable = length > 1 and not torch.compiler.is_compiling()
         return None if skippable and bool(valid.all()) else Layout(valid=valid)
-    if attention_mask is None and position_ids is not None and not has_cache and length > 1:
+    if attention_mask is None and position_ids is not None and not has_cache and length > 1 and not _whole:
         return packed(position_ids.expand(batch, -1))
     return None
+
+
+@contextmanager
+def whole_rows(known: bool = True) -> Iterator[None]:
+    """Within the context, where it is `known` that every row is one document, no forward asks the device for it.
+
+    Nor do Transformers' own masks: those would also take every row as packed while a CUDA graph is captured, and
+    hand softmax attention a mask T × T.
+    """
+    global _whole
+    before, asks = _whole, masking_utils.find_packed_sequence_indices
+    try:
+        if known:
+            _whole, masking_utils.find_packed_sequence_indices = True, lambda position_ids: None
+        yield
+    finally:
+        _whole, masking_utils.find_packed_sequence_indices = before, asks
+
+
+def are_whole(position_ids: Tensor) -> bool:
+    """Whether every row of positions [B, T] is one document; of a tensor on a GPU a sync."""
+    return not bool(restarts(position_ids).any())
+
+
+def restarts(position_ids: Tensor) -> Tensor:
+    """[B, T - 1] bool: the tokens after a row's first at which a document begins."""
+    return position_ids.diff(dim=1) != 1
 
 
 def packed(position_ids: Tensor) -> Layout | None:
     """position_ids [B, T] -> the layout of its documents, or None where every row is one document."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    starts[:, 1:] = restarts(position_ids)
     if bool(starts[:, 1:].any()):
         return Layout(None, starts.cumsum(1) - 1, *split_documents(starts))
     return None

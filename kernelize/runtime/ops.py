@@ -127,7 +127,7 @@ def attend(
     q, k, v = autocast(q, k, v)
     name = implementation(kernel, q, k, v)
     if name == "fused":
-        return fused_attend(q, k, v, kernel, state, valid, branches, keep)
+        return fused_attend(q, k, v, kernel, state, valid, branches, keep=keep)
     if name == "chunked":
         return chunked_attend(q, k, v, kernel, state, valid, branches)
     return reference_attend(q, k, v, kernel, state, valid)

@@ -336,7 +336,10 @@ def unpacked(kernel: Kernel, state: State) -> tuple[Kernel, State]:
 
 
 def by_head(run: Callable[..., tuple[AttentionOutput, State]]) -> Callable[..., tuple[AttentionOutput, State]]:
-    """Lets an implementation that knows rows of slots serve a packed spec: unpacks the state before, packs it after."""
+    """Lets an implementation that knows rows of slots serve a packed spec: unpacks the state before, packs it after.
+
+    Without `keep` nobody reads the state that comes back, so it stays as it is.
+    """
 
     @wraps(run)
     def packed_run(
@@ -347,6 +350,8 @@ def by_head(run: Callable[..., tuple[AttentionOutput, State]]) -> Callable[..., 
             return run(q, k, v, kernel, state, *others, **named)
         wide, before = (kernel._replace(spec=spec.spread), None) if state is None else unpacked(kernel, state)
         out, after = run(q, k, v, wide, before, *others, **named)
+        if not named.get("keep", True):
+            return out, after if state is None else state
         return out, moved(after, spec, cells(spec)[1])
 
     return packed_run

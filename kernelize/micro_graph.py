@@ -1,0 +1,286 @@
+"""A training stage's micro-step as one CUDA graph: forward, loss, backward and what is reported, in one launch.
+
+The host needs longer to ask for the kernels of a micro-step than a GPU to run them. So after a few eager micro-steps
+of a shape, which train like any other, the next is captured, and from then on replayed. What a graph reads and writes
+stays where it is: rows and counts are copied in, the losses out, and the gradients are tensors of the graphs' own,
+which are put in place before a replay. So the loop may forget gradients as it always does.
+
+Whatever a graph cannot do runs eagerly, and the reason is told, once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .data import Row
+from .decode import HOST_ROPES
+from .errors import first_line
+from .graphs import shapes_of
+from .runtime.fused import supports
+from .runtime.kept import holding
+from .runtime.layout import whole_rows
+from .runtime.modeling import kernelized_layers
+from .runtime.ops import forced, implementation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .recipe import Stage
+
+WARM_UPS = 3  # eager micro-steps of a shape before its capture: kernels compile, libraries allocate, tensors are kept
+CAPTURED = ("fused",)  # implementations that ask the host for nothing
+SYNC = "called a synchronizing CUDA operation"  # how torch's warning begins
+
+Micro = Callable[[Row, Tensor], Tensor]  # rows [b, T], counts [C] -> losses [N]; adds to the gradients
+Shape = tuple[int, ...]
+
+
+# --- how a micro-step is run and recorded -----------------------------------------------------------------------------
+
+
+class Recorder(Protocol):
+    """The device's part: running what will be captured, and capturing it."""
+
+    def run(self, micro: Callable[[], Tensor]) -> Tensor:
+        """Runs it eagerly, where a capture of it may follow."""
+
+    def syncs(self, micro: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        """`run`, and which line waited for the device, if one did."""
+
+    def record(self, micro: Callable[[], None]) -> Callable[[], None]:
+        """Captures it, which computes nothing; what then runs it. RuntimeError where that is not possible."""
+
+    def free(self) -> None:
+        """Gives back the memory of graphs that nobody holds any more."""
+
+
+class CudaRecorder:
+    """On one stream: a gradient's place in autograd's graph remembers the stream that made it."""
+
+    def __init__(self) -> None:
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def run(self, micro: Callable[[], Tensor]) -> Tensor:
+        outer = torch.cuda.current_stream()
+        self.stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self.stream):
+                return micro()
+        finally:
+            outer.wait_stream(self.stream)
+
+    def syncs(self, micro: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        before = torch.cuda.get_sync_debug_mode()
+        # other warnings are not heard this time; they have been in the micro-steps before
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                losses = self.run(micro)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        at = next((f"{Path(w.filename).name}:{w.lineno}" for w in told if str(w.message).startswith(SYNC)), None)
+        return losses, at
+
+    def record(self, micro: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # a capture that fails would leave its own stream the current one
+        before = torch.cuda.stream(torch.cuda.current_stream())
+        # one pool serves all shapes: nothing in it outlives a replay
+        with before, torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            micro()
+        return graph.replay
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+
+RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaRecorder}  # by type of device
+
+
+# --- whether it can be ------------------------------------------------------------------------------------------------
+
+
+def uncapturable(stage: Stage, processes: int, sharded: bool) -> str | None:
+    """Why the micro-steps of a stage cannot be graphs, whatever the model, or None."""
+    refused = {
+        f"{processes} processes reduce gradients between them": processes > 1 or sharded,
+        "chunk_tokens: what happens between chunks is the host's": stage.chunk_tokens is not None,
+        "layers_at_a_time reads and writes hidden states on disk": stage.layers_at_a_time is not None,
+        "window_dropout is drawn by the host": stage.window_dropout > 0,
+        "gradient_checkpointing": stage.gradient_checkpointing,
+        f"packing={stage.packing!r} makes as many shapes as rows; allowed: 'joined'": stage.packing != "joined",
+    }
+    return next((reason for reason, holds in refused.items() if holds), None)
+
+
+def asks_the_host(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why a forward of the model's own code, or of its kernelized layers, cannot be captured, or None."""
+    rope = (model.config.get_text_config().to_dict().get("rope_parameters") or {}).get("rope_type")
+    if rope in HOST_ROPES:
+        return f"rope_type={rope!r} asks the host for the length"
+    layers = kernelized_layers(model)
+    for (index, layer), shape in zip(layers.items(), shapes_of(model) if layers else [], strict=True):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as under autocast
+        q = torch.empty(1, shape.heads, 1, shape.head_dim, dtype=dtype, device=device)
+        k, kernel = q[:, : shape.kv_heads], layer.kernelize.kernel(1.0)
+        if (name := implementation(kernel, q, k, k)) not in CAPTURED:
+            return f"layer {index} is {name}: {supports(kernel, q, k, k) or f'{forced()} is forced'}"
+    return None
+
+
+# --- micro-steps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Graph:
+    """One shape's micro-step, and the tensors that it reads and writes."""
+
+    rows: Row
+    counts: Tensor
+    losses: Tensor
+    replay: Callable[[], None]
+    held: list[Any] = field(default_factory=list)  # what its kernels read and others made
+
+
+class MicroSteps:
+    """The micro-steps of a stage, by the shape of their rows: eager at first, then graphs where that is possible.
+
+    `tell` gets each shape's capture, {"micro_batch": b}, and once each reason to run eagerly, {"eager": why}.
+    """
+
+    def __init__(
+        self, micro: Micro, parameters: list[nn.Parameter], recorder: Recorder, tell: Callable[[dict[str, Any]], None]
+    ):
+        self.micro, self.parameters, self.recorder, self.tell = micro, parameters, recorder, tell
+        self.graphs: dict[Shape, Graph] = {}
+        self.refused: set[Shape] = set()
+        self.eager: Counter[Shape] = Counter()  # micro-steps so far
+        self.gradients: dict[int, Tensor] = {}  # the graphs' own, by number of the parameter
+        self.reached: set[int] = set()  # numbers of the parameters that eager micro-steps gave a gradient
+        self.width = 0  # of the losses
+        self.told: set[str] = set()
+        self.steps = 0
+
+    def begin(self) -> None:
+        """Is told that a step's first micro-batch comes now."""
+        self.steps += 1
+
+    def __call__(self, rows: Row, counts: Tensor, whole: bool) -> Tensor:
+        """Adds the gradients of rows [b, T] on the device, and gives their losses; `whole`: each is one document."""
+        shape = tuple(rows.input_ids.shape)
+        if not whole:
+            self._say("rows hold several documents")
+            return self.recorder.run(lambda: self.micro(rows, counts))
+        with whole_rows():
+            if shape not in self.graphs and shape not in self.refused:
+                if not self._is_warm(shape):
+                    return self._warm_up(shape, rows, counts)
+                self._capture(shape, rows, counts)
+            if shape in self.graphs:
+                return self._replay(self.graphs[shape], rows, counts)
+            return self.recorder.run(lambda: self.micro(rows, counts))
+
+    def give_up(self, reason: str) -> bool:
+        """Runs the shapes that have a graph eagerly from now on, and frees what graphs hold; whether there was one."""
+        found = bool(self.graphs)
+        self.refused |= set(self.graphs)
+        self.graphs.clear()
+        self.gradients.clear()
+        self.recorder.free()
+        if found:
+            self._say(reason)
+        return found
+
+    def _is_warm(self, shape: Shape) -> bool:
+        """Not in the first step: the optimizer's moments, which it makes, must have found their place."""
+        return self.eager[shape] >= WARM_UPS and self.steps > 1
+
+    def _warm_up(self, shape: Shape, rows: Row, counts: Tensor) -> Tensor:
+        self.eager[shape] += 1
+        if self.eager[shape] != WARM_UPS:
+            return self.recorder.run(lambda: self.micro(rows, counts))
+        losses, sync = self.recorder.syncs(lambda: self.micro(rows, counts))
+        self.reached |= {number for number, p in enumerate(self.parameters) if p.grad is not None}
+        self.width = len(losses)
+        if sync:
+            self._refuse(shape, f"{sync} waits for the device")
+        return losses
+
+    def _capture(self, shape: Shape, rows: Row, counts: Tensor) -> None:
+        self._attach()
+        losses = counts.new_zeros(self.width)
+        graph = Graph(Row(*(x.clone() for x in rows)), counts.clone(), losses, lambda: None)
+
+        def once() -> None:
+            graph.losses.copy_(self.micro(graph.rows, graph.counts))
+
+        try:
+            with holding() as held:
+                graph.replay = self.recorder.record(once)
+        except RuntimeError as error:
+            problem: str | None = f"its capture failed: {first_line(first_of(error))}"
+        else:
+            problem = f"{held.made[0]} made anew what it keeps" if held.made else self._strays()
+        if problem:
+            self._refuse(shape, problem)
+            return
+        graph.held, self.graphs[shape] = held.found, graph
+        self.tell({"micro_batch": shape[0]})
+
+    def _replay(self, graph: Graph, rows: Row, counts: Tensor) -> Tensor:
+        for kept, given in zip((*graph.rows, graph.counts), (*rows, counts), strict=True):
+            kept.copy_(given)
+        self._attach()
+        graph.replay()
+        return graph.losses.clone()
+
+    def _attach(self) -> None:
+        """Makes the graphs' own tensors the gradients, with what the parameters' have so far."""
+        fresh = []
+        for number in self.reached:
+            parameter = self.parameters[number]
+            if number not in self.gradients:
+                self.gradients[number] = torch.zeros_like(parameter)
+            own = self.gradients[number]
+            if parameter.grad is None:
+                fresh.append(own)
+            elif parameter.grad is not own:
+                own.copy_(parameter.grad)
+            parameter.grad = own
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+    def _strays(self) -> str | None:
+        """Takes away gradients that came up in a capture alone, where they have no numbers; a reason if there are."""
+        strays = [
+            p for n, p in enumerate(self.parameters) if p.grad is not None and p.grad is not self.gradients.get(n)
+        ]
+        for parameter in strays:
+            parameter.grad = None
+        return f"{len(strays)} parameters had no gradient before" if strays else None
+
+    def _refuse(self, shape: Shape, reason: str) -> None:
+        self.refused.add(shape)
+        self.recorder.free()
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.told:
+            self.told.add(reason)
+            self.tell({"eager": reason})
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Where a chain of errors began: the end of a capture that failed raises its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
