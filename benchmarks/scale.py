@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py train --shape llama3-8b --processes 1,2 --out FILE   # the rows for GPUs
     python benchmarks/scale.py train --shape tiny --processes 1,2   # the same on the CPU, in minutes
+    python benchmarks/scale.py train --stages long --length 131072 --rows 1 --micro-batch 1 --processes 1   # by chunks
     python benchmarks/scale.py predict                              # memory and time against predictions, on the CPU
     python benchmarks/scale.py figures                              # the predictions of docs/scaling.md; nothing is run
 
@@ -46,6 +47,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "transfer": {"kind": "transfer"},
     "lora": {"kind": "distil", "trainable": "new+lora", "gradient_checkpointing": True},
     "all": {"kind": "distil", "trainable": "all", "gradient_checkpointing": True},
+    "long": {"kind": "distil", "trainable": "new+lora", "chunk_tokens": 4096},  # the state is carried across chunks
 }
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES: list[tuple[int, dict[str, Any]]] = [  # of `predict`: layers, stage

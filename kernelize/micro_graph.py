@@ -177,6 +177,7 @@ class MicroSteps:
     def __call__(self, rows: Row, counts: Tensor, whole: bool) -> Tensor:
         """Adds the gradients of rows [b, T] on the device, and gives their losses; `whole`: each is one document."""
         shape = tuple(rows.input_ids.shape)
+        rows = Row(*(x.contiguous() for x in rows))  # as a graph's own: other strides would be compiled anew
         if not whole:
             self._say("rows hold several documents")
             return self.recorder.run(lambda: self.micro(rows, counts))

@@ -90,3 +90,13 @@ def test_a_layer_compiles_for_a_gpu(tmp_path, monkeypatch, policy, train):
     launches = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, 512, train))[0]
     assert warmed(launches, 0, 1) == len({(x.name, *sorted((k, v) for k, v in x.options.items() if isinstance(v, bool)))
                                           for x in launches})  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32)])
+def test_the_exact_branch_has_four_warps_for_a_head(width, dtype):
+    """Triton 3.6 reads beyond a program's shared memory with eight: seen on Hopper alone (docs/performance.md)."""
+    call = layer_call({**SPEC, "feature_dim": width}, (1, 4, 2, width), 512, True, dtype=dtype)
+    exact = [x for x in launches_of(call)[0] if x.kernel.__module__.endswith("fused_exact")]
+    assert {launch.name for launch in exact} >= {"exact_kernel", "query_grad_kernel", "held_grad_kernel"}
+    for launch in exact:
+        assert launch.options["num_warps"] == 4 * launch.options["HP"], launch.name

@@ -25,6 +25,7 @@ from test_train import (
     text,  # noqa: F401  a fixture
 )
 from tiny import tiny_llama
+from transformers.utils import import_utils
 
 from kernelize import micro_graph
 from kernelize.data import Row
@@ -339,6 +340,40 @@ def test_what_the_host_knows_of_rows_is_not_asked_again(monkeypatch):
     with whole_rows(False):
         assert layout_of(6, None, packed, 1, False).documents is not None
     assert layout_of(6, None, packed, 1, False).documents is not None
+
+
+def test_a_capture_makes_no_mask_of_whole_rows(monkeypatch):
+    """Softmax attention gets the same in a capture as before it: what torch.compile has compiled serves there, too."""
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    model, seen = tiny_llama().eval(), []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    ids, positions = torch.arange(1, 25).view(2, 12), torch.arange(12).expand(2, -1)
+    model(ids, position_ids=positions, use_cache=False)
+    with whole_rows():
+        model(ids, position_ids=positions, use_cache=False)
+    assert seen[0] is not None
+    assert seen[1] is None
+
+
+def test_a_graph_reads_rows_that_lie_as_those_before_it():
+    """Or compiled code would be compiled anew, in the capture, where that is not allowed."""
+    seen = []
+
+    def micro(rows, counts):
+        seen.append([(x.stride(), x.dtype) for x in rows])
+        return counts.new_zeros(1)
+
+    steps = MicroSteps(micro, [], Rerun(), lambda event: None)
+    positions = torch.arange(6).expand(2, -1)  # of stride 0
+    ids = torch.ones(2, 12, dtype=torch.int64)[:, ::2]
+    for _ in range(WARM_UPS + 2):
+        steps.begin()
+        steps(Row(ids, positions, ids, ids > 0), torch.ones(1), True)
+    assert len(steps.graphs) == 1
+    assert len(seen) == WARM_UPS + 2
+    assert all(one == seen[0] for one in seen)
 
 
 def test_what_is_kept_can_be_held():

@@ -41,7 +41,7 @@ from .state import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
-WIDEST_ON_GPU = 128
+WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need more shared memory than it has
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 
@@ -55,10 +55,8 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}, not on a GPU"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
-    if q.is_cuda and q.dtype == torch.float32:
-        return "in float32 the backward kernels fail on a GPU (illegal access, H200, Triton 3.6)"
-    if q.is_cuda and q.shape[-1] > WIDEST_ON_GPU:
-        return f"heads of more than {WIDEST_ON_GPU} channels fail on a GPU (illegal access, H100, Triton 3.6)"
+    if q.is_cuda and q.dtype == torch.float32 and (q.shape[-1] > WIDEST_FULL[0] or spec.feature_dim > WIDEST_FULL[1]):
+        return "float32 on a GPU: only heads of up to {} channels with {} features".format(*WIDEST_FULL)
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
     return unsupported(spec)

@@ -44,16 +44,17 @@ def whole_rows(known: bool = True) -> Iterator[None]:
     """Within the context, where it is `known` that every row is one document, no forward asks the device for it.
 
     Nor do Transformers' own masks: those would also take every row as packed while a CUDA graph is captured, and
-    hand softmax attention a mask T × T.
+    hand softmax attention a mask T × T, as they do wherever values cannot be read (of 5.17; without padding none are).
     """
     global _whole
-    before, asks = _whole, masking_utils.find_packed_sequence_indices
+    before = _whole, masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
     try:
         if known:
             _whole, masking_utils.find_packed_sequence_indices = True, lambda position_ids: None
+            masking_utils.is_tracing = lambda tensor=None: False
         yield
     finally:
-        _whole, masking_utils.find_packed_sequence_indices = before, asks
+        _whole, masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before
 
 
 def are_whole(position_ids: Tensor) -> bool:
