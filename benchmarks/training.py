@@ -139,7 +139,8 @@ def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[
 
 
 def graph(step: MicroStep, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Rows of what a captured micro-step computes, beside the eager one, for two batches; then of what each takes.
+    """Rows of what a captured micro-step computes, beside the eager one, for two batches and after the weights have
+    changed; then of what each takes.
 
     Two eager runs differ as well, by the order of atomic additions: a replay must not differ by more than that.
     SystemExit where it is not captured.
@@ -150,23 +151,42 @@ def graph(step: MicroStep, tell: Callable[[dict[str, Any]], None]) -> None:
         tell({"eager again, batch": number} | difference(gradients_of(step, step.micro, rows), expected[number]))
     tell({"batch": "1 against 0"} | difference(*expected))
     tell({"micro-step": "eager"} | timed(step, step.micro, batches[0]))  # before a graph takes its memory
-    told: list[dict[str, Any]] = []
-    recorder = micro_graph.RECORDERS[step.device]()
-    steps = micro_graph.MicroSteps(step.micro, step.parameters, recorder, told.append)
+    steps = captured(step, batches[0])
 
     def run(rows: Row, counts: torch.Tensor) -> torch.Tensor:
-        steps.begin()
         return steps(rows, counts, True)
 
-    for _ in range(micro_graph.WARM_UPS):
-        gradients_of(step, run, batches[0])
     for number, rows in enumerate(batches):
         tell({"graph, batch": number} | difference(gradients_of(step, run, rows), expected[number]))
-    if told != [{"micro_batch": step.size[0]}]:
-        raise SystemExit(f"not captured: {told}")
+    changed(step)
+    for number, rows in enumerate(batches):
+        again = gradients_of(step, run, rows)
+        now = gradients_of(step, step.micro, rows)
+        tell({"graph, other weights, batch": number} | difference(again, now))
+        tell({"other weights against before": number} | difference(now, expected[number]))
     tell({"micro-step": "graph"} | timed(step, run, batches[0]))
     if step.device == "cuda":
         tell({"peak GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.memory_reserved() / 1e9})
+
+
+def captured(step: MicroStep, rows: Row) -> micro_graph.MicroSteps:
+    """The step's graph. SystemExit, with the reason, where there is none."""
+    told: list[dict[str, Any]] = []
+    recorder = micro_graph.RECORDERS[step.device]()
+    steps = micro_graph.MicroSteps(step.micro, step.parameters, recorder, told.append)
+    steps.stepped()
+    for _ in range(micro_graph.WARM_UPS + 1):
+        gradients_of(step, lambda rows, counts: steps(rows, counts, True), rows)
+    if told != [{"micro_batch": step.size[0]}]:
+        raise SystemExit(f"not captured: {told}")
+    return steps
+
+
+def changed(step: MicroStep) -> None:
+    """Other weights, in place: as the optimizer leaves them, and far enough to be seen."""
+    with torch.no_grad():
+        for parameter in step.parameters:
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
 
 
 def timed(step: MicroStep, run: Callable[[Row, torch.Tensor], torch.Tensor], rows: Row) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .data import Row
 from .decode import HOST_ROPES
-from .errors import first_line
+from .errors import KernelizeError, first_line
 from .graphs import shapes_of
 from .runtime.fused import supports
 from .runtime.kept import holding
@@ -59,14 +59,18 @@ class Recorder(Protocol):
         """Captures it, which computes nothing; what then runs it. RuntimeError where that is not possible."""
 
     def free(self) -> None:
-        """Gives back the memory of graphs that nobody holds any more."""
+        """Gives back the memory of all that was captured; none of it is replayed again."""
 
 
 class CudaRecorder:
-    """On one stream: a gradient's place in autograd's graph remembers the stream that made it."""
+    """On one stream: a gradient's place in autograd's graph remembers the stream that made it.
+
+    Graphs of one stream share its workspaces, which go with the first of them that does: so they go together.
+    """
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def run(self, micro: Callable[[], Tensor]) -> Tensor:
         outer = torch.cuda.current_stream()
@@ -92,6 +96,7 @@ class CudaRecorder:
 
     def record(self, micro: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        self.graphs.append(graph)
         # a capture that fails would leave its own stream the current one
         before = torch.cuda.stream(torch.cuda.current_stream())
         # one pool serves all shapes: nothing in it outlives a replay
@@ -100,6 +105,7 @@ class CudaRecorder:
         return graph.replay
 
     def free(self) -> None:
+        self.graphs.clear()
         torch.cuda.empty_cache()
 
 
@@ -109,10 +115,10 @@ RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaRecorder}  # by type
 # --- whether it can be ------------------------------------------------------------------------------------------------
 
 
-def uncapturable(stage: Stage, processes: int, sharded: bool) -> str | None:
+def uncapturable(stage: Stage, distributed: bool) -> str | None:
     """Why the micro-steps of a stage cannot be graphs, whatever the model, or None."""
     refused = {
-        f"{processes} processes reduce gradients between them": processes > 1 or sharded,
+        "gradients are reduced between processes": distributed,
         "chunk_tokens: what happens between chunks is the host's": stage.chunk_tokens is not None,
         "layers_at_a_time reads and writes hidden states on disk": stage.layers_at_a_time is not None,
         "window_dropout is drawn by the host": stage.window_dropout > 0,
@@ -140,6 +146,10 @@ def asks_the_host(model: PreTrainedModel, device: torch.device) -> str | None:
 # --- micro-steps ------------------------------------------------------------------------------------------------------
 
 
+class UncapturableError(KernelizeError):
+    """A micro-step was captured, but its replay would be another micro-step."""
+
+
 @dataclass
 class Graph:
     """One shape's micro-step, and the tensors that it reads and writes."""
@@ -148,7 +158,7 @@ class Graph:
     counts: Tensor
     losses: Tensor
     replay: Callable[[], None]
-    held: list[Any] = field(default_factory=list)  # what its kernels read and others made
+    held: list[Any]  # what its kernels read and others made
 
 
 class MicroSteps:
@@ -169,9 +179,10 @@ class MicroSteps:
         self.width = 0  # of the losses
         self.told: set[str] = set()
         self.steps = 0
+        self.failed = False  # a capture: what that leaves of torch's state may serve for eager work alone
 
-    def begin(self) -> None:
-        """Is told that a step's first micro-batch comes now."""
+    def stepped(self) -> None:
+        """Is told that the optimizer has made a step."""
         self.steps += 1
 
     def __call__(self, rows: Row, counts: Tensor, whole: bool) -> Tensor:
@@ -182,7 +193,7 @@ class MicroSteps:
             self._say("rows hold several documents")
             return self.recorder.run(lambda: self.micro(rows, counts))
         with whole_rows():
-            if shape not in self.graphs and shape not in self.refused:
+            if shape not in self.graphs and shape not in self.refused and not self.failed:
                 if not self._is_warm(shape):
                     return self._warm_up(shape, rows, counts)
                 self._capture(shape, rows, counts)
@@ -192,7 +203,7 @@ class MicroSteps:
 
     def give_up(self, reason: str) -> bool:
         """Runs the shapes that have a graph eagerly from now on, and frees what graphs hold; whether there was one."""
-        found = bool(self.graphs)
+        found = bool(self.graphs or self.gradients)
         self.refused |= set(self.graphs)
         self.graphs.clear()
         self.gradients.clear()
@@ -203,39 +214,67 @@ class MicroSteps:
 
     def _is_warm(self, shape: Shape) -> bool:
         """Not in the first step: the optimizer's moments, which it makes, must have found their place."""
-        return self.eager[shape] >= WARM_UPS and self.steps > 1
+        return self.eager[shape] >= WARM_UPS and self.steps > 0
 
     def _warm_up(self, shape: Shape, rows: Row, counts: Tensor) -> Tensor:
+        if self.eager[shape] + 1 == WARM_UPS:
+            losses = self._last_warm_up(shape, rows, counts)
+        else:
+            losses = self.recorder.run(lambda: self.micro(rows, counts))
         self.eager[shape] += 1
-        if self.eager[shape] != WARM_UPS:
-            return self.recorder.run(lambda: self.micro(rows, counts))
+        return losses
+
+    def _last_warm_up(self, shape: Shape, rows: Row, counts: Tensor) -> Tensor:
+        """The one that is looked at: what the host decides or draws in it, a graph would repeat for ever."""
+        drawn = torch.get_rng_state()
         losses, sync = self.recorder.syncs(lambda: self.micro(rows, counts))
         self.reached |= {number for number, p in enumerate(self.parameters) if p.grad is not None}
         self.width = len(losses)
         if sync:
             self._refuse(shape, f"{sync} waits for the device")
+        elif not torch.equal(drawn, torch.get_rng_state()):
+            self._refuse(shape, "the model draws random numbers on the host")
         return losses
 
     def _capture(self, shape: Shape, rows: Row, counts: Tensor) -> None:
-        self._attach()
-        losses = counts.new_zeros(self.width)
-        graph = Graph(Row(*(x.clone() for x in rows)), counts.clone(), losses, lambda: None)
+        before, problem = [p.grad for p in self.parameters], None
+        try:
+            self._attach()
+            before = [p.grad for p in self.parameters]
+            self.graphs[shape] = self._captured(Row(*(x.clone() for x in rows)), counts.clone(), before)
+        except UncapturableError as error:
+            problem = str(error)
+        except Exception as error:
+            problem = f"its capture failed: {first_line(error)}"
+        if problem is None:
+            self.tell({"micro_batch": shape[0]})
+            return
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            parameter.grad = gradient  # what came up in the capture has no numbers
+        self.failed = True
+        self._refuse(shape, problem)
+
+    def _captured(self, rows: Row, counts: Tensor, before: list[Tensor | None]) -> Graph:
+        """The graph on these tensors, beside the parameters' gradients `before`. UncapturableError where it is none."""
+        losses, errors = counts.new_zeros(self.width), list[Exception]()
 
         def once() -> None:
-            graph.losses.copy_(self.micro(graph.rows, graph.counts))
+            try:
+                losses.copy_(self.micro(rows, counts))
+            except Exception as error:
+                errors.append(error)
+                raise
 
         try:
             with holding() as held:
-                graph.replay = self.recorder.record(once)
-        except RuntimeError as error:
-            problem: str | None = f"its capture failed: {first_line(first_of(error))}"
-        else:
-            problem = f"{held.made[0]} made anew what it keeps" if held.made else self._strays()
-        if problem:
-            self._refuse(shape, problem)
-            return
-        graph.held, self.graphs[shape] = held.found, graph
-        self.tell({"micro_batch": shape[0]})
+                replay = self.recorder.record(once)
+        except Exception as error:  # the end of a capture that broke off raises another
+            raise errors[0] if errors else error from None
+        if held.made:
+            raise UncapturableError(f"{held.made[0]} made anew what it keeps")
+        if strays := sum(p.grad is not g for p, g in zip(self.parameters, before, strict=True)):
+            raise UncapturableError(f"{strays} parameters had no gradient before")
+        return Graph(rows, counts, losses, replay, held.found)
 
     def _replay(self, graph: Graph, rows: Row, counts: Tensor) -> Tensor:
         for kept, given in zip((*graph.rows, graph.counts), (*rows, counts), strict=True):
@@ -260,28 +299,14 @@ class MicroSteps:
         if fresh:
             torch._foreach_zero_(fresh)
 
-    def _strays(self) -> str | None:
-        """Takes away gradients that came up in a capture alone, where they have no numbers; a reason if there are."""
-        strays = [
-            p for n, p in enumerate(self.parameters) if p.grad is not None and p.grad is not self.gradients.get(n)
-        ]
-        for parameter in strays:
-            parameter.grad = None
-        return f"{len(strays)} parameters had no gradient before" if strays else None
-
     def _refuse(self, shape: Shape, reason: str) -> None:
         self.refused.add(shape)
-        self.recorder.free()
+        if not self.graphs:  # else they live on what would be freed
+            self.gradients.clear()
+            self.recorder.free()
         self._say(reason)
 
     def _say(self, reason: str) -> None:
         if reason not in self.told:
             self.told.add(reason)
             self.tell({"eager": reason})
-
-
-def first_of(error: BaseException) -> BaseException:
-    """Where a chain of errors began: the end of a capture that failed raises its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
@@ -449,7 +450,7 @@ class _Run:
         if device.type not in micro_graph.RECORDERS:
             return None
         tell = partial(self._tell, event="graph", stage=stage.name)
-        reason = micro_graph.uncapturable(stage, self.accelerator.num_processes, self.engine.sharded)
+        reason = micro_graph.uncapturable(stage, self.accelerator.distributed_type != DistributedType.NO)
         for model in (self.model, self.reading if stage.kind == "distil" else None):
             if reason is None and model is not None:
                 reason = micro_graph.asks_the_host(model, device)
@@ -557,6 +558,8 @@ class _Run:
         rate = training.scheduler.get_last_lr()[0]
         self.engine.step(training.wrapped, training.optimizer)
         training.scheduler.step()
+        if training.graphs:
+            training.graphs.stepped()
         names = ("loss", *training.objective.terms)
         return dict(zip(names, summed, strict=False)) | {"gradient_norm": norm, "learning_rate": rate}
 
@@ -606,8 +609,6 @@ class _Run:
         micro = [Row(*(part.to(self.accelerator.device) for part in rows)) for rows in micro]
         counts = counts.clamp(min=1)
         objective.begin(step)
-        if training.graphs:
-            training.graphs.begin()
         total: Tensor | float = 0.0
         for number, rows in enumerate(micro):
             self._seed(index, step, number * processes + self.accelerator.process_index)

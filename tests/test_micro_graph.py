@@ -7,6 +7,7 @@ far as that shows without one: `capturable` in fused_laws.py. On a GPU: benchmar
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -203,10 +204,7 @@ def test_a_step_that_cannot_be_captured_goes_on_eagerly(text, tmp_path, monkeypa
 
     def broken(recorder, micro):
         if when == "capture":
-            try:
-                raise RuntimeError("an operation that is not permitted\nand more")
-            finally:
-                raise RuntimeError("the end of a capture that failed")
+            raise RuntimeError("an operation that is not permitted\nand more")
         if when == "kept":
             kept(1)(later)()
         return micro
@@ -268,7 +266,9 @@ def micro_steps(told):
         loss.backward()
         return loss.detach()[None]
 
-    return weight, idle, MicroSteps(micro, [weight, idle], Rerun(), told.append)
+    steps = MicroSteps(micro, [weight, idle], Rerun(), told.append)
+    steps.stepped()
+    return weight, idle, steps
 
 
 def rows_of(*ids, size=1):
@@ -281,7 +281,6 @@ def test_a_graph_reads_what_it_is_given_and_adds_to_what_is_there():
     told = []
     weight, idle, steps = micro_steps(told)
     for number in range(1, WARM_UPS + 6):
-        steps.begin()
         weight.grad = None
         count = torch.tensor([2.0**number])
         if number % 2:  # what came before in the step was eager, of another shape
@@ -304,7 +303,6 @@ def test_a_gradient_that_comes_up_in_the_capture_alone_is_no_gradient():
 
     steps.recorder.record = record
     for _ in range(WARM_UPS + 1):
-        steps.begin()
         weight.grad = None
         steps(rows_of(1, 2), torch.ones(1), True)
     assert told == [{"eager": "1 parameters had no gradient before"}]
@@ -312,11 +310,88 @@ def test_a_gradient_that_comes_up_in_the_capture_alone_is_no_gradient():
     assert float(weight.grad) == 3
 
 
+@pytest.mark.parametrize("wrong", ["body", "attach"])
+def test_a_capture_that_breaks_off_says_what_broke_it(monkeypatch, wrong):
+    """And the gradients that the step has so far stay; no other shape is captured after it."""
+    told = []
+    weight, idle, steps = micro_steps(told)
+    body = steps.micro
+
+    def record(micro):
+        idle.grad = torch.full_like(idle, torch.nan)
+        steps.micro = lambda *given: 1 // 0
+        try:
+            micro()
+        finally:
+            steps.micro = body
+            raise RuntimeError("the end of a capture that failed")
+
+    def short(self):
+        raise torch.OutOfMemoryError("none left")
+
+    if wrong == "attach":
+        monkeypatch.setattr(MicroSteps, "_attach", short)
+    steps.recorder.record = record
+    for number in range(WARM_UPS + 1):
+        weight.grad = None
+        if number == WARM_UPS:
+            steps(rows_of(1, 1, 1), torch.ones(1), True)
+        steps(rows_of(1, 2), torch.ones(1), True)
+    assert told == [{"eager": {"body": "its capture failed: integer division or modulo by zero",
+                               "attach": "its capture failed: none left"}[wrong]}]  # fmt: skip
+    assert float(weight.grad) == 6
+    assert idle.grad is None
+    assert not steps.gradients
+    monkeypatch.undo()
+    for _ in range(WARM_UPS + 2):
+        steps(rows_of(7), torch.ones(1), True)
+    assert not steps.graphs
+
+
+def test_what_the_host_draws_is_not_captured():
+    told = []
+    weight, _, steps = micro_steps(told)
+    body = steps.micro
+    steps.micro = lambda *given: body(*given) * (1 + 0 * torch.rand(()))
+    for _ in range(WARM_UPS + 2):
+        weight.grad = None
+        steps(rows_of(1, 2), torch.ones(1), True)
+    assert told == [{"eager": "the model draws random numbers on the host"}]
+    assert float(weight.grad) == 3
+
+
+def test_nothing_is_captured_before_the_optimizer_has_its_moments():
+    told = []
+    _, _, steps = micro_steps(told)
+    steps.steps = 0
+    for _ in range(WARM_UPS + 3):
+        steps(rows_of(1, 2), torch.ones(1), True)
+    assert told == []
+    steps.stepped()
+    steps(rows_of(1, 2), torch.ones(1), True)
+    assert told == [{"micro_batch": 1}]
+
+
+def test_a_refused_shape_leaves_the_graphs_of_others_alone():
+    """What one graph's capture has taken, others read."""
+    told = []
+    weight, _, steps = micro_steps(told)
+    for size in (1, 2):
+        for _ in range(WARM_UPS + 1):
+            weight.grad = None
+            steps(rows_of(1, 2, size=size), torch.ones(1), True)
+        steps.recorder.record = lambda micro: 1 // 0
+    assert told == [{"micro_batch": 1}, {"eager": "its capture failed: integer division or modulo by zero"}]
+    assert steps.recorder.freed == 0
+    weight.grad = None
+    steps(rows_of(1, 2), torch.ones(1), True)
+    assert float(weight.grad) == 3
+
+
 def test_packed_rows_are_left_to_the_eager_step():
     told = []
     weight, _, steps = micro_steps(told)
     for _ in range(WARM_UPS + 3):
-        steps.begin()
         weight.grad = None
         steps(rows_of(1, 2), torch.ones(1), False)
     assert told == [{"eager": "rows hold several documents"}]
@@ -340,6 +415,16 @@ def test_what_the_host_knows_of_rows_is_not_asked_again(monkeypatch):
     with whole_rows(False):
         assert layout_of(6, None, packed, 1, False).documents is not None
     assert layout_of(6, None, packed, 1, False).documents is not None
+
+
+def test_what_one_thread_knows_another_does_not():
+    packed, seen = torch.tensor([[0, 1, 2, 0, 1, 2]]), []
+    other = threading.Thread(target=lambda: seen.append(layout_of(6, None, packed, 1, False)))
+    with whole_rows():
+        other.start()
+        other.join()
+        assert layout_of(6, None, packed, 1, False) is None
+    assert seen[0].documents is not None
 
 
 def test_a_capture_makes_no_mask_of_whole_rows(monkeypatch):
@@ -366,10 +451,10 @@ def test_a_graph_reads_rows_that_lie_as_those_before_it():
         return counts.new_zeros(1)
 
     steps = MicroSteps(micro, [], Rerun(), lambda event: None)
+    steps.stepped()
     positions = torch.arange(6).expand(2, -1)  # of stride 0
     ids = torch.ones(2, 12, dtype=torch.int64)[:, ::2]
     for _ in range(WARM_UPS + 2):
-        steps.begin()
         steps(Row(ids, positions, ids, ids > 0), torch.ones(1), True)
     assert len(steps.graphs) == 1
     assert len(seen) == WARM_UPS + 2

@@ -261,9 +261,9 @@ def standing(bounds: Tensor, last: Tensor, seen: Tensor, block: int, sinks: int,
 
 # New sequences of one length share their bookkeeping over all layers, whatever their slots: the tensors of
 # `fresh_bounds` are its keys.
-fresh_folded = kept(8)(folded_tokens)
-fresh_leaving = kept(8)(leaving)
-fresh_standing = kept(8)(standing)
+fresh_folded = kept(64)(folded_tokens)
+fresh_leaving = kept(64)(leaving)
+fresh_standing = kept(64)(standing)
 
 
 def fresh(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Store:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
-_whole = False  # whether somebody has seen on the host that rows are whole
+
+class _Known(threading.local):
+    """What a thread knows of its rows."""
+
+    whole = False
+
+
+_known = _Known()
 
 
 @dataclass(frozen=True)
@@ -34,27 +44,42 @@ def layout_of(
         valid = attention_mask[:, -length:].bool()
         skippable = length > 1 and not torch.compiler.is_compiling()
         return None if skippable and bool(valid.all()) else Layout(valid=valid)
-    if attention_mask is None and position_ids is not None and not has_cache and length > 1 and not _whole:
+    if attention_mask is None and position_ids is not None and not has_cache and length > 1 and not _known.whole:
         return packed(position_ids.expand(batch, -1))
     return None
 
 
 @contextmanager
 def whole_rows(known: bool = True) -> Iterator[None]:
-    """Within the context, where it is `known` that every row is one document, no forward asks the device for it.
+    """Within the context, where it is `known` that every row is one document, this thread's forwards do not ask the
+    device for it.
 
     Nor do Transformers' own masks: those would also take every row as packed while a CUDA graph is captured, and
     hand softmax attention a mask T × T, as they do wherever values cannot be read (of 5.17; without padding none are).
     """
-    global _whole
-    before = _whole, masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    before = _known.whole
     try:
         if known:
-            _whole, masking_utils.find_packed_sequence_indices = True, lambda position_ids: None
-            masking_utils.is_tracing = lambda tensor=None: False
+            _answer_masks()
+            _known.whole = True
         yield
     finally:
-        _whole, masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = before
+        _known.whole = before
+
+
+@cache
+def _answer_masks() -> None:
+    """Lets Transformers' masks know, for good: for a thread that knows nothing, nothing is different."""
+    for name, answer in (("find_packed_sequence_indices", None), ("is_tracing", False)):
+        setattr(masking_utils, name, _unless_whole(getattr(masking_utils, name), answer))
+
+
+def _unless_whole(asks: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    @wraps(asks)
+    def answered(*args: Any, **named: Any) -> Any:
+        return answer if _known.whole else asks(*args, **named)
+
+    return answered
 
 
 def are_whole(position_ids: Tensor) -> bool:
