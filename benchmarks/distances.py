@@ -40,13 +40,20 @@ def shown_at(distance: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def answer_logits(model: Any, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """What a model says before each token of an answer, [N, V] float32, and the tokens that stand there, [N].
+
+    ids [b, T]; answers [b, T] bool.
+    """
+    ids, asked = ids.to(model.device), answers[:, 1:].to(model.device)
+    return model(input_ids=ids, use_cache=False).logits[:, :-1][asked].float(), ids[:, 1:][asked]
+
+
 def answers(model: Any, rows: list[Row]) -> tuple[float, float]:
     """(loss of an answer's tokens in nats, how many of them would be chosen)."""
     losses, right = [], []
     for row in rows:
-        asked = row.answers[:, 1:].to(model.device)
-        logits = model(input_ids=row.input_ids.to(model.device), use_cache=False).logits[:, :-1][asked].float()
-        labels = row.labels[:, 1:].to(model.device)[asked]
+        logits, labels = answer_logits(model, row.input_ids, row.answers)
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
         right.append((logits.argmax(-1) == labels).float())
     return float(torch.cat(losses).mean()), float(torch.cat(right).mean())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +18,9 @@ from tiny import byte_tokenizer, tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import recipes as benchmark
+import second_family
 
+from kernelize.evaluate import Row, load_rows
 from kernelize.recipe import load_recipe
 
 LINES = [f"line {n}: {n * n} is the square of {n}, and {n % 7} is left of it by seven.\n" for n in range(3000)]
@@ -40,6 +44,8 @@ def args(tmp_path_factory) -> Namespace:
     (root / "data" / benchmark.WIKI).write_text(json.dumps({"text": unseen[:9000]}) + "\n")
     with lzma.open(root / "data" / benchmark.BOOK, "wt") as file:
         file.write(unseen[9000:])
+    with lzma.open(root / "data" / second_family.HAYSTACK, "wt") as file:
+        file.write("".join(reversed(LINES)))
     question = {"context": "Two and two are", "choices": ["four", "five"], "gold": 0}
     (root / "data/eval/sums.jsonl").write_text("".join(json.dumps({"id": i} | question) + "\n" for i in range(2)))
     tiny_llama(max_position_embeddings=2048).save_pretrained(root / "teacher")
@@ -106,3 +112,46 @@ def test_no_training_begins_when_the_time_is_up(args):
     with pytest.raises(benchmark.TimeUpError):
         benchmark.train_all([benchmark.Run("liger", 5)], args, benchmark.Clock.of(0))
     assert not (args.output / "liger.5").exists()
+
+
+def distances(metric: str, **found: tuple[float, float, float]) -> list[Row]:
+    names = {"control": second_family.CONTROL, "mine": second_family.MINE, "rounded": second_family.ROUNDED}
+    return [Row(names[name], "ppl", metric, 8192, None, *numbers, 9) for name, numbers in found.items()]
+
+
+def test_a_share_is_that_of_a_gap_beyond_its_noise():
+    of = {"control": (0.10, 0.08, 0.12), "mine": (0.02, 0.01, 0.03), "rounded": (0.001, 0.0, 0.002)}
+    found = second_family.gap(distances("kl", **of), "kl", 8192)
+    assert found.share() == pytest.approx((0.8, 0.7, 0.9))
+    assert second_family.share_of(found) == "0.80 [0.70, 0.90] recovered of a gap of 0.1000 [0.0800, 0.1200]"
+    ratios = {name: tuple(map(math.exp, numbers)) for name, numbers in of.items()}
+    assert second_family.gap(distances("ppl_ratio", **ratios), "ppl_ratio", 8192).share() == pytest.approx(
+        found.share()
+    )
+    assert second_family.gap(distances("kl", mine=of["mine"]), "kl", 8192) is None
+
+
+@pytest.mark.parametrize("change", [{"control": (0.02, -0.01, 0.05)}, {"control": (0.0007, 0.0006, 0.0008)},
+                                    {"rounded": (-0.09, -0.1, -0.08)}])  # fmt: skip
+def test_no_share_of_a_gap_within_its_noise(change):
+    of = {"control": (0.10, 0.08, 0.12), "mine": (0.02, 0.01, 0.03), "rounded": (0.0, 0.0, 0.0)} | change
+    said = second_family.share_of(second_family.gap(distances("kl", **of), "kl", 8192))
+    assert said.startswith("no gap to recover: the control is 0.")
+    assert "the recipe 0.0200 [0.0100, 0.0300]" in said
+
+
+@pytest.mark.slow
+def test_a_second_family_from_its_first_step_to_the_last_line(args, tmp_path):
+    options = {"--data": args.data, "--output": tmp_path, "--source": args.source, "--device": "cpu"}
+    command = [sys.executable, second_family.__file__, *(str(word) for pair in options.items() for word in pair)]
+    command += ["--trial", "--beside", str(tmp_path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    wanted = ["wikitext 512, loss", "wikitext 512, KL", "book 1024, loss", "book 1024, KL", "answers 1024, loss",
+              "answers 1024, KL"]  # fmt: skip
+    assert [line.partition(":")[0] for line in said[-6:]] == wanted
+    for line in said[-6:]:
+        mine, _, first = line.partition("; the first family: ")
+        assert mine.endswith(first)  # the folder beside is its own
+    rows = [row for row in load_rows(tmp_path / "rows/answers.json") if row.metric == "kl"]
+    assert [row.model for row in rows] == [second_family.CONTROL, second_family.MINE, second_family.ROUNDED]
+    assert all(row.value >= 0 and row.n > 1 for row in rows)
