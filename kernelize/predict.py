@@ -12,7 +12,7 @@ Of one process, with N processes and S = N where the engine shards (FSDP2), else
 
     FLOPs       2 a multiply-add x (matrix parameters x passes + attention); passes: `PASSES`
     seconds     FLOPs / (machine's FLOP/s x efficiency x N), and where attention is not fused SCORES_PASSES passes
-                over its scores
+                over its scores; on a GPU at least HOST a layer and micro-batch, in which the host asks for its kernels
 
 Tokens held at once: micro_batch x sequence_length, or x chunk_tokens. `benchmarks/scale.py predict` compares this with
 measurements; FACTOR is how far they may be apart.
@@ -41,11 +41,14 @@ if TYPE_CHECKING:
 
     from .recipe import Stage
 
-FACTOR = 2.0  # measured memory and time are within this factor of what is predicted, on the CPU
+FACTOR = 2.0  # measured memory and time are within this factor of what is predicted
 # passes over the matrix parameters: (student forward, backward to inputs, backward to weights, teacher forward)
 PASSES = {"transfer": (1, 0, 0, 0), "forecast": (1, 0, 0, 0), "distil": (1, 1, 0, 1)}
 SCORES_PASSES = 45.0  # over the scores of a layer, forward and backward, in exponentials' time
 ORIGINAL_PASSES = {"transfer": 2.0, "forecast": 4.0, "distil": 0.5}  # over the original's, T x T; sdpa in distillation
+# seconds a layer and micro-batch in which the host asks for the kernels, and for those of a second forward; measured with
+# Llama-3-8B's shape on an H200's host (docs/scaling.md). A stage that runs as a CUDA graph needs less.
+HOST, HOST_AGAIN = {"transfer": 13.5e-3, "forecast": 13.5e-3, "distil": 13.0e-3}, 13.6e-3
 SCORES_SAVED = 9.0  # float32 copies of a token's scores that the chunked implementation keeps for its gradient
 
 
@@ -128,6 +131,7 @@ def predict(
     rounds = len(groups(model, stage.layers_at_a_time)) if stage.layers_at_a_time else 1
     flops = _step_flops(model, plan, shape, stage)
     scores = 0.0 if machine.fused else _step_scores(plan, shape, stage)
+    host = _step_host(plan, stage, processes) if machine.fused else 0.0
     return Prediction(
         stage=stage.name,
         weights=((frozen + teacher) * itemsize + 4 * trained) / shards,
@@ -138,7 +142,7 @@ def predict(
         + _teacher_cache(shape, stage),
         logits=_logits(config, stage, tokens, machine),
         step_flops=flops,
-        step_seconds=(flops / (machine.flops * machine.efficiency) + scores / machine.scores) / processes,
+        step_seconds=max((flops / (machine.flops * machine.efficiency) + scores / machine.scores) / processes, host),
         steps=stage.total_steps,
         stored_bytes=0 if rounds == 1 else 2.0 * itemsize * stage.total_steps * stage.batch_tokens * _width(config),
     )
@@ -250,7 +254,7 @@ def _step_flops(model: Any, plan: ConversionPlan, shape: AttentionShape, stage: 
     """Of a whole step."""
     forward, inputs, weights, teacher = PASSES[stage.kind]
     weights = int(stage.trainable == "all")
-    again = int(stage.gradient_checkpointing or stage.across == "recompute")
+    again = _again(stage)
     matrices = sum(module.weight.numel() for module in _linear(model))
     head = model.get_output_embeddings().weight.numel() if stage.kind == "distil" else 0
     passes = forward + inputs + weights + teacher + again
@@ -259,6 +263,18 @@ def _step_flops(model: Any, plan: ConversionPlan, shape: AttentionShape, stage: 
     softmax = shape.layers * shape.softmax_flops(stage.sequence_length / 2)
     attention = (3 + again) * own + softmax  # forward and twice that backward; the original's once
     return stage.batch_tokens * (2.0 * (matrices + head) * passes + attention)
+
+
+def _step_host(plan: ConversionPlan, stage: Stage, processes: int) -> float:
+    """Seconds in which a process's host asks for a whole step."""
+    pieces = -(-stage.sequence_length // (stage.chunk_tokens or stage.sequence_length))
+    micro_batches = pieces * -(-stage.rows // (processes * stage.micro_batch))
+    return micro_batches * len(plan.layers) * (HOST[stage.kind] + HOST_AGAIN * _again(stage))
+
+
+def _again(stage: Stage) -> int:
+    """How often a layer's forward is computed again for its gradients."""
+    return int(stage.gradient_checkpointing or stage.across == "recompute")
 
 
 def _step_scores(plan: ConversionPlan, shape: AttentionShape, stage: Stage) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -47,6 +48,18 @@ def test_shards_divide_what_a_process_holds_and_processes_the_time():
     assert four.step_seconds == pytest.approx(one.step_seconds / 4)
     replicated = said(trainable="all", processes=4)
     assert replicated.weights == one.weights
+
+
+def test_the_host_asks_for_every_micro_batch():
+    """So small steps do not get faster by a faster device, but by larger micro-batches and by more processes."""
+    small, larger, chunked = said(), said(micro_batch=4), said(chunk_tokens=16)
+    assert small.step_seconds == pytest.approx(2 * larger.step_seconds)
+    assert chunked.step_seconds == pytest.approx(4 * small.step_seconds)
+    assert said(gradient_checkpointing=True).step_seconds > 1.5 * small.step_seconds
+    assert said(layers=8).step_seconds == pytest.approx(2 * small.step_seconds)
+    slow = dataclasses.replace(H200, flops=1e6)
+    config, plan = tiny_llama(num_hidden_layers=4).config, ConversionPlan.uniform(SPEC, 4)
+    assert predict(config, plan, stage(), slow).step_seconds == pytest.approx(small.step_flops / (1e6 * 0.35))
 
 
 def test_what_saves_memory_is_predicted_to():
