@@ -305,7 +305,7 @@ def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None
         rows = evaluate(found, [suite], cache=args.output / f"measured-{name}.jsonl", on_progress=clock)
         if args.model:  # they are in the cache
             continue
-        save_rows(rows, folder / f"{name}.json")
+        keep_rows(rows, folder / f"{name}.json")
         write_report(rows, args.output / f"report-{name}")
         write_table(args, list(found))
     for name, (model, tokenizer) in found.items():
@@ -317,6 +317,14 @@ def measure(runs: Sequence[Run], args: argparse.Namespace, clock: Clock) -> None
         ):
             audit_one(name, model, found[TEACHER][0], tokenizer, args, clock)
             write_table(args, list(found))
+
+
+def keep_rows(rows: Sequence[Row], path: Path) -> None:
+    """Saves them in place of those of the same models; what other calls measured of others stays."""
+    measured = {row.model for row in rows}
+    with alone(path.parent.parent / f"locks/{path.name}"):
+        others = [row for row in load_rows(path) if row.model not in measured] if path.exists() else []
+        save_rows([*others, *rows], path)
 
 
 def audit_one(name: str, model: Any, teacher: Any, tokenizer: Any, args: argparse.Namespace, clock: Clock) -> None:
@@ -380,12 +388,15 @@ def lines(data: Path) -> list[Line]:
 
 
 def write_table(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """OUT/table.md: a column a recipe, mean over its seeds; in brackets the interval, or the seeds' least and most."""
+    """OUT/table.md: a column a recipe, mean over its seeds; in brackets the interval, or the seeds' least and most.
+
+    `names` come first, then whatever else was measured into OUT.
+    """
     rows = [dataclasses.replace(row, suite=path.stem.partition("-")[0])
             for path in sorted((args.output / "rows").glob("*.json")) for row in load_rows(path)]  # fmt: skip
     index = {(row.model, row.suite, row.metric, row.length): row for row in rows if row.depth is None}
     columns: dict[str, list[str]] = {}
-    for name in names:
+    for name in dict.fromkeys([*names, *(model for model, *_ in index)]):
         columns.setdefault(name.rpartition(".")[0] or name, []).append(name)
     head = ["measure", *(f"{c} ({len(m)} seeds)" if len(m) > 1 else c for c, m in columns.items()), "must reach"]
     body = [[line.title, *(cell(line, members, index) for members in columns.values()), line.target]

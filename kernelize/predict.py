@@ -46,8 +46,8 @@ FACTOR = 2.0  # measured memory and time are within this factor of what is predi
 PASSES = {"transfer": (1, 0, 0, 0), "forecast": (1, 0, 0, 0), "distil": (1, 1, 0, 1)}
 SCORES_PASSES = 45.0  # over the scores of a layer, forward and backward, in exponentials' time
 ORIGINAL_PASSES = {"transfer": 2.0, "forecast": 4.0, "distil": 0.5}  # over the original's, T x T; sdpa in distillation
-# seconds a layer and micro-batch in which the host asks for the kernels, and for those of a second forward; measured with
-# Llama-3-8B's shape on an H200's host (docs/scaling.md). A stage that runs as a CUDA graph needs less.
+# seconds a layer and micro-batch in which the host asks for the kernels, and for those of a second forward: measured
+# with Llama-3-8B's shape beside an H200 (docs/scaling.md). A stage that runs as a CUDA graph needs less.
 HOST, HOST_AGAIN = {"transfer": 13.5e-3, "forecast": 13.5e-3, "distil": 13.0e-3}, 13.6e-3
 SCORES_SAVED = 9.0  # float32 copies of a token's scores that the chunked implementation keeps for its gradient
 

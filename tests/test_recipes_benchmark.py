@@ -57,6 +57,25 @@ def args(tmp_path_factory) -> Namespace:
     )  # fmt: skip
 
 
+def test_what_another_call_has_measured_stays(tmp_path):
+    """Of other models: rows of the same ones are replaced."""
+    path = tmp_path / "rows/passkey.json"
+    path.parent.mkdir()
+
+    def row(model: str, value: float) -> Row:
+        return Row(model, "recall", "passkey", 512, None, value, None, None, 40)
+
+    benchmark.keep_rows([row("teacher", 0.1), row("a.0", 0.2)], path)
+    benchmark.keep_rows([row("teacher", 0.3), row("a.1", 0.4)], path)
+    assert {(x.model, x.value) for x in load_rows(path)} == {("a.0", 0.2), ("teacher", 0.3), ("a.1", 0.4)}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/sums.jsonl").touch()
+    benchmark.write_table(Namespace(output=tmp_path, data=tmp_path), ["teacher"])
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == "| measure | teacher | a (2 seeds) | must reach |"
+    assert any(line.startswith("| passkey at 512 | 0.30 | 0.30 [0.20, 0.40] |") for line in table)
+
+
 @pytest.mark.slow
 def test_from_the_search_for_overlap_to_the_table(args, monkeypatch):
     args.output.mkdir()
