@@ -236,7 +236,7 @@ class ForecastProbe:
         with torch.autocast(target.device.type, enabled=False):
             for statistics, key, value, pos in self.leaving:
                 came = target.gather(2, pos.expand(target.shape[:2] + pos.shape[2:]).clamp(min=0))
-                found.append((forecast(arithmetic, statistics, key, value), came, (pos != EMPTY).expand_as(came)))
+                found.append((forecast(arithmetic, statistics, key, value, pos), came, (pos != EMPTY).expand_as(came)))
         self.leaving = []
         said, came, counts = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
         logs = forecast_terms(said, (came + LEAST_MASS).log(), counts.to(said))

@@ -208,6 +208,8 @@ def learned(statistics, k, v, kernel, h):
 
 
 def forecast(statistics, k, v, kernel, h):
+    if kernel.key_rotation is not None:  # keys as they were before their positions
+        k = torch.stack([turn(x, -j, kernel.key_rotation, 0, j) for j, x in enumerate(k)])
     known = [torch.tensor(x, dtype=k.dtype).add(1e-6).log() for x in statistics.values()]
     of_key, of_value = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (k, v))
     x = torch.cat([torch.stack([*known, torch.ones_like(known[0])], -1), of_key, of_value], -1)

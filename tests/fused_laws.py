@@ -42,7 +42,7 @@ from kernelize.runtime.layout import whole_rows
 from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.ops import attend, force, implementation
 from kernelize.runtime.spec import KernelSpec, SpecError, mean_slots
-from kernelize.runtime.state import Rotation, cells, moved, unpacked
+from kernelize.runtime.state import Kernel, Rotation, cells, moved, unpacked
 from kernelize.train import _means
 
 FULL, HALF = torch.float32, torch.bfloat16
@@ -66,7 +66,14 @@ FAR = (  # beyond reach, by neighbouring pairs of channels, or by halves of some
 
 
 def kernel_of(spec: KernelSpec, dtype=FULL, rotation: Rotation | None = None, **heads):
-    return contract.layer(spec, dtype, SIZES).kernel(0.5, **heads)._replace(rotation=rotation)
+    return turning(contract.layer(spec, dtype, SIZES).kernel(0.5, **heads)._replace(rotation=rotation))
+
+
+def turning(kernel: Kernel) -> Kernel:
+    """Where a forecast asks for it, keys that carry their positions, in the first half of their channels."""
+    spec = kernel.spec
+    turns = Rotation(torch.tensor([1.3, 0.2]), spec.policy == "forecast") if spec.scores_by("forecast") else None
+    return kernel._replace(key_rotation=turns)
 
 
 def same_output(got, expected, what: str) -> None:
@@ -308,7 +315,7 @@ def steps() -> None:
     for spec, sizes, heads in STEP_SPECS:
         attention = contract.layer(spec, FULL, sizes)
         extra = {name: value[: sizes[0]] if isinstance(value, torch.Tensor) else value for name, value in heads.items()}
-        kernel, (q, k, v) = attention.kernel(0.5, **extra), contract.tokens(2, length, FULL, sizes=sizes)
+        kernel, (q, k, v) = turning(attention.kernel(0.5, **extra)), contract.tokens(2, length, FULL, sizes=sizes)
         v[:, :, 1::2] = v[:, :, ::2]  # ties between scores by value
         state = reference.empty_state(spec, k, v)
         mine = state.map(torch.clone)

@@ -136,6 +136,17 @@ def test_frequencies_that_change_with_the_length_cannot_be_moved():
     assert rotary_context(model.config) is None
     with pytest.raises(SpecError, match="positions of this 'llama' change with the length; allowed: reach=0"):
         convert(model, ConversionPlan.uniform(SPEC.replace(reach=500), 2))
+    with pytest.raises(SpecError, match="change with the length, and a forecast looks at keys without them; allowed: "):
+        convert(model, ConversionPlan.uniform(SPEC.replace(policy="attention+forecast"), 2))
+
+
+def test_a_forecast_has_the_models_rotation_with_or_without_a_reach():
+    for reach in (0, 500):
+        spec = SPEC.replace(policy="attention+forecast", reach=reach)
+        model = convert(tiny_llama(), ConversionPlan.uniform(spec, 2))
+        kernel = kernelized_layers(model)[0].kernelize.kernel(0.5)
+        assert torch.equal(kernel.key_rotation.frequencies, model.model.rotary_emb.inv_freq)
+        assert (kernel.rotation is not None) == bool(reach)
 
 
 def test_a_recipe_says_of_how_many_positions_the_reach_is():

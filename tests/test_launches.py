@@ -15,7 +15,7 @@ from compiled import launches_of, layer_call, warmed
 from kernelize.runtime import fused_step
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import empty_state
+from kernelize.runtime.state import Rotation, empty_state
 
 SPEC = {"feature_dim": 16, "window": 64, "sinks": 4, "block": 16, "slots": 32}
 SHAPE = (1, 4, 2, 16)
@@ -56,6 +56,8 @@ def constants(launch) -> tuple:
 def step_call(slots: int, **fields):
     spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots, **fields}), SHAPE
     kernel = KernelAttention(spec, H, Hk, D).to("meta").kernel(D**-0.5)
+    if spec.scores_by("forecast"):
+        kernel = kernel._replace(key_rotation=Rotation(torch.empty(D // 2, device="meta"), False))
     q, k, v = (torch.empty(B, h, 1, D, device="meta", dtype=torch.bfloat16) for h in (H, Hk, Hk))
     state = empty_state(spec, k, v)
     return lambda: fused_step.step(q, k, v, kernel, state, in_place=True)

@@ -134,6 +134,8 @@ class KernelAttention(nn.Module):
         kernel = Kernel(spec, scaling, None, None, None, None, softcap, sink_logits)
         if spec.reach and self.rotary is not None:
             kernel = kernel._replace(rotation=self.rotary.rotation())
+        if spec.scores_by("forecast") and self.rotary is not None:
+            kernel = kernel._replace(key_rotation=self.rotary.rotation())
         if spec.has_memory:
             decay = None if spec.decay == "none" else -self.log_rate.exp()
             kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k, log_decay=decay)

@@ -409,7 +409,7 @@ def select(
     if spec.measures("value"):
         found["value"] = torch.linalg.vector_norm(store.v, dim=-1, dtype=torch.float32)
     pos = None
-    if spec.aging or kernel.watch is not None:
+    if spec.aging or kernel.watch is not None or kernel.key_rotation is not None:
         pos = store.pos if kernel.watch is None else leaving_pos(store, applicants)
     new = scores_from(kernel, found, store.k, store.v, pos)
     scores = [with_holders(x, share, store, spec).flatten(0, 1).contiguous() for share, x in enumerate(new)]

@@ -19,7 +19,7 @@ from .fused import DTYPES, unsupported
 from .fused_map import LARGEST
 from .fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 from .spec import KernelSpec
-from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, State
+from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, Rotation, State
 
 TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, or holders of a block that leaves
 NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
@@ -279,12 +279,13 @@ def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos,
 
 @jit
 def leave_kernel(
-    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, Skip, In, Out, scale, aging, kv_heads,
-    share, places,
+    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, Skip, In, Out, Frequencies, scale, aging,
+    kv_heads, share, places,
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, SHARES: constexpr,
     SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
-    RECALL: constexpr, AGING: constexpr, HIDDEN: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
+    RECALL: constexpr, AGING: constexpr, HIDDEN: constexpr, TURNED: constexpr, WIDTH: constexpr,
+    NEIGHBOURS: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -314,7 +315,11 @@ def leave_kernel(
                 Keys, Values, Pos, Decay, memory, Wk, slots, number, own_slots, places, h, up, down, value, scale, d, c,
                 D, C, SINKS, RING, PACKED, TILE, PRECISION,
             )  # fmt: skip
-        s0 = score_of(mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND0, AGING, D, RECALL, HIDDEN, TINY)
+        bare = key  # as the forecast sees it, without its position
+        if TURNED:
+            other = rows_at(Keys, entry, fresh, partner_of(d, WIDTH, NEIGHBOURS), D).to(tl.float32)
+            bare = turned(key.to(tl.float32), other, pos, 0.0, Frequencies, d, WIDTH, NEIGHBOURS)
+        s0 = score_of(mass, error, bare, value, pos, aging, Skip, In, Out, h, d, KIND0, AGING, D, RECALL, HIDDEN, TINY)
         s1 = s0
         # who gets a slot; `source`, `at`, `age`: entry, position and decay of who still applies
         gone, source, at, age = fresh, entry, pos, decay
@@ -631,6 +636,14 @@ def slot_table(spec: KernelSpec, device: torch.device) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
+def rotary(rotation: Rotation | None, nothing: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The frequencies [R], and what a kernel that turns keys is compiled for."""
+    if rotation is None:
+        return nothing, {"WIDTH": 2, "NEIGHBOURS": False}
+    width = 2 * len(rotation.frequencies)
+    return rotation.frequencies.float().contiguous(), {"WIDTH": width, "NEIGHBOURS": rotation.interleaved}
+
+
 def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, common: dict[str, Any]) -> None:
     spec = kernel.spec
     shares = (spec.spread if spec.is_packed else spec).shares if spec.slots else ((KINDS[0], 0),)
@@ -640,14 +653,16 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     given = (kernel.forecast_skip, kernel.forecast_in, kernel.forecast_out)
     network = [state.memory if x is None else x.float().contiguous() for x in given]
     width = 0 if kernel.forecast_out is None else kernel.forecast_out.shape[-1]
+    frequencies, turning = rotary(kernel.key_rotation, state.memory)
     leave_kernel[grid](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
-        state.seen if valid is None else valid, weight, owned(spec, state.seen), *network, kernel.scaling**0.5,
-        float(spec.aging), state.pos.shape[1], shares[0][1], spec.slots,
+        state.seen if valid is None else valid, weight, owned(spec, state.seen), *network, frequencies,
+        kernel.scaling**0.5, float(spec.aging), state.pos.shape[1], shares[0][1], spec.slots,
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         SLOTS=spec.slots > 0, SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
         RECALL=spec.measures("recall"), AGING=spec.aging > 0, HIDDEN=width, TINY=TINY,
+        TURNED=kernel.key_rotation is not None, **turning,
         PRECISION="ieee", num_warps=8,
     )  # fmt: skip
 
@@ -662,16 +677,15 @@ def read(
     rate = 0 if kernel.log_decay is None else 1 if kernel.decay_weight is None else 2
     group = q.shape[1] // k.shape[1]
     rotation = kernel.rotation if spec.reach else None
+    frequencies, turning = rotary(rotation, nothing)
     optional = (kernel.log_gate, kernel.log_decay, kernel.decay_weight, kernel.sink_logits)
     read_kernel[grid](
         q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
-        nothing if rotation is None else rotation.frequencies.float().contiguous(), owned(spec, state.seen),
+        frequencies, owned(spec, state.seen),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
         kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots,
         **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),
         SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
-        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None,
-        WIDTH=2 if rotation is None else 2 * len(rotation.frequencies),
-        NEIGHBOURS=rotation is not None and rotation.interleaved, num_warps=8,
+        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, num_warps=8,
     )  # fmt: skip

@@ -92,7 +92,8 @@ class Kernel(NamedTuple):
     forecast_skip: Tensor | None = None  # [Hk, I], read-out of the forecast's inputs: S statistics, 1, key, value
     forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
-    rotation: Rotation | None = None  # how keys carry their positions, if by rotation
+    rotation: Rotation | None = None  # how keys carry their positions, if by rotation; None where no reach asks
+    key_rotation: Rotation | None = None  # the same, None where no forecast asks
     turned: Turned | None = None  # what earlier steps of the same sequence have turned
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
@@ -427,10 +428,12 @@ def learned_score(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, va
     return read_out(x, kernel.score_weight) + kernel.score_bias.to(acc)[:, None]
 
 
-def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor | None) -> Tensor:
     """Log of the attention that tokens will draw after the window, [B, Hk, X], by a small network a KV head.
 
-    Of statistics [B, Hk, X] and the directions of keys and values [B, Hk, X, D]; after Locret (arXiv:2410.01805).
+    Of statistics [B, Hk, X] and the directions of keys and values [B, Hk, X, D]; after Locret (arXiv:2410.01805). Keys
+    that are turned by their positions `pos` [B, 1 or Hk, X] are turned back: what is fitted on short texts would else
+    not know a key that stands further on.
     """
     assert kernel.forecast_skip is not None
     assert kernel.forecast_in is not None
@@ -438,7 +441,11 @@ def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: 
     acc = wide(key.dtype)
     columns = [(statistics[name].to(acc) + TINY).log() for name in kernel.spec.statistics("forecast")]
     known = torch.stack([*columns, torch.ones_like(columns[0])], -1)
-    x = torch.cat([known, direction(key.to(acc)), direction(value.to(acc))], -1)
+    key = key.to(acc)
+    if kernel.key_rotation is not None:
+        assert pos is not None
+        key = kernel.key_rotation.turn(key, pos.clamp(min=0), 0)
+    x = torch.cat([known, direction(key), direction(value.to(acc))], -1)
     hidden = F.silu(x @ kernel.forecast_in.to(acc))
     return read_out(x, kernel.forecast_skip) + read_out(hidden, kernel.forecast_out)
 
@@ -474,5 +481,5 @@ def scores_from(
         scores["learned"] = learned_score(kernel, statistics, key, value)
     if kernel.spec.scores_by("forecast"):
         with torch.no_grad():
-            scores["forecast"] = forecast(kernel, statistics, key, value)
+            scores["forecast"] = forecast(kernel, statistics, key, value, pos)
     return [scores[name] for name, _ in kernel.spec.shares]
