@@ -337,7 +337,7 @@ def leave_kernel(
             age = tl.where(out, tl.load(Decay + source, mask=out, other=0.0) + total, decay)
         if SHARES == 2:
             s1 = score_of(
-                mass, error, key, value, pos, aging, Skip, In, Out, h, d, KIND1, AGING, D, RECALL, HIDDEN, TINY
+                mass, error, bare, value, pos, aging, Skip, In, Out, h, d, KIND1, AGING, D, RECALL, HIDDEN, TINY
             )
             held = (number + dropped) * SHARES
             moved_s0 = tl.where(out, tl.load(Score + held, mask=out, other=0.0), s0)
