@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .recipe import Stage
 
 WARM_UPS = 3  # eager micro-steps of a shape before its capture: kernels compile, libraries allocate, tensors are kept
+ALIKE = 0.1  # of their norm a graph's first gradients may differ from eager ones; two eager ones do by .002 (atomics)
 CAPTURED = ("fused",)  # implementations that ask the host for nothing
 SYNC = "called a synchronizing CUDA operation"  # how torch's warning begins
 
@@ -164,7 +165,8 @@ class Graph:
 class MicroSteps:
     """The micro-steps of a stage, by the shape of their rows: eager at first, then graphs where that is possible.
 
-    `tell` gets each shape's capture, {"micro_batch": b}, and once each reason to run eagerly, {"eager": why}.
+    `tell` gets each shape's capture, {"micro_batch": b, "apart": x} with how far its gradients were from eager ones,
+    and once each reason to run eagerly, {"eager": why}.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class MicroSteps:
         self.width = 0  # of the losses
         self.told: set[str] = set()
         self.steps = 0
+        self.trying = False  # to make a graph, which takes memory
         self.failed = False  # a capture: what that leaves of torch's state may serve for eager work alone
 
     def stepped(self) -> None:
@@ -196,14 +199,15 @@ class MicroSteps:
             if shape not in self.graphs and shape not in self.refused and not self.failed:
                 if not self._is_warm(shape):
                     return self._warm_up(shape, rows, counts)
-                self._capture(shape, rows, counts)
+                return self._capture(shape, rows, counts)
             if shape in self.graphs:
                 return self._replay(self.graphs[shape], rows, counts)
             return self.recorder.run(lambda: self.micro(rows, counts))
 
     def give_up(self, reason: str) -> bool:
         """Runs the shapes that have a graph eagerly from now on, and frees what graphs hold; whether there was one."""
-        found = bool(self.graphs or self.gradients)
+        found = bool(self.graphs or self.gradients or self.trying)
+        self.trying = False
         self.refused |= set(self.graphs)
         self.graphs.clear()
         self.gradients.clear()
@@ -236,23 +240,55 @@ class MicroSteps:
             self._refuse(shape, "the model draws random numbers on the host")
         return losses
 
-    def _capture(self, shape: Shape, rows: Row, counts: Tensor) -> None:
-        before, problem = [p.grad for p in self.parameters], None
+    def _capture(self, shape: Shape, rows: Row, counts: Tensor) -> Tensor:
+        """Makes the shape's graph, where that can be; in any case adds these rows' gradients, and gives their losses.
+
+        The rows are read eagerly first, before the graph takes its memory: it must give the same gradients.
+        """
+        self.refused.add(shape)  # until there is a graph, and so if memory runs out
+        self.trying = True
+        self._attach()
+        own = [self.gradients[number] for number in sorted(self.reached)]
+        before = [gradient.clone() for gradient in own]
+        with torch.random.fork_rng([rows.input_ids.device.index] if rows.input_ids.is_cuda else []):
+            losses = self.recorder.run(lambda: self.micro(rows, counts))
+        after = [gradient.clone() for gradient in own]
+        put(before, own)
+        found = self._tried(shape, rows, counts, before, after)
+        self.trying = False
+        if isinstance(found, Tensor):
+            return found
+        put(after, own)
+        self.failed = True
+        self._refuse(shape, found)
+        return losses
+
+    def _tried(
+        self, shape: Shape, rows: Row, counts: Tensor, before: list[Tensor], after: list[Tensor]
+    ) -> Tensor | str:
+        """The losses of a first replay, whose gradients lead from `before` to `after`; or why there is no graph."""
+        attached = [p.grad for p in self.parameters]
         try:
-            self._attach()
-            before = [p.grad for p in self.parameters]
-            self.graphs[shape] = self._captured(Row(*(x.clone() for x in rows)), counts.clone(), before)
+            graph = self._captured(Row(*(x.clone() for x in rows)), counts.clone(), attached)
+            losses = self._replay(graph, rows, counts)
+            gap = distance([self.parameters[number].grad for number in sorted(self.reached)], after)
+            size = distance(before, after)
+            if not gap <= ALIKE * size:
+                raise UncapturableError(
+                    f"its gradients are {gap:.2g} from eager ones of {size:.2g}; allowed: {ALIKE} of it"
+                )
         except UncapturableError as error:
             problem = str(error)
         except Exception as error:
             problem = f"its capture failed: {first_line(error)}"
-        if problem is None:
-            self.tell({"micro_batch": shape[0]})
-            return
-        for parameter, gradient in zip(self.parameters, before, strict=True):
+        else:
+            self.refused.remove(shape)
+            self.graphs[shape] = graph
+            self.tell({"micro_batch": shape[0], "apart": gap / size if size else 0.0})
+            return losses
+        for parameter, gradient in zip(self.parameters, attached, strict=True):
             parameter.grad = gradient  # what came up in the capture has no numbers
-        self.failed = True
-        self._refuse(shape, problem)
+        return problem
 
     def _captured(self, rows: Row, counts: Tensor, before: list[Tensor | None]) -> Graph:
         """The graph on these tensors, beside the parameters' gradients `before`. UncapturableError where it is none."""
@@ -310,3 +346,14 @@ class MicroSteps:
         if reason not in self.told:
             self.told.add(reason)
             self.tell({"eager": reason})
+
+
+def put(tensors: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    for source, target in zip(tensors, into, strict=True):
+        target.copy_(source)
+
+
+def distance(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
+    """The norm of the difference of two sets of tensors, of which the first may lack some; a sync."""
+    parts = [torch.linalg.vector_norm(b if a is None else a - b) for a, b in zip(some, others, strict=True)]
+    return float(torch.stack(parts).norm()) if parts else 0.0
