@@ -130,8 +130,8 @@ def layer(
 
 def kernel_of(attention: KernelAttention, rotation: Rotation | None = None, **heads) -> Kernel:
     scaling = attention.map_q.head_dim**-0.5 if attention.spec.has_memory else 0.5
-    turned = {"key_rotation": rotation} if attention.spec.has_trained_score else {}
-    return attention.kernel(scaling, **heads)._replace(rotation=rotation, **turned)
+    forecasts = attention.spec.scores_by("forecast")
+    return attention.kernel(scaling, **heads)._replace(rotation=rotation, key_rotation=rotation if forecasts else None)
 
 
 def tokens(batch: int, length: int, dtype: torch.dtype = torch.float64, seed: int = 0, sizes=None, scale: float = 1.0):

@@ -198,25 +198,20 @@ def keydiff(k, spec):
     return found
 
 
-def bare(k, kernel):
-    """Keys as they were before their positions."""
-    if kernel.key_rotation is None:
-        return k
-    return torch.stack([turn(x, -j, kernel.key_rotation, 0, j) for j, x in enumerate(k)])
-
-
 def learned(statistics, k, v, kernel, h):
     columns = [
         torch.tensor(x) if name == "keydiff" else (torch.tensor(x, dtype=k.dtype) + 1e-6).log()
         for name, x in statistics.items()
     ]
-    x = torch.cat([torch.stack(columns, -1).to(k.dtype), bare(k, kernel), v], -1)
+    x = torch.cat([torch.stack(columns, -1).to(k.dtype), k, v], -1)
     return (x @ kernel.score_weight[h] + kernel.score_bias[h]).tolist()
 
 
 def forecast(statistics, k, v, kernel, h):
+    if kernel.key_rotation is not None:  # keys as they were before their positions
+        k = torch.stack([turn(x, -j, kernel.key_rotation, 0, j) for j, x in enumerate(k)])
     known = [torch.tensor(x, dtype=k.dtype).add(1e-6).log() for x in statistics.values()]
-    of_key, of_value = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (bare(k, kernel), v))
+    of_key, of_value = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (k, v))
     x = torch.cat([torch.stack([*known, torch.ones_like(known[0])], -1), of_key, of_value], -1)
     hidden = x @ kernel.forecast_in[h]
     return (x @ kernel.forecast_skip[h] + hidden * torch.sigmoid(hidden) @ kernel.forecast_out[h]).tolist()

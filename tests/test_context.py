@@ -136,9 +136,7 @@ def test_frequencies_that_change_with_the_length_cannot_be_moved():
     assert rotary_context(model.config) is None
     with pytest.raises(SpecError, match="positions of this 'llama' change with the length; allowed: reach=0"):
         convert(model, ConversionPlan.uniform(SPEC.replace(reach=500), 2))
-    with pytest.raises(
-        SpecError, match="change with the length, and trained scores look at keys without them; allowed: "
-    ):
+    with pytest.raises(SpecError, match="change with the length, and a forecast looks at keys without them; allowed: "):
         convert(model, ConversionPlan.uniform(SPEC.replace(policy="attention+forecast"), 2))
 
 

@@ -16,7 +16,7 @@ from kernelize.runtime import chunked, reference
 from kernelize.runtime import spec as spec_module
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import POLICIES, KernelSpec, SpecError
-from kernelize.runtime.state import Rotation, State, Turned, forecast, learned_score, unpacked
+from kernelize.runtime.state import Rotation, State, Turned, forecast, unpacked
 
 CORE, MAPS, FEW = contract.core_specs(), contract.map_specs(), contract.few_specs()
 
@@ -69,31 +69,28 @@ def test_sinks_and_slots_beyond_reach_are_seen_at_reach(small_tiles, exact, inte
     assert not torch.allclose(plain[:, :, spec.reach + spec.block :], moved[:, :, spec.reach + spec.block :])
 
 
-TRAINED = [KernelSpec(feature_dim=8, **{**contract.EXACT_SETS[0], "policy": policy})
-           for policy in ("attention+forecast", "learned+recall")]  # fmt: skip
+FORECAST = KernelSpec(feature_dim=8, **{**contract.EXACT_SETS[0], "policy": "attention+forecast"})
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@over(TRAINED)
-def test_a_trained_score_sees_keys_without_their_positions(spec, interleaved):
-    contract.law_definition(spec, rotation=rotation(interleaved))
-    contract.law_streams(spec, [7, 1, 1, 20, 12], HOLES, rotation=rotation(interleaved))
+def test_a_forecast_sees_keys_without_their_positions(interleaved):
+    contract.law_definition(FORECAST, rotation=rotation(interleaved))
+    contract.law_streams(FORECAST, [7, 1, 1, 20, 12], HOLES, rotation=rotation(interleaved))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("interleaved", [False, True])
-@over(TRAINED)
-def test_a_trained_score_is_the_same_wherever_a_token_stands(spec, interleaved):
+def test_a_forecast_is_the_same_wherever_a_token_stands(interleaved):
     """What has learned on short texts serves long ones."""
-    kernel = contract.kernel_of(contract.layer(spec), rotation=rotation(interleaved))
-    name, score = ("learned", learned_score) if spec.learned_share is not None else ("forecast", forecast)
+    kernel = contract.kernel_of(contract.layer(FORECAST), rotation=rotation(interleaved))
     _, key, value = contract.tokens(1, 6)
     pos = torch.tensor([[[0, 1, 9, 300, 12_000, 30_000]]])
-    statistics = {statistic: value.norm(dim=-1) for statistic in spec.statistics(name)}
-    expected = score(kernel._replace(key_rotation=None), statistics, key, value, None)
+    statistics = {name: value.norm(dim=-1) for name in FORECAST.statistics("forecast")}
+    expected = forecast(kernel._replace(key_rotation=None), statistics, key, value, None)
     moved = kernel.key_rotation.turn(key, -pos, 0)
-    assert torch.allclose(score(kernel, statistics, moved, value, pos), expected)
-    assert not torch.allclose(score(kernel._replace(key_rotation=None), statistics, moved, value, pos), expected)
+    assert not torch.allclose(moved, key)
+    assert torch.allclose(forecast(kernel, statistics, moved, value, pos), expected)
+    assert not torch.allclose(forecast(kernel._replace(key_rotation=None), statistics, moved, value, pos), expected)
 
 
 @pytest.mark.parametrize("exact", contract.EXACT_SETS)

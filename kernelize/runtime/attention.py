@@ -134,7 +134,7 @@ class KernelAttention(nn.Module):
         kernel = Kernel(spec, scaling, None, None, None, None, softcap, sink_logits)
         if spec.reach and self.rotary is not None:
             kernel = kernel._replace(rotation=self.rotary.rotation())
-        if spec.has_trained_score and self.rotary is not None:
+        if spec.scores_by("forecast") and self.rotary is not None:
             kernel = kernel._replace(key_rotation=self.rotary.rotation())
         if spec.has_memory:
             decay = None if spec.decay == "none" else -self.log_rate.exp()

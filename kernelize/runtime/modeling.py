@@ -31,7 +31,7 @@ from .attention import ATTENTION, KernelAttention, Rotary, attention_function
 from .cache import CACHE, RELEASE, KernelState, adopt_cache, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
-from .spec import SCORES, TRAINED, KernelSpec, SpecError
+from .spec import SCORES, KernelSpec, SpecError
 
 VERSION = 1  # of the `kernelize` entry of a config
 PREFIX = "kernelized_"
@@ -292,10 +292,10 @@ def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
         )
     if rotary_context(config) is None and any(spec is not None and spec.reach for spec in layers):
         raise SpecError(f"reach: the rotary positions of this {base!r} change with the length; allowed: reach=0")
-    if rotary_context(config) is None and any(spec is not None and spec.has_trained_score for spec in layers):
+    if rotary_context(config) is None and any(spec is not None and spec.scores_by("forecast") for spec in layers):
         raise SpecError(
-            f"policy: the rotary positions of this {base!r} change with the length, and trained scores look at keys "
-            f"without them; allowed: {', '.join(name for name in SCORES if name not in TRAINED)}"
+            f"policy: the rotary positions of this {base!r} change with the length, and a forecast looks at keys "
+            f"without them; allowed: {', '.join(name for name in SCORES if name != 'forecast')}"
         )
     local = sorted(i for i in native_windows(config) if i < len(layers) and layers[i] is not None)
     if local:

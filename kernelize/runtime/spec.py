@@ -215,11 +215,6 @@ class KernelSpec:
         """Whether slots go by this score."""
         return bool(self.slots) and score in self._score_names()
 
-    @property
-    def has_trained_score(self) -> bool:
-        """Whether slots go by a score that training shapes: it looks at keys without their positions."""
-        return any(map(self.scores_by, TRAINED))
-
     def measures(self, statistic: str) -> bool:
         """Whether some score needs `statistic` of every token."""
         return statistic in self._measured

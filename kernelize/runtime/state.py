@@ -93,7 +93,7 @@ class Kernel(NamedTuple):
     forecast_in: Tensor | None = None  # [Hk, I, W], into its hidden layer
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
     rotation: Rotation | None = None  # how keys carry their positions, if by rotation; None where no reach asks
-    key_rotation: Rotation | None = None  # the same, None where no trained score asks
+    key_rotation: Rotation | None = None  # the same, None where no forecast asks
     turned: Turned | None = None  # what earlier steps of the same sequence have turned
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
@@ -412,22 +412,8 @@ def novelty(key: Tensor, key_sum: Tensor) -> Tensor:
     return -F.cosine_similarity(key.to(key_sum.dtype), key_sum, dim=-1)
 
 
-def without_position(kernel: Kernel, key: Tensor, pos: Tensor | None) -> Tensor:
-    """Keys [B, Hk, X, D] that are turned by their positions `pos` [B, 1 or Hk, X], turned back, in `wide` numbers.
-
-    A score that is trained on short texts would else not know a key that stands further on.
-    """
-    key = key.to(wide(key.dtype))
-    if kernel.key_rotation is None:
-        return key
-    assert pos is not None
-    return kernel.key_rotation.turn(key, pos.clamp(min=0), 0)
-
-
-def learned_score(
-    kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor | None
-) -> Tensor:
-    """The read-out [B, Hk, X] of `spec.statistics` [B, Hk, X], keys and values [B, Hk, X, D] of tokens at `pos`.
+def learned_score(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor) -> Tensor:
+    """The read-out [B, Hk, X] of `spec.statistics` [B, Hk, X], keys and values [B, Hk, X, D].
 
     Its gradient reaches the weights alone.
     """
@@ -438,15 +424,16 @@ def learned_score(
         statistics[name] if name == "keydiff" else (statistics[name] + TINY).log()
         for name in kernel.spec.statistics("learned")
     ]
-    x = torch.cat([torch.stack(columns, -1), without_position(kernel, key, pos), value.to(acc)], -1).detach()
+    x = torch.cat([torch.stack(columns, -1), key.to(acc), value.to(acc)], -1).detach()
     return read_out(x, kernel.score_weight) + kernel.score_bias.to(acc)[:, None]
 
 
 def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: Tensor, pos: Tensor | None) -> Tensor:
     """Log of the attention that tokens will draw after the window, [B, Hk, X], by a small network a KV head.
 
-    Of statistics [B, Hk, X] and the directions of keys and values [B, Hk, X, D]; after Locret (arXiv:2410.01805). Their
-    positions are `pos` [B, 1 or Hk, X].
+    Of statistics [B, Hk, X] and the directions of keys and values [B, Hk, X, D]; after Locret (arXiv:2410.01805). Keys
+    that are turned by their positions `pos` [B, 1 or Hk, X] are turned back: what is fitted on short texts would else
+    not know a key that stands further on.
     """
     assert kernel.forecast_skip is not None
     assert kernel.forecast_in is not None
@@ -454,7 +441,11 @@ def forecast(kernel: Kernel, statistics: dict[str, Tensor], key: Tensor, value: 
     acc = wide(key.dtype)
     columns = [(statistics[name].to(acc) + TINY).log() for name in kernel.spec.statistics("forecast")]
     known = torch.stack([*columns, torch.ones_like(columns[0])], -1)
-    x = torch.cat([known, direction(without_position(kernel, key, pos)), direction(value.to(acc))], -1)
+    key = key.to(acc)
+    if kernel.key_rotation is not None:
+        assert pos is not None
+        key = kernel.key_rotation.turn(key, pos.clamp(min=0), 0)
+    x = torch.cat([known, direction(key), direction(value.to(acc))], -1)
     hidden = F.silu(x @ kernel.forecast_in.to(acc))
     return read_out(x, kernel.forecast_skip) + read_out(hidden, kernel.forecast_out)
 
@@ -487,7 +478,7 @@ def scores_from(
         assert pos is not None
         scores["attention"] = aged(scores["attention"], pos, kernel.spec)
     if kernel.spec.learned_share is not None:
-        scores["learned"] = learned_score(kernel, statistics, key, value, pos)
+        scores["learned"] = learned_score(kernel, statistics, key, value)
     if kernel.spec.scores_by("forecast"):
         with torch.no_grad():
             scores["forecast"] = forecast(kernel, statistics, key, value, pos)
