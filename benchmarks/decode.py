@@ -3,6 +3,7 @@
     python benchmarks/decode.py check                   # graph = eager, tiny models of several families
     python benchmarks/decode.py kernel                  # the step's kernels against the reference, and their time
     python benchmarks/decode.py time --shape llama3-8b  # milliseconds a token, eager and as a graph
+    python benchmarks/decode.py profile --shape llama3-8b --length 131072   # the kernels of a token, both ways
 
 `--out FILE` appends the rows as JSON lines, with device, versions and date.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -179,6 +182,28 @@ def time_shape(shape: str, batches: list[int], tokens: int, keep) -> None:
         torch.cuda.empty_cache()
 
 
+@torch.no_grad()
+def profile_shape(shape: str, length: int, tokens: int, top: int, keep) -> None:
+    """The kernels of a token's graph after a prompt of that length: microseconds and launches a token."""
+    model = random_model(shape, device="cuda", dtype=torch.bfloat16)
+    model = kernelize_model(model, [KernelSpec(slots=128, aging=1024)] * model.config.num_hidden_layers)
+    read = prefill(model, torch.randint(5, 250, (1, length), device="cuda"))
+    for compiled in (False, True):
+        step = Decoder(model, graph=False).start(*read)
+        step.capture(compiled)
+        for _ in range(3):
+            step.run()
+        with record(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(tokens):
+                step.run()
+            torch.cuda.synchronize()
+        events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+        whole = {"us": sum(e.self_device_time_total for e in events), "launches": sum(e.count for e in events)}
+        keep({"what": shape, "length": length, "compiled": compiled, **{k: v / tokens for k, v in whole.items()}})
+        for e in events[:top]:
+            print(f"{e.self_device_time_total / tokens:8.1f} us {e.count / tokens:6.1f}×  {e.key[:120]}", flush=True)
+
+
 def stamp() -> dict:
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": str(datetime.date.today()),
             "transformers": transformers.__version__}  # fmt: skip
@@ -186,10 +211,12 @@ def stamp() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "kernel", "time"])
+    parser.add_argument("what", choices=["check", "kernel", "time", "profile"])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["smollm2-135m", "llama3-8b"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512, help="of the prompt, for a profile")
+    parser.add_argument("--top", type=int, default=30, help="kernels that a profile names")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
 
@@ -203,6 +230,9 @@ def main() -> None:
         check(keep)
     elif given.what == "kernel":
         check_kernels(keep)
+    elif given.what == "profile":
+        for shape in given.shape:
+            profile_shape(shape, given.length, given.tokens, given.top, keep)
     else:
         for shape in given.shape:
             time_shape(shape, given.batch, given.tokens, keep)

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .compiled import compiled_layers
 from .decode import Sampling, Step, prefill, uncapturable
 from .errors import InputError
 from .rows import Row
@@ -51,7 +53,7 @@ class Settings:
     tokens: int = 32  # decoded for one timing
     chunk: int | None = None
     train: bool = False
-    compiled: bool = False  # the steps of both by torch.compile, around the attention
+    compiled: bool = False  # both by torch.compile, around the attention, reading and writing
     shared_prompt: bool = False
     train_length: int = 2048
     train_rows: int = 4
@@ -148,19 +150,9 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
     if not isinstance(model, KernelizedModelMixin):
         chunk = length
     cuda = model.device.type == "cuda"
-    if cuda:
-        prefill(model, ids[:, :WARM_UP], chunk=chunk)
-        torch.cuda.reset_peak_memory_stats()
-    times, repeats = [], REPEATS if cuda and rows * length <= SHORT else 1
-    for _ in range(repeats):
-        cache = read = logits = None
-        start = now(model)
-        cache, logits, read = prefill(model, ids, chunk=chunk)
-        times.append(now(model) - start)
-    assert cache is not None
-    assert logits is not None
-    assert read is not None
-    yield "prefill_ms", 1e3 * statistics.median(times), repeats
+    with compiled_layers(model) if settings.compiled else nullcontext():
+        times, (cache, logits, read) = reading(model, ids, chunk)
+    yield "prefill_ms", 1e3 * statistics.median(times), len(times)
     if cuda:
         yield "peak_bytes", torch.cuda.max_memory_allocated(), 1
     yield "state_bytes", state_bytes(cache) / rows, 1
@@ -170,6 +162,20 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
     tried = ORDERS if cuda and not isinstance(model, KernelizedModelMixin) else ORDERS[:1]
     seconds = [decoding(model, cache, logits, read, settings, order) for order in tried]
     yield "decode_ms", 1e3 * min(seconds), settings.tokens
+
+
+def reading(model: Any, ids: Tensor, chunk: int | None) -> tuple[list[float], tuple[Cache, Tensor, Tensor]]:
+    """Seconds of each reading of a prompt, and what `prefill` gives after it."""
+    cuda, times = model.device.type == "cuda", list[float]()
+    if cuda:
+        prefill(model, ids[:, :WARM_UP], chunk=chunk)
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(REPEATS if cuda and ids.numel() <= SHORT else 1):
+        read: Any = None  # the one before goes first
+        start = now(model)
+        read = prefill(model, ids, chunk=chunk)
+        times.append(now(model) - start)
+    return times, read
 
 
 def decoding(

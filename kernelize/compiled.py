@@ -16,19 +16,27 @@ from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 
 
 @contextmanager
-def compiled_layers(model: Any, backend: str = "inductor") -> Iterator[None]:
-    """Within the context the decoder layers of `model` are compiled, each shape by itself."""
+def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = False) -> Iterator[None]:
+    """Within the context the decoder layers of `model` are compiled, each shape by itself.
+
+    With `tuned` inductor tries launches of what it writes, and writes products with one row itself: cuBLAS reads the
+    weights of such a product at half the speed of the memory.
+    """
     layers = list(model.get_submodule(family_of(model.config.model_type).layers))
     kernelized: Any = model if isinstance(model, KernelizedModelMixin) else None
-    own = [x.kernelize for x in kernelized_layers(kernelized).values()] if kernelized else []
+    attentions = list(kernelized_layers(kernelized).values()) if kernelized else []
+    options: Any = {"coordinate_descent_tuning": True} if tuned else None
     try:
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
-        for attention in own:
-            attention.forward = torch.compiler.disable(attention.forward)
-        # with a cache, attention classes look at their layer's number, so each layer is a variant
+            layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend, options=options)
+        for attention in attentions:
+            attention.kernelize.forward = torch.compiler.disable(attention.kernelize.forward)
+            attention.take_state = torch.compiler.disable(attention.take_state)  # else each layer's number is a variant
+        # softmax attention looks at its layer's number where it has a cache: there each layer is a variant
         with torch._dynamo.config.patch(recompile_limit=8 * len(layers), accumulated_recompile_limit=64 * len(layers)):
             yield
     finally:
-        for module in (*layers, *own):
+        for module in (*layers, *(x.kernelize for x in attentions)):
             vars(module).pop("forward", None)
+        for attention in attentions:
+            vars(attention).pop("take_state", None)

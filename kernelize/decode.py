@@ -167,7 +167,8 @@ class Step:
 
         RuntimeError of torch where the model asks the host for something.
         """
-        with compiled_layers(self.model) if compiled else nullcontext():
+        tuned = self.token.shape[0] == 1
+        with compiled_layers(self.model, tuned=tuned) if compiled else nullcontext():
             self._capture()
 
     def _capture(self) -> None:
