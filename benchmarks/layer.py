@@ -114,7 +114,7 @@ def dense(q, k, v, kernel, death, rows):
     phi_q = features(kernel, kernel.map_q, q, x[None, None])[:, :, rows].view(B, Hk, H // Hk, len(rows), -1)
     phi_k = features(kernel, kernel.map_k, k, x[None, None])
     weight = phi_q @ phi_k[:, :, None].mT
-    if kernel.log_decay is not None:
+    if kernel.log_rate is not None:
         clock = (log_decays(kernel, k, v).expand(B, Hk, T) * (x >= spec.sinks)).cumsum(2)
         latest = ((block - spec.back) * spec.block - 1).clamp(min=0)  # the last token that has left by then
         age = clock[:, :, latest] - clock[:, :, None]  # [B, Hk, rows, T]
@@ -212,8 +212,8 @@ def check(case: tuple) -> dict:
 def halves(leaves, kernel, y) -> float:
     """The same sequence in two calls: what differs. Sets may, where a score is a near-tie."""
     cut = leaves[0].shape[2] * 3 // 7
-    kernel = kernel._replace(log_gate=kernel.log_gate.float(), log_decay=None if kernel.log_decay is None else
-                             kernel.log_decay.float())  # fmt: skip
+    kernel = kernel._replace(log_gate=kernel.log_gate.float(), log_rate=None if kernel.log_rate is None else
+                             kernel.log_rate.float())  # fmt: skip
     first, state = fused.attend(*(x[:, :, :cut] for x in leaves), kernel)
     second, _ = fused.attend(*(x[:, :, cut:] for x in leaves), kernel, state)
     return relative(torch.cat([first.y, second.y], 2), y)

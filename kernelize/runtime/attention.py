@@ -137,8 +137,7 @@ class KernelAttention(nn.Module):
         if spec.scores_by("forecast") and self.rotary is not None:
             kernel = kernel._replace(key_rotation=self.rotary.rotation())
         if spec.has_memory:
-            decay = None if spec.decay == "none" else -self.log_rate.exp()
-            kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k, log_decay=decay)
+            kernel = kernel._replace(map_q=self.map_q, map_k=self.map_k)
         own: dict[str, Any] = {name: p for name, p in self._parameters.items() if name in Kernel._fields}
         return kernel._replace(**own, watch=self.watch)
 

@@ -110,7 +110,7 @@ def attend_plainly(
     keep: bool,
 ) -> tuple[AttentionOutput, State]:  # fmt: skip
     """`attend` outside of autocast."""
-    kernel = within_reach(kernel, state, q.shape[2])
+    kernel = within_reach(kernel, state, q.shape[2]).with_decay()
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
     phi_k = key_features(store, kernel)
     clock, clock_end = clocks(store, kernel)
@@ -350,20 +350,21 @@ def turned(store: Store, kernel: Kernel) -> Far:
 
 def decays(store: Store, kernel: Kernel) -> bool:
     """Without a decay the clock stands still, also for a state that was made without."""
-    return kernel.log_decay is not None
+    return kernel.log_rate is not None
 
 
 def clocks(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """The clock at which each token was folded [B, Hk, X], and that at the end of each block [B, Hk, blocks]."""
     spec, (B, Hk, X, _) = kernel.spec, store.k.shape
     blocks = store.n * TILE // spec.block
-    if kernel.log_decay is None:
+    log_decay = kernel.log_decay
+    if log_decay is None:
         return store.k.new_zeros(B, Hk, 1, dtype=torch.float32).expand(-1, -1, X), store.k.new_zeros(
             B, Hk, blocks, dtype=torch.float32
         )
     folded, folded_end = store.folded(spec, blocks)
     if kernel.decay_weight is None:
-        rate = kernel.log_decay.float().view(1, -1, 1)
+        rate = log_decay.float().view(1, -1, 1)
         clock, clock_end = folded * rate, folded_end * rate
     else:
         clock, clock_end = gated_clocks(store, kernel, folded_end)
@@ -478,7 +479,7 @@ def final_state(
     here, at = index != EMPTY, index.clamp(min=0)
     in_ring, slots = at[:, :, spec.sinks : spec.sinks + spec.ring], at[:, :, spec.sinks + spec.ring :]
     decay = torch.zeros(B, Hk, spec.positions, device=device)
-    if kernel.log_decay is not None:
+    if kernel.log_rate is not None:
         gated = kernel.decay_weight is not None
         kept = (take(x, in_ring) if gated else x for x in (store.k, store.v))  # else they are not looked at
         own = log_decays(kernel, *kept)

@@ -450,33 +450,32 @@ def absorb(s, value, m, l, acc):
 
 
 @jit
-def softmax_of(z):
-    e = tl.exp(z - tl.max(z, 0))
-    return e / tl.sum(e, 0)
+def ask_memory(
+    q, Wq, Memory, head, g, d, c, scale, G: constexpr, GP: constexpr, CP: constexpr, D: constexpr, C: constexpr,
+    PRECISION: constexpr,
+):  # fmt: skip
+    """(numerators [GP, D], normalisers [GP]) that the memory answers to the group's queries [GP, D]."""
+    z = tl.zeros([GP, CP], tl.float32)
+    for i in range(G):  # every head has a map of its own: all rows by it, of which its own counts
+        z = tl.where((g == i)[:, None], projected(q, Wq, head + i, d, c, D, C, PRECISION), z)
+    z, inside = z * scale, (c < C)[None, :]
+    up, down = softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
+    m, n = half_memory(Memory, c, c < C, d, D)
+    total, norm = tl.dot(up, m, input_precision="ieee"), tl.sum(up * n[None, :], 1)
+    m, n = half_memory(Memory, C + c, c < C, d, D)
+    return total + tl.dot(down, m, input_precision="ieee"), norm + tl.sum(down * n[None, :], 1)
 
 
 @jit
-def ask_memory(Q, q_row, q_head, Wq, Memory, head, g, scale, G: constexpr, GP: constexpr, CP: constexpr,
-               D: constexpr, DP: constexpr, C: constexpr):  # fmt: skip
-    """(numerators [GP, D], normalisers [GP]) that the memory answers to the group's queries, one after the other.
-
-    Sums instead of products of matrices: a group is smaller than the smallest of these, and the memory is read once.
-    """
-    d, c = tl.arange(0, DP), tl.arange(0, CP)
-    m_up, n_up = half_memory(Memory, c, c < C, d, D)
-    m_down, n_down = half_memory(Memory, C + c, c < C, d, D)
-    total, norm = tl.zeros([GP, DP], tl.float32), tl.zeros([GP], tl.float32)
-    for i in range(G):
-        x = tl.load(Q + q_row + (head + i) * q_head + d, mask=d < D, other=0.0).to(tl.float32)
-        w = tl.load(
-            Wq + (head + i) * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0
-        )
-        z = tl.sum(x[:, None] * w, 0) * scale
-        up, down = softmax_of(tl.where(c < C, z, float("-inf"))), softmax_of(tl.where(c < C, -z, float("-inf")))
-        answer = tl.sum(up[:, None] * m_up + down[:, None] * m_down, 0)
-        total = tl.where((g == i)[:, None], answer[None, :], total)
-        norm = tl.where(g == i, tl.sum(up * n_up + down * n_down, 0), norm)
-    return total, norm
+def receive(Mass, base, s, pos, t, entry, seen, valid, m, l, inside,
+            SINKS: constexpr, LOCAL: constexpr, BLOCK: constexpr):  # fmt: skip
+    """Adds the attention that earlier blocks of the window receive, of scores s [heads, keys] under m and l."""
+    p = tl.exp(s - m[:, None]) / tl.where(l > 0.0, l, 1.0)[:, None]
+    got = tl.sum(tl.where(inside[:, None], p, 0.0), 0)
+    ring = (t >= SINKS) & (t < LOCAL) & (valid != 0)
+    earlier = (pos >= 0) & (pos // BLOCK < seen // BLOCK)
+    mass = tl.where(t == entry, 0.0, tl.load(Mass + base + t, mask=ring, other=0.0))
+    tl.store(Mass + base + t, mass + tl.where(earlier, got, 0.0), mask=ring)
 
 
 @jit
@@ -486,13 +485,13 @@ def softplus(x):
 
 @jit
 def read_kernel(
-    Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogDecay, DecayWeight, SinkLogit,
+    Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogRate, DecayWeight, SinkLogit,
     Frequencies, Owned, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
     places,
     HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
     G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr,
-    COUNT: constexpr, UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr,
+    COUNT: constexpr, UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -510,7 +509,7 @@ def read_kernel(
     value = tl.load(V + b * v_row + h * v_head + d, mask=d < D, other=0.0)
     rate = 0.0
     if RATE > 0:
-        rate = tl.load(LogDecay + h).to(tl.float32)
+        rate = -tl.exp(tl.load(LogRate + h).to(tl.float32))
     if RATE == 2:
         w = DecayWeight + h * 2 * D + d
         x = tl.sum(tl.load(w, mask=d < D, other=0.0).to(tl.float32) * key.to(tl.float32), 0)
@@ -534,7 +533,12 @@ def read_kernel(
     l = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     LOCAL: constexpr = SINKS + RING
-    for first in range(0, LOCAL, TILE):
+    t = tl.arange(0, TILE)
+    first_s, first_pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                                     far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+    old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
+    m, l, acc = absorb(first_s, old, m, l, acc)
+    for first in range(TILE, LOCAL, TILE):
         t = first + tl.arange(0, TILE)
         s, _ = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
                              far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
@@ -560,7 +564,8 @@ def read_kernel(
     # the memory, merged under one normaliser
     if MEMORY:
         memory = Memory + row * (2 * C * (D + 1))
-        total, norm = ask_memory(Q, b * q_row, q_head, Wq, memory, head, g, scale, G, GP, CP, D, DP, C)
+        c = tl.arange(0, CP)
+        total, norm = ask_memory(q, Wq, memory, head, g, d, c, scale, G, GP, CP, D, C, PRECISION)
         any_there = norm > 1.1754943508222875e-38
         safe = tl.where(any_there, norm, 1.0)
         gate = tl.load(LogGate + head + g, mask=g < G, other=0.0).to(tl.float32)
@@ -571,16 +576,13 @@ def read_kernel(
 
     # attention received by the window's earlier blocks
     if MASS:
-        for first in range(0, LOCAL, TILE):
+        receive(Mass, base, first_s, first_pos, tl.arange(0, TILE), entry, seen, valid, local_m, local_l, g < G,
+                SINKS, LOCAL, BLOCK)  # fmt: skip
+        for first in range(TILE, LOCAL, TILE):
             t = first + tl.arange(0, TILE)
             s, pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
-                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
-            p = tl.exp(s - local_m[:, None]) / tl.where(local_l > 0.0, local_l, 1.0)[:, None]
-            got = tl.sum(tl.where((g < G)[:, None], p, 0.0), 0)
-            ring = (t >= SINKS) & (t < LOCAL) & (valid != 0)
-            earlier = (pos >= 0) & (pos // BLOCK < seen // BLOCK)
-            mass = tl.where(t == entry, 0.0, tl.load(Mass + base + t, mask=ring, other=0.0))
-            tl.store(Mass + base + t, mass + tl.where(earlier, got, 0.0), mask=ring)
+                                 far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+            receive(Mass, base, s, pos, t, entry, seen, valid, local_m, local_l, g < G, SINKS, LOCAL, BLOCK)
 
     # the last program of a sequence counts the token, when all have read the number
     tl.debug_barrier()
@@ -674,18 +676,20 @@ def read(
     spec, nothing = kernel.spec, state.memory
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     weight = kernel.map_q.weight.contiguous() if isinstance(kernel.map_q, Hedgehog) else nothing
-    rate = 0 if kernel.log_decay is None else 1 if kernel.decay_weight is None else 2
+    rate = 0 if kernel.log_rate is None else 1 if kernel.decay_weight is None else 2
     group = q.shape[1] // k.shape[1]
     rotation = kernel.rotation if spec.reach else None
+    tile = common["TILE"] * (1 if rotation else 2)  # turned keys are of 32 bits
     frequencies, turning = rotary(rotation, nothing)
-    optional = (kernel.log_gate, kernel.log_decay, kernel.decay_weight, kernel.sink_logits)
+    optional = (kernel.log_gate, kernel.log_rate, kernel.decay_weight, kernel.sink_logits)
     read_kernel[grid](
         q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
         frequencies, owned(spec, state.seen),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
         kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots,
-        **common | {"HAS_VALID": valid is not None}, RATE=rate, MASS=spec.measures("attention"),
+        **common | {"HAS_VALID": valid is not None, "TILE": tile}, RATE=rate, MASS=spec.measures("attention"),
         SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
-        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, num_warps=8,
+        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, PRECISION="ieee",
+        num_warps=8,
     )  # fmt: skip

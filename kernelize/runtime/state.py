@@ -81,7 +81,7 @@ class Kernel(NamedTuple):
     map_q: Callable[[Tensor, Tensor], Tensor] | None  # (x [B, H, T, D], pos [B, 1 or H, T]) -> [B, H, T, F]
     map_k: Callable[[Tensor, Tensor], Tensor] | None  # the same on the Hk key heads
     log_gate: Tensor | None  # [H], log of the memory's weight
-    log_decay: Tensor | None  # [Hk], log of the factor a folded token puts on all earlier ones, <= 0
+    log_rate: Tensor | None  # [Hk], log of −log_decay
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sink_logits: Tensor | None = None  # [H], logits that only the normaliser sees
     decay_weight: Tensor | None = None  # [Hk, 2D], read-out of key and value: a token's own share of log_decay
@@ -94,8 +94,21 @@ class Kernel(NamedTuple):
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
     rotation: Rotation | None = None  # how keys carry their positions, if by rotation; None where no reach asks
     key_rotation: Rotation | None = None  # the same, None where no forecast asks
+    decay: Tensor | None = None  # [Hk], `log_decay` where it has been computed
     turned: Turned | None = None  # what earlier steps of the same sequence have turned
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
+
+    @property
+    def log_decay(self) -> Tensor | None:
+        """[Hk], log of the factor a folded token puts on all earlier ones, below 0; of 32 bits at least."""
+        rate = self.log_rate
+        if rate is None or self.decay is not None:
+            return self.decay
+        return -(rate.float() if rate.dtype.itemsize < 4 else rate).exp()
+
+    def with_decay(self) -> Kernel:
+        """The same, with `log_decay` computed once for all who ask for it."""
+        return self._replace(decay=self.log_decay)
 
 
 class Seen(NamedTuple):
@@ -371,10 +384,10 @@ def log_decays(kernel: Kernel, k: Tensor, v: Tensor) -> Tensor | None:
 
     Gated (arXiv:2312.06635, one number a head): the head's rate times softplus of a read-out, which starts at 1.
     """
-    if kernel.log_decay is None:
+    log_decay, acc = kernel.log_decay, wide(k.dtype)
+    if log_decay is None:
         return None
-    acc = wide(k.dtype)
-    rate = kernel.log_decay.to(acc)[:, None]
+    rate = log_decay.to(acc)[:, None]
     if kernel.decay_weight is None:
         return rate
     x = torch.cat([k, v], -1).to(acc)
