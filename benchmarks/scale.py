@@ -2,11 +2,12 @@
 
     python benchmarks/scale.py train --shape llama3-8b --processes 1,2 --out FILE   # the rows for GPUs
     python benchmarks/scale.py train --shape tiny --processes 1,2   # the same on the CPU, in minutes
-    python benchmarks/scale.py train --stages long --length 131072 --rows 1 --micro-batch 1 --processes 1   # by chunks
+    python benchmarks/scale.py train --stages long --length 131072 --context 8192 --rows 1 --micro-batch 1 --processes 1
     python benchmarks/scale.py predict                              # memory and time against predictions, on the CPU
     python benchmarks/scale.py figures                              # the predictions of docs/scaling.md; nothing is run
 
-A row is one stage on so many processes: tokens a second (of the steps after the first two), peak bytes of the device
+The stage `long` reads by chunks, across which the state is carried; past `--context` it goes on without the teacher. A
+row is one stage on so many processes: tokens a second (of the steps after the first two), peak bytes of the device
 (on the CPU of the process), each step's loss, and the efficiency against as many times one process.
 """
 
@@ -47,8 +48,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "transfer": {"kind": "transfer"},
     "lora": {"kind": "distil", "trainable": "new+lora", "gradient_checkpointing": True},
     "all": {"kind": "distil", "trainable": "all", "gradient_checkpointing": True},
-    "long": {"kind": "distil", "trainable": "new+lora", "chunk_tokens": 4096},  # the state is carried across chunks
+    "long": {"kind": "distil", "trainable": "new+lora", "chunk_tokens": 4096, "distil": {"kl": 1.0, "beyond": 0.1}},
 }
+CONTEXT = 2**20  # tokens that a model is made for
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES: list[tuple[int, dict[str, Any]]] = [  # of `predict`: layers, stage
     (4, {"kind": "transfer"}),
@@ -67,8 +69,8 @@ def letters() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-def config_of(fields: dict[str, Any], words: int) -> Any:
-    fields = {"model_type": "llama", "max_position_embeddings": 2**20, **fields}
+def config_of(fields: dict[str, Any], words: int, context: int = CONTEXT) -> Any:
+    fields = {"model_type": "llama", "max_position_embeddings": context, **fields}
     fields["vocab_size"] = max(fields.get("vocab_size", 0), words)
     return AutoConfig.for_model(fields.pop("model_type"), **fields, bos_token_id=None, eos_token_id=0)
 
@@ -158,14 +160,16 @@ def launched(given: argparse.Namespace, name: str, processes: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         arguments = ["worker", "--shape", given.shape, "--stage", name, "--found", str(found)]
-        arguments += ["--length", str(given.length), "--rows", str(given.rows), "--micro-batch", str(given.micro_batch)]
+        for option in ("length", "rows", "micro_batch", "steps", "context"):
+            arguments += [f"--{option.replace('_', '-')}", str(getattr(given, option))]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         environment = os.environ | engine_environment(given.engine, processes) | {"PYTHONPATH": paths}
         if not torch.cuda.is_available():
             environment |= {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
         subprocess.run(launch_command(__file__, arguments, processes), env=environment, check=True)
         row = {"shape": given.shape, "engine": given.engine, "stage": name, "processes": processes}
-        row |= {"length": given.length, "rows": given.rows, "date": datetime.date.today().isoformat()}
+        row |= {"length": given.length, "rows": given.rows, "context": given.context}
+        row["date"] = datetime.date.today().isoformat()
         return row | json.loads(found.read_text())
 
 
@@ -173,7 +177,7 @@ def worker(given: argparse.Namespace) -> None:
     """One of the processes of `train`. All are as long in every number of processes: the global batch is the same."""
     fields = STAGES[given.stage] | {"micro_batch": given.micro_batch}
     words = letters()
-    config = config_of(dict(SHAPES[given.shape]), len(words))
+    config = config_of(dict(SHAPES[given.shape]), len(words), given.context)
     output = given.found.parent / "out"
     found = measure(config, one_stage(fields, given.length, given.rows, WARM + given.steps + SPARE), output, words)
     if found:
@@ -299,6 +303,7 @@ def main() -> None:
         command.add_argument("--shape", default="tiny", choices=SHAPES)
         command.add_argument("--length", type=int, default=2048, help="tokens a sequence")
         command.add_argument("--rows", type=int, default=8, help="sequences a global batch")
+        command.add_argument("--context", type=int, default=CONTEXT, help="tokens that the teacher can read")
         command.add_argument("--micro-batch", type=int, default=4)
         command.add_argument("--steps", type=int, default=6, help="that are timed")
     commands.choices["train"].add_argument("--processes", default="1,2")
