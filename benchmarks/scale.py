@@ -70,7 +70,7 @@ def letters() -> Any:
 
 
 def config_of(fields: dict[str, Any], words: int, context: int = CONTEXT) -> Any:
-    fields = {"model_type": "llama", "max_position_embeddings": context, **fields}
+    fields = {"model_type": "llama", **fields, "max_position_embeddings": context}
     fields["vocab_size"] = max(fields.get("vocab_size", 0), words)
     return AutoConfig.for_model(fields.pop("model_type"), **fields, bos_token_id=None, eos_token_id=0)
 
