@@ -28,11 +28,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from kernelize import train as training
 from kernelize.launch import engine_environment, launch_command
 from kernelize.plan import ConversionPlan
 from kernelize.predict import FACTOR, Machine, machine_named, predict
@@ -76,11 +78,14 @@ def config_of(fields: dict[str, Any], words: int, context: int = CONTEXT) -> Any
 
 
 def pair(config: Any) -> tuple[Any, Any]:
-    """A random model, converted, and the original, in host memory; made on the device, which is faster."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    """A random model, converted, and the original, in host memory; made on the process's device, which is faster."""
+    mine = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device, dtype = (mine, torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(0)
     with torch.device(device):
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().cpu()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     student = kernelize_model(copy.deepcopy(teacher), list(ConversionPlan.uniform(spec(), layers_of(config)).layers))
     return student, teacher
 
@@ -123,10 +128,11 @@ def measure(config: Any, recipe: Recipe, output: Path, words: Any) -> dict[str, 
             moments.append(time.monotonic())
             cpu.append(time.process_time())
             losses.append(event["metrics"]["loss"])
-            if len(moments) == timed:  # all processes stop after the next step: no whole model is written
+            if len(moments) == timed:  # all processes stop after the next step
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    finetune(student, words, recipe, output, teacher=teacher, on_event=listen, overwrite=True)
+    with patch.object(training._Run, "_checkpoint"):  # of an 8B model's weights and moments 96 GB
+        finetune(student, words, recipe, output, teacher=teacher, on_event=listen, overwrite=True)
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if not moments:
         return {}

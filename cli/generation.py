@@ -35,6 +35,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     save_state: SaveState = None,
     load_state: LoadState = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: let torch.compile fuse the step first, which takes a minute.")
+    ] = False,
     device: Device = None,
     dtype: DType = None,
     revision: Revision = None,
@@ -51,6 +54,8 @@ def generate(
     from kernelize.generate import Conversation
     from kernelize.pipeline import load_for_use
 
+    if compiled and save_state is not None:
+        raise InputError("--save-state writes no tokens; leave out --compile")
     if chat and save_state is not None:
         raise InputError("--save-state reads plain text; leave out --chat, or give it with --load-state")
     with doing(f"loading {source}"):
@@ -61,7 +66,7 @@ def generate(
         read_document(model, tokenizer, text, before, save_state, json)
         return
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings |= {"top_k": top_k, "top_p": top_p}
+    settings |= {"top_k": top_k, "top_p": top_p, "compiled": compiled}
     talk = Conversation(model, tokenizer, chat=chat, on_text=stream, state=before, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):

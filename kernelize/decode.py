@@ -213,14 +213,18 @@ class Step:
 class Decoder:
     """Writes for prompts, one batch after the other; a graph is captured once for each number of rows.
 
-    InputError for a model that `refused` names. Where a step cannot be captured, `eager` says why.
+    With `compiled` torch.compile fuses the graph's layers, which takes a minute. InputError for a model that `refused`
+    names, or where there is no graph to compile. Where a step cannot be captured, `eager` says why.
     """
 
-    def __init__(self, model: Any, sampling: Sampling | None = None, *, graph: bool = True):
+    def __init__(self, model: Any, sampling: Sampling | None = None, *, graph: bool = True, compiled: bool = False):
         if reason := refused(model):
             raise InputError(f"the decoder does not serve this model: {reason}")
         self.model, self.sampling = model, sampling or Sampling()
         self.eager = uncapturable(model) if graph else "no graph was asked for"
+        if compiled and self.eager:
+            raise InputError(f"nothing to compile, the step is no CUDA graph: {self.eager}")
+        self.compiled = compiled
         eos = model.generation_config.eos_token_id
         self.eos = [eos] if isinstance(eos, int) else list(eos or [])
         pad = model.generation_config.pad_token_id
@@ -277,7 +281,7 @@ class Decoder:
         step.begin(cache, logits, read)
         if self.eager is None:
             try:
-                step.capture()
+                step.capture(self.compiled)
             except RuntimeError as error:
                 self.eager = f"{type(error).__name__}: {first_line(error)}"
                 log.warning("decoding without a CUDA graph: %s", self.eager)

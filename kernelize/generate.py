@@ -48,8 +48,9 @@ class Conversation:
 
     With `state` each prompt, or the conversation, goes on from what that cache has read, which stays as it is.
     temperature 0 takes the likeliest token; top_p None is what the checkpoint says. On a GPU a kernelized model writes
-    through `Decoder`, where that can; `generate` serves the rest. Raises InputError for numbers out of range, an empty
-    prompt, and `chat` with a model that has no chat template.
+    through `Decoder`, where that can, its step `compiled` if asked for; `generate` serves the rest. Raises InputError
+    for numbers out of range, an empty prompt, `chat` with a model that has no chat template, and `compiled` where no
+    `Decoder` writes.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Conversation:
         top_p: float | None = None,
         seed: int = 0,
         state: Cache | None = None,
+        compiled: bool = False,
         on_text: Callable[[str], None] = lambda text: None,
     ):
         if max_new_tokens < 1:
@@ -78,7 +80,9 @@ class Conversation:
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         chosen = {"do_sample": True, **dataclasses.asdict(sampling)} if temperature else {"do_sample": False}
         self.settings = {**chosen, "max_new_tokens": max_new_tokens, "pad_token_id": pad}
-        self.decoder = decoder_for(model, sampling)
+        if compiled and state is not None:
+            raise InputError("--compile is for prompts that are read from their beginning; leave out --load-state")
+        self.decoder = decoder_for(model, sampling, compiled)
         set_seed(seed)
 
     def answer(self, prompt: str) -> Completion:
@@ -140,8 +144,10 @@ def read_text(model, tokenizer, text: str, after: Cache | None = None) -> tuple[
     return read(model, ids, after=after), ids.shape[1]
 
 
-def decoder_for(model, sampling: Sampling) -> Decoder | None:
+def decoder_for(model, sampling: Sampling, compiled: bool = False) -> Decoder | None:
     """The decoder where it gains something: on a GPU. The log says why a kernelized model there goes without."""
+    if compiled:
+        return Decoder(model, sampling, compiled=True)
     if model.device.type != "cuda":
         return None
     if reason := refused(model):

@@ -266,6 +266,9 @@ def test_generate_reads_once_and_answers_later(folder, tmp_path, capsys):
     [
         (["{0}/source", "x", "--save-state", "{1}/book"], "has read nothing yet"),
         (["{0}/made", "x", "--save-state", "{1}/book", "--chat"], "leave out --chat"),
+        (["{0}/made", "x", "--save-state", "{1}/book", "--compile"], "leave out --compile"),
+        (["{0}/made", "x", "--compile", "--device", "cpu"], "the model is on cpu, not on a GPU"),
+        (["{0}/source", "x", "--compile"], "the model is not kernelized"),
         (["{0}/made", " ", "--save-state", "{1}/book"], "the prompt is empty"),
         (["{0}/made", "x", "--save-state", "{1}/nowhere/book"], "cannot be written"),
         (["{0}/made", "x", "--load-state", "{1}/book"], "is no saved state"),
