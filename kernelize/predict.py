@@ -12,7 +12,8 @@ Of one process, with N processes and S = N where the engine shards (FSDP2), else
 
     FLOPs       2 a multiply-add x (matrix parameters x passes + attention); passes: `PASSES`
     seconds     FLOPs / (machine's FLOP/s x efficiency x N), and where attention is not fused SCORES_PASSES passes
-                over its scores; on a GPU at least HOST a layer and micro-batch, in which the host asks for its kernels
+                over its scores; on a GPU at least HOST a layer and micro-batch, in which the host asks for its kernels,
+                unless a micro-step is a CUDA graph
 
 Tokens held at once: micro_batch x sequence_length, or x chunk_tokens. `benchmarks/scale.py predict` compares this with
 measurements; FACTOR is how far they may be apart.
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from . import micro_graph
 from .blockwise import blocks_of, groups
 from .losses import LOGITS_HELD, LOGITS_HELD_ELSEWHERE
 from .objectives import NEW
@@ -47,7 +49,7 @@ PASSES = {"transfer": (1, 0, 0, 0), "forecast": (1, 0, 0, 0), "distil": (1, 1, 0
 SCORES_PASSES = 45.0  # over the scores of a layer, forward and backward, in exponentials' time
 ORIGINAL_PASSES = {"transfer": 2.0, "forecast": 4.0, "distil": 0.5}  # over the original's, T x T; sdpa in distillation
 # seconds a layer and micro-batch in which the host asks for the kernels, and for those of a second forward: measured
-# with Llama-3-8B's shape beside an H200 (docs/scaling.md). A stage that runs as a CUDA graph needs less.
+# with Llama-3-8B's shape beside an H200 (docs/scaling.md); small layers take some 8 ms
 HOST, HOST_AGAIN = {"transfer": 13.5e-3, "forecast": 13.5e-3, "distil": 13.0e-3}, 13.6e-3
 SCORES_SAVED = 9.0  # float32 copies of a token's scores that the chunked implementation keeps for its gradient
 
@@ -131,7 +133,8 @@ def predict(
     rounds = len(groups(model, stage.layers_at_a_time)) if stage.layers_at_a_time else 1
     flops = _step_flops(model, plan, shape, stage)
     scores = 0.0 if machine.fused else _step_scores(plan, shape, stage)
-    host = _step_host(plan, stage, processes) if machine.fused else 0.0
+    graphs = micro_graph.uncapturable(stage, processes > 1 or sharded) is None
+    host = _step_host(plan, stage, processes) if machine.fused and not graphs else 0.0
     return Prediction(
         stage=stage.name,
         weights=((frozen + teacher) * itemsize + 4 * trained) / shards,

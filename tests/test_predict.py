@@ -45,21 +45,30 @@ def test_shards_divide_what_a_process_holds_and_processes_the_time():
     one, four = said(trainable="all"), said(trainable="all", processes=4, sharded=True)
     assert four.weights == one.weights / 4
     assert four.optimizer == one.optimizer / 4
-    assert four.step_seconds == pytest.approx(one.step_seconds / 4)
+    alone = said(trainable="all", sharded=True)
+    assert four.step_seconds == pytest.approx(alone.step_seconds / 4)
     replicated = said(trainable="all", processes=4)
     assert replicated.weights == one.weights
 
 
 def test_the_host_asks_for_every_micro_batch():
     """So small steps do not get faster by a faster device, but by larger micro-batches and by more processes."""
-    small, larger, chunked = said(), said(micro_batch=4), said(chunk_tokens=16)
+    small, larger = said(sharded=True), said(sharded=True, micro_batch=4)
+    chunked = said(chunk_tokens=16)
     assert small.step_seconds == pytest.approx(2 * larger.step_seconds)
     assert chunked.step_seconds == pytest.approx(4 * small.step_seconds)
     assert said(gradient_checkpointing=True).step_seconds > 1.5 * small.step_seconds
-    assert said(layers=8).step_seconds == pytest.approx(2 * small.step_seconds)
+    assert said(sharded=True, layers=8).step_seconds == pytest.approx(2 * small.step_seconds)
     slow = dataclasses.replace(H200, flops=1e6)
     config, plan = tiny_llama(num_hidden_layers=4).config, ConversionPlan.uniform(SPEC, 4)
     assert predict(config, plan, stage(), slow).step_seconds == pytest.approx(small.step_flops / (1e6 * 0.35))
+
+
+def test_a_graph_asks_once():
+    """Of one process, with rows of one length: what takes time then is the device."""
+    graph = said()
+    assert graph.step_seconds == pytest.approx(graph.step_flops / (H200.flops * H200.efficiency))
+    assert said(packing="documents").step_seconds > graph.step_seconds
 
 
 def test_what_saves_memory_is_predicted_to():
