@@ -15,7 +15,10 @@ from .progress import TrainingProgress
 
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="Text for all stages: file, dataset, sample, self, retrieval. May be repeated."),
+    typer.Option(
+        help="Text for all stages: a file, dataset, sample or self; may be repeated. Tasks of retrieval, if the recipe "
+        "has any, are hidden in the files; with retrieval among the names nothing else is read than they say."
+    ),
 ]
 
 

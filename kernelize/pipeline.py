@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import ConversionPlan, PlanReport
     from .predict import Prediction
     from .quantize import Quantised
-    from .recipe import Recipe
+    from .recipe import DataSource, Recipe
     from .train import TrainResult
 
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
@@ -361,16 +361,37 @@ def _parts(source: str) -> tuple[str, ...]:
     return whole.with_name(whole.name.removesuffix(".gguf")).parts
 
 
+def read_instead(own: Sequence[DataSource], names: Sequence[str]) -> list[DataSource]:
+    """Text from `names` in place of a stage's own: its tasks of retrieval are hidden in the files among it, and keep
+    their share. Where `names` have `retrieval`, they are all that is read, in equal shares.
+    """
+    from .recipe import DataSource
+
+    named = [DataSource.model_validate(name) for name in names]
+    tasks = sum(source.weight for source in own if source.builtin == "retrieval")
+    if not tasks or any(source.builtin == "retrieval" for source in named):
+        return named
+    text = sum(source.weight for source in own) - tasks
+    hidden = [DataSource(path=source.path, builtin="retrieval") for source in named if source.path]
+    hidden = hidden or [DataSource(builtin="retrieval")]
+    weighed = [(named, text)] * (text > 0) + [(hidden, tasks)]
+    return [x.model_copy(update={"weight": weight / len(xs)}) for xs, weight in weighed for x in xs]
+
+
 def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:
-    """The recipe with fields of all its stages changed; None leaves a field as it is. `tokens` replaces `steps`."""
+    """The recipe with fields of all its stages changed; None leaves a field as it is. `tokens` replaces `steps`, and
+    `data`, a list of names, what the stages read (`read_instead`).
+    """
     from .recipe import Recipe
 
     given = {name: value for name, value in changes.items() if value is not None}
     data = recipe.to_dict()
-    for stage in data.get("stages", ()):
+    for old, stage in zip(recipe.stages, data.get("stages", ()), strict=True):
         if "tokens" in given:
             stage.pop("steps", None)
         stage.update(given)
+        if "data" in given:
+            stage["data"] = [source.model_dump() for source in read_instead(old.data, given["data"])]
     return Recipe.from_dict(data if seed is None else {**data, "seed": seed}, f"recipe {recipe.name!r} with options")
 
 

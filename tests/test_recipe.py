@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from kernelize.errors import InputError
+from kernelize.pipeline import override_stages
 from kernelize.recipe import DataSource, Recipe, Stage, load_recipe, recipes
 
 SHIPPED = [entry["name"] for entry in recipes()]
@@ -151,3 +152,21 @@ def test_recipes_are_frozen_and_budgets_round_up():
 def test_listing_recipes_does_not_import_torch():
     code = "import sys, kernelize.recipe as r; r.recipes(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if load_recipe(name).stages])
+def test_own_text_keeps_the_share_of_retrieval(name):
+    """A recipe that asks for facts hides them in the text that is given; where retrieval is named, names are all."""
+
+    def share(sources) -> float:
+        tasks = sum(source.weight for source in sources if source.builtin == "retrieval")
+        return tasks / sum(source.weight for source in sources)
+
+    recipe = load_recipe(name)
+    changed = override_stages(recipe, data=["a.jsonl", "b.parquet", "me/dataset"])
+    for before, after in zip(recipe.stages, changed.stages, strict=True):
+        assert share(after.data) == pytest.approx(share(before.data))
+        assert {source.path for source in after.data if source.builtin == "retrieval"} <= {"a.jsonl", "b.parquet"}
+        assert all(source.path or source.dataset for source in after.data)
+    asked = override_stages(recipe, data=["a.jsonl", "retrieval"])
+    assert {share(stage.data) for stage in asked.stages} == {0.5}
