@@ -187,9 +187,9 @@ def profile_shape(shape: str, length: int, tokens: int, top: int, keep) -> None:
     """The kernels of a token's graph after a prompt of that length: microseconds and launches a token."""
     model = random_model(shape, device="cuda", dtype=torch.bfloat16)
     model = kernelize_model(model, [KernelSpec(slots=128, aging=1024)] * model.config.num_hidden_layers)
-    read = prefill(model, torch.randint(5, 250, (1, length), device="cuda"))
+    ids = torch.randint(5, 250, (1, length), device="cuda")
     for compiled in (False, True):
-        step = Decoder(model, graph=False).start(*read)
+        step = Decoder(model, graph=False).start(*prefill(model, ids))
         step.capture(compiled)
         for _ in range(3):
             step.run()

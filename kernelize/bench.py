@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .compiled import compiled_layers
 from .decode import Sampling, Step, prefill, uncapturable
-from .errors import InputError
+from .errors import InputError, KernelizeError, first_line
 from .rows import Row
 from .runtime import ops
 from .runtime.cache import kernel_layers, state_bytes
@@ -111,6 +111,8 @@ def bench(contenders: Sequence[Contender], settings: Settings, on_progress: OnPr
 
     for contender in contenders:
         model = contender.make()
+        if settings.compiled and model.device.type != "cuda":
+            raise InputError(f"nothing to compile: the model is on {model.device.type}, not on a GPU")
         found.ran[contender.name], found.machine = describe(model), machine(str(model.device))
         failed: dict[int, int] = {}  # a batch: the length that did not fit
         for rows, length in cases:
@@ -130,16 +132,33 @@ def bench(contenders: Sequence[Contender], settings: Settings, on_progress: OnPr
 
 
 def case(found: Bench, name: str, model: Any, rows: int, length: int, settings: Settings) -> bool:
-    """Adds the rows of one length and batch; False where it does not fit into the memory."""
+    """Adds the rows of one length and batch; False where it does not fit into the memory.
+
+    KernelizeError where torch.compile fails. A case compiles for itself: what earlier ones have compiled would count
+    against the number of variants, beyond which code runs as it is.
+    """
+    if settings.compiled:
+        torch._dynamo.reset()
     try:
-        with torch.no_grad(), sdpa_kernel(ORDERS[0], set_priority=True):
+        with torch.no_grad(), sdpa_kernel(ORDERS[0], set_priority=True), variants_counted(settings.compiled):
             measured = list(measure(model, rows, length, settings))
     except (torch.OutOfMemoryError, MemoryError):
+        measured = []
+    except RuntimeError as error:
+        if not settings.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        if "out of memory" not in str(error):
+            raise KernelizeError(f"torch.compile failed: {first_line(error)}") from error
         measured = []
     forget()
     for metric, value, n in measured:
         found.add(name, metric, length, rows, value, n)
     return bool(measured)
+
+
+def variants_counted(compiled: bool) -> Any:
+    """Within it code with too many variants is an error; without `compiled` nothing is."""
+    return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True) if compiled else nullcontext()
 
 
 def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[tuple[str, float, int]]:
@@ -151,7 +170,7 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
         chunk = length
     cuda = model.device.type == "cuda"
     with compiled_layers(model) if settings.compiled else nullcontext():
-        times, (cache, logits, read) = reading(model, ids, chunk)
+        times, (cache, logits, read) = reading(model, ids, chunk, ids.shape[1] if settings.compiled else WARM_UP)
     yield "prefill_ms", 1e3 * statistics.median(times), len(times)
     if cuda:
         yield "peak_bytes", torch.cuda.max_memory_allocated(), 1
@@ -164,11 +183,13 @@ def measure(model: Any, rows: int, length: int, settings: Settings) -> Iterator[
     yield "decode_ms", 1e3 * min(seconds), settings.tokens
 
 
-def reading(model: Any, ids: Tensor, chunk: int | None) -> tuple[list[float], tuple[Cache, Tensor, Tensor]]:
-    """Seconds of each reading of a prompt, and what `prefill` gives after it."""
+def reading(
+    model: Any, ids: Tensor, chunk: int | None, warm_up: int
+) -> tuple[list[float], tuple[Cache, Tensor, Tensor]]:
+    """Seconds of each reading of a prompt, and what `prefill` gives after it; on a GPU `warm_up` tokens go before."""
     cuda, times = model.device.type == "cuda", list[float]()
     if cuda:
-        prefill(model, ids[:, :WARM_UP], chunk=chunk)
+        prefill(model, ids[:, :warm_up], chunk=chunk)
         torch.cuda.reset_peak_memory_stats()
     for _ in range(REPEATS if cuda and ids.numel() <= SHORT else 1):
         read: Any = None  # the one before goes first

@@ -26,6 +26,9 @@ def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = Fals
     kernelized: Any = model if isinstance(model, KernelizedModelMixin) else None
     attentions = list(kernelized_layers(kernelized).values()) if kernelized else []
     options: Any = {"coordinate_descent_tuning": True} if tuned else None
+    changed = [(x, "forward") for x in (*layers, *(y.kernelize for y in attentions))]
+    changed += [(x, "take_state") for x in attentions]
+    before = [vars(module).get(name) for module, name in changed]  # hooks may stand there
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend, options=options)
@@ -36,7 +39,8 @@ def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = Fals
         with torch._dynamo.config.patch(recompile_limit=8 * len(layers), accumulated_recompile_limit=64 * len(layers)):
             yield
     finally:
-        for module in (*layers, *(x.kernelize for x in attentions)):
-            vars(module).pop("forward", None)
-        for attention in attentions:
-            vars(attention).pop("take_state", None)
+        for (module, name), value in zip(changed, before, strict=True):
+            if value is None:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value

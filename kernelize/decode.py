@@ -165,7 +165,8 @@ class Step:
     def capture(self, compiled: bool = False) -> None:
         """Makes `run` a CUDA graph, with `compiled` of fused layers (which takes a minute).
 
-        RuntimeError of torch where the model asks the host for something.
+        RuntimeError of torch where the model asks the host for something, or cannot be compiled; the step then is as it
+        was.
         """
         tuned = self.token.shape[0] == 1
         with compiled_layers(self.model, tuned=tuned) if compiled else nullcontext():
@@ -183,14 +184,18 @@ class Step:
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self.once()
+            torch.cuda.current_stream().wait_stream(stream)
+            restore()
+            # a capture that fails would leave its own stream the current one
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
                 self.once()
-        torch.cuda.current_stream().wait_stream(stream)
-        restore()
-        with torch.cuda.graph(graph, stream=stream):
-            self.once()
-        restore()
+        finally:  # what was tried has moved the state on, to wherever it came
+            torch.cuda.current_stream().wait_stream(stream)
+            restore()
         self.run = graph.replay
 
     def fetch(self, n: int) -> Callable[[], Tensor]:
@@ -279,11 +284,20 @@ class Decoder:
             return self.steps[rows]
         step = Step(self.model, cache, rows, self.sampling, self.eos, self.pad)
         step.begin(cache, logits, read)
-        if self.eager is None:
-            try:
-                step.capture(self.compiled)
-            except RuntimeError as error:
-                self.eager = f"{type(error).__name__}: {first_line(error)}"
-                log.warning("decoding without a CUDA graph: %s", self.eager)
+        if self.eager is None and self.compiled:
+            self.compiled = self._captured(step, True, "decoding without torch.compile") is None
+        if self.eager is None and not self.compiled:
+            self.eager = self._captured(step, False, "decoding without a CUDA graph")
         self.steps[rows] = step
         return step
+
+    @staticmethod
+    def _captured(step: Step, compiled: bool, otherwise: str) -> str | None:
+        """Makes the step's graph; why it could not, which the log says, too."""
+        try:
+            step.capture(compiled)
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("%s: %s", otherwise, reason)
+            return reason
+        return None

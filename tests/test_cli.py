@@ -281,6 +281,11 @@ def test_generate_refuses_states(options, said, folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_bench_compiles_on_a_gpu_alone(folder, capsys):
+    assert run("bench", folder / "made", "--lengths", "64", "--compile", "--device", "cpu") == 2
+    assert "the model is on cpu, not on a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", [["  "], ["x", "--max-new-tokens", "0"], ["x", "--temperature", "-1"]])
 def test_generate_refuses(option, folder):
     assert run("generate", folder / "made", *option) == 2

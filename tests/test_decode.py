@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from families import tiny_student, tiny_teacher
 from tiny import byte_tokenizer
 
 from kernelize.compiled import compiled_layers
-from kernelize.decode import BLOCK, Decoder, Sampling, prefill, refused
+from kernelize.decode import BLOCK, WARM_UPS, Decoder, Sampling, prefill, refused
 from kernelize.errors import InputError
 from kernelize.generate import Conversation
 from kernelize.runtime.cache import CACHE
@@ -121,6 +122,57 @@ def test_compiled_layers_compute_the_same(make, ids):
             results.append(out.logits)
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
     assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+def test_compiled_layers_leave_what_stood_there(ids):
+    """Hooks of other libraries stand in place of a layer's forward."""
+    model, seen = tiny_student("llama"), []
+    for layer in model.model.layers:
+        layer.forward = lambda *args, inner=layer.forward, **kwargs: seen.append(0) or inner(*args, **kwargs)
+    with compiled_layers(model, "eager"):
+        pass
+    with torch.no_grad():
+        model(ids)
+    assert len(seen) == len(model.model.layers)
+
+
+class Nothing:
+    """Stands for a stream, a graph, or a context of torch.cuda."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("call", range(1, WARM_UPS + 2))
+def test_a_capture_that_fails_leaves_the_step_as_it_was(model, ids, monkeypatch, call):
+    """Whichever of its steps it is, when all layers but the last have gone on."""
+    decoder = Decoder(model)
+    expected = decoder.write(ids, max_new_tokens=NEW)
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    last, calls = model.model.layers[-1], itertools.count(1)
+    whole = last.forward
+
+    def failing(*args, **kwargs):
+        out = whole(*args, **kwargs)
+        if next(calls) == call + 1:  # the first is the prefill
+            raise RuntimeError("no graph for this")
+        return out
+
+    monkeypatch.setattr(last, "forward", failing)
+    failed = Decoder(model)
+    failed.eager = None
+    assert torch.equal(failed.write(ids, max_new_tokens=NEW), expected)
+    assert failed.eager == "RuntimeError: no graph for this"
 
 
 def test_what_the_decoder_cannot_do_is_refused(model):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from compiled import launches_of, layer_call, warmed
+from compiled import launches_of, layer_call, standing_in, warmed
 
 from kernelize.runtime import fused_step
 from kernelize.runtime.attention import KernelAttention
@@ -53,12 +53,14 @@ def constants(launch) -> tuple:
     return launch.name, *((name, launch.options[name]) for name in fixed if name in launch.options)
 
 
-def step_call(slots: int, **fields):
-    spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots, **fields}), SHAPE
-    kernel = KernelAttention(spec, H, Hk, D).to("meta").kernel(D**-0.5)
+def step_call(slots: int, shape=SHAPE, dtype=torch.bfloat16, **fields):
+    spec, (B, H, Hk, D) = KernelSpec(**{**SPEC, "slots": slots, **fields}), shape
+    kernel, rotation = KernelAttention(spec, H, Hk, D).to("meta").kernel(D**-0.5), torch.empty(D // 2, device="meta")
     if spec.scores_by("forecast"):
-        kernel = kernel._replace(key_rotation=Rotation(torch.empty(D // 2, device="meta"), False))
-    q, k, v = (torch.empty(B, h, 1, D, device="meta", dtype=torch.bfloat16) for h in (H, Hk, Hk))
+        kernel = kernel._replace(key_rotation=Rotation(rotation, False))
+    if spec.reach:
+        kernel = kernel._replace(rotation=Rotation(rotation, False))
+    q, k, v = (torch.empty(B, h, 1, D, device="meta", dtype=dtype) for h in (H, Hk, Hk))
     state = empty_state(spec, k, v)
     return lambda: fused_step.step(q, k, v, kernel, state, in_place=True)
 
@@ -83,6 +85,27 @@ def test_a_step_compiles_for_a_gpu(tmp_path, monkeypatch):
     assert warmed(launches, 0, 1) == 2
     for launch in launches:
         assert not any(p.is_constexpr and p.do_not_specialize for p in launch.kernel.params)
+
+
+STEPS = [
+    ((1, 32, 8, 128), torch.bfloat16, {"feature_dim": 128, "window": 512}),
+    ((1, 9, 3, 64), torch.float32, {"feature_dim": 128, "window": 512}),
+    pytest.param((1, 4, 1, 256), torch.bfloat16, {"feature_dim": 128, "reach": 300}, marks=pytest.mark.slow),
+    pytest.param((1, 4, 1, 256), torch.float32, {"feature_dim": 64, "reach": 300}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "fields"), STEPS)
+@pytest.mark.parametrize("has", [99 * 1024, 227 * 1024], ids=["99 KB", "227 KB"])
+def test_a_step_fits_into_shared_memory(tmp_path, monkeypatch, shape, dtype, fields, has):
+    """Of the GPUs with the least, and of Hopper, where loads are further ahead."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fused_step, "shared_memory", lambda device: has)
+    launches = launches_of(step_call(128, shape, dtype, **fields))[0]
+    with standing_in():
+        for launch in launches:
+            compiled = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+            assert compiled.metadata.shared <= has, launch.name
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])

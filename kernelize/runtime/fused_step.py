@@ -22,6 +22,7 @@ from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, Rotation, State
 
 TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, or holders of a block that leaves
+AMPLE = 200_000  # bytes of shared memory, as on Hopper, in which loads may be three stages ahead
 NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
 MOST_GROUP = 64  # query heads of a key head
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
@@ -67,7 +68,7 @@ def projected(x, Weight, h, d, c, D: constexpr, C: constexpr, PRECISION: constex
     """x [rows, D] by the head's float32 matrix; a 16-bit x takes it as the sum of two 16-bit matrices."""
     w = tl.load(Weight + h * D * C + d[:, None] * C + c[None, :], mask=(d < D)[:, None] & (c < C)[None, :], other=0.0)
     if x.dtype == tl.float32:
-        return tl.dot(x, w, input_precision=PRECISION)
+        return tl.dot(x, w.to(tl.float32), input_precision=PRECISION)
     high = w.to(x.dtype)
     return tl.dot(x, high) + tl.dot(x, (w - high.to(tl.float32)).to(x.dtype))
 
@@ -622,6 +623,19 @@ def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stages(device: torch.device) -> int:
+    """How many loads a kernel is ahead: in one stage all of 16 bits fit into 99 KB, the least of a GPU since sm_80."""
+    return 3 if shared_memory(device) >= AMPLE else 1
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take on a GPU; 0 for what only stands in for one."""
+    if device.type != "cuda":
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
 def owned(spec: KernelSpec, nothing: Tensor) -> Tensor:
     """What `slots_of` looks up, on the device of `nothing`: that where all KV heads have as many slots."""
     return slot_table(spec, nothing.device) if spec.is_packed else nothing
@@ -665,7 +679,7 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
         BP=power_of_two(spec.block), KIND0=kinds[0], KIND1=kinds[1],
         RECALL=spec.measures("recall"), AGING=spec.aging > 0, HIDDEN=width, TINY=TINY,
         TURNED=kernel.key_rotation is not None, **turning,
-        PRECISION="ieee", num_warps=8,
+        PRECISION="ieee", num_warps=8, num_stages=stages(state.keys.device),
     )  # fmt: skip
 
 
@@ -679,7 +693,7 @@ def read(
     rate = 0 if kernel.log_rate is None else 1 if kernel.decay_weight is None else 2
     group = q.shape[1] // k.shape[1]
     rotation = kernel.rotation if spec.reach else None
-    tile = common["TILE"] * (1 if rotation else 2)  # turned keys are of 32 bits
+    tile = 2 * TILE if common["TILE"] == TILE and rotation is None else common["TILE"]  # turned keys are of 32 bits
     frequencies, turning = rotary(rotation, nothing)
     optional = (kernel.log_gate, kernel.log_rate, kernel.decay_weight, kernel.sink_logits)
     read_kernel[grid](
@@ -691,5 +705,5 @@ def read(
         **common | {"HAS_VALID": valid is not None, "TILE": tile}, RATE=rate, MASS=spec.measures("attention"),
         SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
         COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, PRECISION="ieee",
-        num_warps=8,
+        num_warps=8, num_stages=stages(q.device),
     )  # fmt: skip
