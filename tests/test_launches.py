@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from compiled import launches_of, layer_call, standing_in, warmed
 
-from kernelize.runtime import fused_step
+from kernelize.runtime import fused, fused_step
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec
 from kernelize.runtime.state import Rotation, empty_state
@@ -87,6 +87,30 @@ def test_a_step_compiles_for_a_gpu(tmp_path, monkeypatch):
         assert not any(p.is_constexpr and p.do_not_specialize for p in launch.kernel.params)
 
 
+HOPPER, LEAST = 227 * 1024, 99 * 1024  # bytes of shared memory that a program may take
+
+
+def test_what_does_not_fit_a_gpu_is_named():
+    """A small GPU reads with heads of 128, and trains those of 64; the rest runs on chunked code there."""
+    assert all(needed <= HOPPER for both in fused.SHARED.values() for needed in both)
+    fits = [fused.too_large(D, torch.bfloat16, trains, LEAST) for D, trains in ((64, True), (80, False), (128, False))]
+    assert fits == [None] * 3
+    assert "takes 122880 bytes of shared memory, the GPU has 101376" in fused.too_large(128, torch.float16, True, LEAST)
+    assert "float32" in fused.too_large(64, torch.float32, False, LEAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)])
+def test_programs_take_no_more_than_is_said(tmp_path, monkeypatch, width, dtype, train):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    call = layer_call({**SPEC, "feature_dim": 128, "policy": "mixed"}, (1, 4, 2, width), 512, train, dtype=dtype)
+    with standing_in():
+        for launch in launches_of(call)[0]:
+            found = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+            assert found.metadata.shared <= fused.SHARED[dtype.itemsize, width][train], launch.name
+
+
 STEPS = [
     ((1, 32, 8, 128), torch.bfloat16, {"feature_dim": 128, "window": 512}),
     ((1, 9, 3, 64), torch.float32, {"feature_dim": 128, "window": 512}),
@@ -96,7 +120,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("shape", "dtype", "fields"), STEPS)
-@pytest.mark.parametrize("has", [99 * 1024, 227 * 1024], ids=["99 KB", "227 KB"])
+@pytest.mark.parametrize("has", [LEAST, HOPPER], ids=["least", "Hopper"])
 def test_a_step_fits_into_shared_memory(tmp_path, monkeypatch, shape, dtype, fields, has):
     """Of the GPUs with the least, and of Hopper, where loads are further ahead."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -22,7 +22,7 @@ from .fused_exact import Exact, ExactFunction
 from .fused_map import fits, mapped, plain, splitted
 from .fused_memory import MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
-from .fused_triton import interpreted, rows_first, triton
+from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
 from .kept import kept
 from .reference import take
 from .spec import KernelSpec
@@ -42,6 +42,11 @@ from .state import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
 WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need more shared memory than it has
+# bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
+# training, compiled for sm_90 with 128 features (256 where heads are 256)
+SHARED = {
+    (2, 64): (57_344, 81_920), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
+}  # fmt: skip
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 
@@ -59,7 +64,20 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "float32 on a GPU: only heads of up to {} channels with {} features".format(*WIDEST_FULL)
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
+    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, torch.is_grad_enabled(), shared_memory(q.device))):
+        return lack
     return unsupported(spec)
+
+
+def too_large(head_dim: int, dtype: torch.dtype, trains: bool, has: int) -> str | None:
+    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None."""
+    needed = SHARED[dtype.itemsize, power_of_two(head_dim, 64)][trains]
+    if needed <= has:
+        return None
+    doing = "training" if trains else "reading"
+    return (
+        f"{doing} with heads of {head_dim} in {str(dtype)[6:]} takes {needed} bytes of shared memory, the GPU has {has}"
+    )
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

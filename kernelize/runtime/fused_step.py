@@ -17,7 +17,7 @@ from torch import Tensor
 from .feature_maps import Hedgehog
 from .fused import DTYPES, unsupported
 from .fused_map import LARGEST
-from .fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
+from .fused_triton import constexpr, interpreted, jit, power_of_two, shared_memory, tl, triton
 from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, Rotation, State
 
@@ -626,14 +626,6 @@ def sizes(kernel: Kernel, q: Tensor, k: Tensor, state: State) -> dict[str, Any]:
 def stages(device: torch.device) -> int:
     """How many loads a kernel is ahead: in one stage all of 16 bits fit into 99 KB, the least of a GPU since sm_80."""
     return 3 if shared_memory(device) >= AMPLE else 1
-
-
-@lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may take on a GPU; 0 for what only stands in for one."""
-    if device.type != "cuda":
-        return 0
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def owned(spec: KernelSpec, nothing: Tensor) -> Tensor:

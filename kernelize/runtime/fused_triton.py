@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,14 @@ def precision(dtype: torch.dtype) -> str:
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two from `least` on that holds n."""
     return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take on a GPU; 0 for what only stands in for one."""
+    if device.type != "cuda":
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def rows_first(x: Tensor) -> Tensor:
