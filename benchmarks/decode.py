@@ -20,12 +20,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from layer import graphed, layer, milliseconds, relative, tokens
+from layer import graphed, kernels, layer, milliseconds, relative, tokens
 
 from kernelize.decode import Decoder, Sampling, prefill
 from kernelize.runtime import fused_step, reference
@@ -193,11 +191,7 @@ def profile_shape(shape: str, length: int, tokens: int, top: int, keep) -> None:
         step.capture(compiled)
         for _ in range(3):
             step.run()
-        with record(activities=[ProfilerActivity.CUDA]) as found:
-            for _ in range(tokens):
-                step.run()
-            torch.cuda.synchronize()
-        events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+        events = kernels(step.run, tokens)
         whole = {"us": sum(e.self_device_time_total for e in events), "launches": sum(e.count for e in events)}
         keep({"what": shape, "length": length, "compiled": compiled, **{k: v / tokens for k, v in whole.items()}})
         for e in events[:top]:

@@ -515,22 +515,24 @@ def one_call(attention, leaves, up, train: bool) -> list[torch.Tensor]:
     return [y.detach(), *grads]
 
 
-def kernel_ms(call, name: str) -> float:
-    """Device milliseconds of the kernel in one call."""
+def kernels(call, calls: int) -> list:
+    """The profiler's events of so many calls on the device, the longest first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(5):
+        for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    return sum(e.self_device_time_total for e in found.key_averages() if e.key == name) / 5000
+    return sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+
+
+def kernel_ms(call, name: str) -> float:
+    """Device milliseconds of the kernel in one call."""
+    return sum(e.self_device_time_total for e in kernels(call, 5) if e.key == name) / 5000
 
 
 def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
     attention, qkv = ours(policy, slots, T, shape)
     leaves = [x.requires_grad_(train) for x in qkv]
     up = torch.randn_like(qkv[0])
@@ -540,11 +542,7 @@ def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) 
 
     for _ in range(2):
         call()
-    with record(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    events = kernels(call, 3)
     total = sum(e.self_device_time_total for e in events) / 3000
     print(f"# {policy} {slots}, {shape}, T={T}, {'fwd+bwd' if train else 'fwd'}: {total:.3f} ms on the device")
     for e in events[:top]:

@@ -34,7 +34,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kernelize import train as training
 from kernelize.launch import engine_environment, launch_command
 from kernelize.plan import ConversionPlan
 from kernelize.predict import FACTOR, Machine, machine_named, predict
@@ -131,7 +130,7 @@ def measure(config: Any, recipe: Recipe, output: Path, words: Any) -> dict[str, 
             if len(moments) == timed:  # all processes stop after the next step
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with patch.object(training._Run, "_checkpoint"):  # of an 8B model's weights and moments 96 GB
+    with patch("kernelize.train._Run._checkpoint"):  # of an 8B model's weights and moments 96 GB
         finetune(student, words, recipe, output, teacher=teacher, on_event=listen, overwrite=True)
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if not moments:

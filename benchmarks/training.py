@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from layer import kernels
+
 from kernelize import micro_graph
 from kernelize.compiled import compiled_layers
 from kernelize.data import Row
@@ -196,15 +198,9 @@ def timed(step: MicroStep, run: Callable[[Row, torch.Tensor], torch.Tensor], row
 
 
 def profile(step: MicroStep, top: int) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
     for _ in range(2):
         step()
-    with record(activities=[ProfilerActivity.CUDA]) as found:
-        step()
-        torch.cuda.synchronize()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    events = kernels(step, 1)
     print(f"# {sum(e.self_device_time_total for e in events) / 1e3:.1f} ms on the device, "
           f"{sum(e.count for e in events)} launches")  # fmt: skip
     for e in events[:top]:

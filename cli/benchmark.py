@@ -29,7 +29,10 @@ def bench(
         typer.Option(min=1, help="Tokens of a prompt that are read at once; by default 8192 on a CPU, 32768 on a GPU."),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Also time forward and backward.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile fuse the rest of both.")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="On a GPU: let torch.compile fuse what is around the attention of both."),
+    ] = False,
     shared_prompt: Annotated[
         bool, typer.Option("--shared-prompt", help="The sequences of a batch go on from one prompt, read once.")
     ] = False,

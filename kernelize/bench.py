@@ -111,8 +111,8 @@ def bench(contenders: Sequence[Contender], settings: Settings, on_progress: OnPr
 
     for contender in contenders:
         model = contender.make()
-        if settings.compiled and model.device.type != "cuda":
-            raise InputError(f"nothing to compile: the model is on {model.device.type}, not on a GPU")
+        if settings.compiled and (reason := uncapturable(model)):
+            raise InputError(f"nothing to compile, the step is no CUDA graph: {reason}")
         found.ran[contender.name], found.machine = describe(model), machine(str(model.device))
         failed: dict[int, int] = {}  # a batch: the length that did not fit
         for rows, length in cases:
@@ -144,9 +144,8 @@ def case(found: Bench, name: str, model: Any, rows: int, length: int, settings: 
             measured = list(measure(model, rows, length, settings))
     except (torch.OutOfMemoryError, MemoryError):
         measured = []
-    except RuntimeError as error:
-        if not settings.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise
+    # looked up only where something failed: its import takes seconds
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         if "out of memory" not in str(error):
             raise KernelizeError(f"torch.compile failed: {first_line(error)}") from error
         measured = []

@@ -12,7 +12,7 @@ from kernelize import bench as module
 from kernelize.bench import Contender, Settings, bench, break_even, freeze
 from kernelize.cli import main
 from kernelize.decode import prefill
-from kernelize.errors import InputError
+from kernelize.errors import InputError, KernelizeError
 from kernelize.evaluate import Row, load_rows
 from kernelize.runtime.cache import CACHE, kernel_layers, state_bytes
 from kernelize.runtime.modeling import kernelize_model
@@ -140,3 +140,21 @@ def test_kernel_layers_of_a_hybrid_are_timed_too():
     cache, logits, read = prefill(model, torch.ones(1, 40, dtype=torch.int64))
     module.stepper(model, cache, logits, read).run()
     assert len(kernel_layers(cache)) == 2
+
+
+@pytest.mark.parametrize("kind", ["TorchDynamoException", "FailOnRecompileLimitHit"])
+def test_what_torch_compile_says_is_one_line_or_a_row(kind, monkeypatch):
+    """Out of memory within it is a row like any other; all else is an error that names torch.compile."""
+
+    def failing(said):
+        def measure(*_):
+            raise getattr(torch._dynamo.exc, kind)(said)
+
+        return measure
+
+    settings = Settings(compiled=True)
+    monkeypatch.setattr(module, "measure", failing("CUDA out of memory.\nTried"))
+    assert module.case(module.Bench(), "made", None, 1, 8, settings) is False
+    monkeypatch.setattr(module, "measure", failing("no compiler\nfound"))
+    with pytest.raises(KernelizeError, match=r"torch.compile failed: no compiler"):
+        module.case(module.Bench(), "made", None, 1, 8, settings)
