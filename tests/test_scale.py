@@ -31,8 +31,8 @@ if events:
 
 
 def stages(processes):
-    """The same global batches, in micro-batches that each of `processes` gets some of."""
-    size = 4 // processes
+    """The same global batches of four sequences: one process or two get two micro-batches a step each, four get one."""
+    size = max(1, 2 // processes)
     return [stage | {"steps": 3, "micro_batch": size} for stage in (TRANSFER, LORA, ALL)]
 
 
@@ -92,6 +92,43 @@ def test_many_processes_give_the_losses_of_one(text, alone, tmp_path, engine, pr
     shutil.rmtree(output / "checkpoints/2-all-3")
     _, _, resumed = run(recipe(text, *stages(processes), checkpoint_steps=1), output, resume=True)
     assert losses_of(resumed) == pytest.approx(losses_of(events)[-1:], rel=1e-4)
+
+
+BETWEEN = """
+import json, sys
+from test_scale import stages
+from test_train import recipe, run
+
+from kernelize import train
+
+text, output, found = sys.argv[1:]
+plain, seen = train._Run._micro, []
+
+def micro(self, training, part, counts, last):
+    losses = plain(self, training, part, counts, last)
+    if not last:
+        held = [p for p in training.objective.model.parameters() if p.requires_grad]
+        gradients = [0 if p.grad is None else p.grad.to_local().numel() for p in held]
+        seen.append([[p.to_local().numel() for p in held], gradients, sum(p.numel() for p in held)])
+    return losses
+
+train._Run._micro = micro
+_, _, events = run(recipe(text, *stages(2)), output)
+if events:
+    json.dump(seen, open(found, "w"))
+"""
+
+
+def test_gradients_are_sharded_between_micro_steps(text, tmp_path):
+    """Each process holds those of its own part alone, also where the global batch is not complete yet."""
+    script, found = tmp_path / "script.py", tmp_path / "found.json"
+    script.write_text(BETWEEN)
+    launch(script, text, str(tmp_path / "out"), str(found), engine="fsdp2")
+    seen = json.loads(found.read_text())
+    assert len(seen) == 9  # one in each of three steps of three stages
+    for held, gradients, trained in seen:
+        assert gradients == held
+        assert sum(held) < 0.6 * trained
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=[pytest.mark.slow, LONG, *ENGINES[1].marks])])
