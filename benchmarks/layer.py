@@ -428,6 +428,9 @@ TRAINING = {
                                          {"chunk": 16384, "warps": 8}],
     ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
+    ("fused_map", "hedgehog"): [{"chunk": 128}, {"chunk": 128, "warps": 8}, {"stages": 1}],
+    ("fused_map", "hedgehog_grad"): [{"stages": 2}, {"stages": 3}, {"warps": 8}, {"warps": 8, "stages": 2},
+                                     {"chunk": 128, "warps": 8}, {"chunk": 32}, {"registers": 128}],
 }  # fmt: skip
 # what is tuned: as `time` measures it, and as a distillation of SmolLM2 trains
 TUNED = {
@@ -462,7 +465,8 @@ def tune(what: str, only: str, workers: int, keep) -> None:
     variants, given, train = TUNED[what]
     trials = [Trial(what, module, name, change) for (module, name), others in variants.items() if only in name
               for change in ({}, *others)]  # fmt: skip
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:  # compiling takes longest
+    features = LLAMA["feature_dim"]
+    with ProcessPoolExecutor(workers, get_context("spawn"), take_features, (features,)) as pool:  # compiling is slow
         compiled = list(pool.map(compile_trial, trials))
     attention, qkv = ours(*given)
     leaves = [x.requires_grad_(train) for x in qkv]
@@ -476,6 +480,10 @@ def tune(what: str, only: str, workers: int, keep) -> None:
         row = {"tune": what, "kernel": trial.name, **trial.change, **found, **timed(trial, call, expected)}
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         keep(row)
+
+
+def take_features(features: int) -> None:
+    LLAMA["feature_dim"] = features
 
 
 def timed(trial: Trial, call, expected: list[torch.Tensor]) -> dict:
@@ -550,7 +558,9 @@ def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) 
 
 
 def profile_all(workers: int) -> None:
-    calls = [(("mixed", 128, 131072, (1, 32, 8, 128)), False), *(row[1:] for row in TUNED.values())]
+    shape = 1, 32, 8, 128
+    calls = [(("mixed", 128, 131072, shape), False), (("attention", 128, 2048, shape), False),
+             *(row[1:] for row in TUNED.values())]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
                            for (policy, slots, T, shape), train in calls])  # fmt: skip
@@ -572,14 +582,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=7, help="processes that compile, which takes longest, and check")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
     parser.add_argument("--tuned", nargs="+", choices=TUNED, help="what `tune` looks at")
+    parser.add_argument("--features", type=int, default=LLAMA["feature_dim"], help="of the memory; not of `check`")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    take_features(given.features)
 
     def keep(row: dict) -> None:  # at once: a run that is cut short has measured something, too
         if given.out:
             with given.out.open("a") as file:
-                file.write(json.dumps({**stamp(), **row}) + "\n")
+                file.write(json.dumps({**stamp(), "features": given.features, **row}) + "\n")
 
     for what in given.what:
         run(what, given, keep)

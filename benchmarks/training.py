@@ -45,10 +45,10 @@ WARM, REPEATS = 2, 4
 class MicroStep:
     """One micro-batch of a distillation, again and again."""
 
-    def __init__(self, shape: str, rows: int, length: int, device: str):
+    def __init__(self, shape: str, rows: int, length: int, device: str, changes: dict[str, Any]):
         gpu = device == "cuda"
         teacher = random_model(shape, device=device)
-        spec = KernelSpec.from_dict(load_recipe("default").kernel)
+        spec = KernelSpec.from_dict(load_recipe("default").kernel | changes)
         plan = ConversionPlan.uniform(spec, teacher.config.num_hidden_layers)
         student = kernelize_model(copy.deepcopy(teacher), list(plan.layers)).float().to(device).train()
         teacher = teacher.to(torch.bfloat16 if gpu else torch.float32).requires_grad_(False)
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="+", default=[16], help="sequences of a micro-batch")
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--features", type=int, help="of the memory, by default the recipe's")
     parser.add_argument("--eager", action="store_true", help="without torch.compile around the attention")
     parser.add_argument("--top", type=int, default=45, help="kernels that the profile names")
     parser.add_argument("--out", type=Path)
@@ -225,8 +226,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.what == "graph" and device not in micro_graph.RECORDERS:
         raise SystemExit("graph: there is no GPU here")
+    changes = {"feature_dim": given.features} if given.features else {}
     for rows in given.rows:
-        step = MicroStep(given.shape, rows, given.length, device)
+        step = MicroStep(given.shape, rows, given.length, device, changes)
         with ExitStack() as stack:
             for features in () if given.eager else (step.objective.student_features, step.objective.teacher_features):
                 stack.enter_context(compiled_layers(features.model))
@@ -242,6 +244,7 @@ def report(step: MicroStep, given: argparse.Namespace, rows: int) -> None:
         return
     if given.what == "graph":
         about = {"shape": given.shape, "rows": rows, "length": given.length, "compiled": not given.eager}
+        about |= {"features": given.features}
         graph(step, lambda row: put(stamp(step.device) | about | row, given.out))
         return
     row = stamp(step.device) | {"compiled": not given.eager} | measure(step, given.shape, rows, given.length)

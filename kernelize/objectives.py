@@ -166,6 +166,7 @@ class Distil(Objective):
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, weights: DistilWeights):
         super().__init__(model)
         self.weights = weights
+        self.narrowed = model.get_input_embeddings().register_forward_hook(as_autocast)
         self.student_features = Features(model)
         self.teacher_features = Features(teacher)
         self.reach = longest_sequence(teacher.config)
@@ -189,6 +190,9 @@ class Distil(Objective):
         loss, terms = torch.stack((result.loss, result.answers)), torch.stack((result.kl, result.ce, result.answer))
         return Losses(loss, terms, loss.new_zeros(0))
 
+    def close(self) -> None:
+        self.narrowed.remove()
+
     def read_student(self, input_ids: Tensor, position_ids: Tensor) -> Read:
         return self.student_features(input_ids, position_ids)
 
@@ -196,6 +200,16 @@ class Distil(Objective):
     def read_teacher(self, input_ids: Tensor, position_ids: Tensor) -> Read | None:
         """None where the teacher has nothing to say to any of these tokens."""
         return self.teacher_features(input_ids, position_ids)
+
+
+def as_autocast(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """A hook: the output in autocast's dtype where that is on.
+
+    Of float32 weights the embeddings would make a residual stream of float32, twice the bytes of every norm and sum; the
+    teacher's is 16-bit, as that of the trained model will be where it runs in 16 bits.
+    """
+    device = out.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
 
 Read = tuple[Tensor, Callable[[Tensor], Tensor]]  # features [B, T, d], and the head that makes logits of them

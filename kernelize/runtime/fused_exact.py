@@ -89,14 +89,16 @@ def near_rows(pointer, i, here, stride, d, D: constexpr):
 
 
 @jit
-def holder_chunk(
-    step, key, value, at, table, death, skt, svt, width, d, D: constexpr, CHUNK: constexpr, BLOCK: constexpr
-):
-    """(index in the store or −1, keys, values, which rows see them) of one chunk of the holders."""
+def holders_at(step, table, width, CHUNK: constexpr):
+    """Indices in the store of one chunk of the holders, −1 for no place."""
     i = step * CHUNK + tl.arange(0, CHUNK)
-    index = tl.load(table + i, mask=i < width, other=-1)
-    until = tl.load(death + index, mask=index >= 0, other=0) * BLOCK
-    return index, rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D), at[:, None] < until[None, :]
+    return tl.load(table + i, mask=i < width, other=-1)
+
+
+@jit
+def held_until(index, death, BLOCK: constexpr):
+    """Coordinate from which the holders are not seen; 0 for those of no place."""
+    return tl.load(death + index, mask=index >= 0, other=0) * BLOCK
 
 
 @jit
@@ -172,6 +174,9 @@ def exact_kernel(
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
     table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
+    if SLOTS:
+        held = holders_at(0, table, width, CHUNK)
+        until = held_until(held, death, BLOCK)
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
@@ -192,15 +197,16 @@ def exact_kernel(
         m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
-            held, held_k, held_v, holds = holder_chunk(
-                step, key, value, at, table, death, skt, svt, width, d, D, CHUNK, BLOCK
-            )
+            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
+            held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
+            holds = at[:, None] < until[None, :]
             held_s = scores_on(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
             if FAR:  # noqa: SIM102
                 if beyond:
                     turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                     held_s = tl.where(farther, scores_on(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
             m, l, acc = absorb(held_s, held_v, holds, m, l, acc, scaling, SOFTCAP, PRECISION)
+            held, until = following, held_until(following, death, BLOCK)
     seen = l > 0  # rows of padding see nothing
     acc = acc * tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)[:, None]
     lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * 0.6931471805599453, 0.0)
@@ -253,6 +259,9 @@ def query_grad_kernel(
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
     table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
+    if SLOTS:
+        held = holders_at(0, table, width, CHUNK)
+        until = held_until(held, death, BLOCK)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
@@ -275,9 +284,9 @@ def query_grad_kernel(
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
-            held, held_k, held_v, holds = holder_chunk(
-                step, key, value, at, table, death, skt, svt, width, d, D, CHUNK, BLOCK
-            )
+            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
+            held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
+            holds = at[:, None] < until[None, :]
             held_s = scaled_scores(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
@@ -288,6 +297,7 @@ def query_grad_kernel(
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
                 held_ds = tl.where(farther, 0.0, held_ds)
             acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
+            held, until = following, held_until(following, death, BLOCK)
     keep = live[:, None] & wide
     if MORE:  # what q's other readers say
         acc += tl.load(More + out[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)

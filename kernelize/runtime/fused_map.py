@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .feature_maps import Hedgehog
-from .fused_triton import constexpr, jit, power_of_two, precision, rows_first, tl
+from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 from .state import Kernel, features
 
-ROWS = 64  # tokens a step
 STEPS = 8  # steps that one program of the backward takes
+LAUNCH = {  # chunk: tokens a step
+    "hedgehog": Launch(heads=1, chunk=64, warps=4, stages=3),
+    "hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
+}
 LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
@@ -99,10 +102,11 @@ class HedgehogFunction(torch.autograd.Function):
         B, H, T, D = x.shape
         C, parts = weight.shape[2], splitted(weight, scale, x.dtype)
         out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
-        sizes = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C), "ROWS": ROWS}
-        hedgehog_kernel[(-(-T // ROWS), B * H)](
-            x, parts, out, *x.stride()[:3], T, H, **sizes, PRECISION=precision(x.dtype)
-        )
+        sizes, launch = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}, LAUNCH["hedgehog"]
+        hedgehog_kernel[(-(-T // launch.chunk), B * H)](
+            x, parts, out, *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk, PRECISION=precision(x.dtype),
+            **launch.options,
+        )  # fmt: skip
         ctx.save_for_backward(x, parts)
         ctx.scale, ctx.sizes = scale, sizes
         return out
@@ -111,12 +115,13 @@ class HedgehogFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, parts = ctx.saved_tensors
         B, H, T, D = x.shape
-        splits = -(-T // (ROWS * STEPS))
+        launch = LAUNCH["hedgehog_grad"]
+        splits = -(-T // (launch.chunk * STEPS))
         grad_x = torch.empty(B, H, T, D, device=x.device, dtype=x.dtype)
         grad_w = torch.empty(B, H, splits, D, parts.shape[3], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
             x, parts, grad.contiguous(), grad_x, grad_w, *x.stride()[:3], ctx.scale, T, H, splits,
-            **ctx.sizes, STEPS=STEPS, PRECISION=precision(x.dtype), num_warps=4, num_stages=1,
+            **ctx.sizes, ROWS=launch.chunk, STEPS=STEPS, PRECISION=precision(x.dtype), **launch.options,
         )  # fmt: skip
         return grad_x, grad_w.sum((0, 2)), None, None
 
