@@ -582,7 +582,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=7, help="processes that compile, which takes longest, and check")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
     parser.add_argument("--tuned", nargs="+", choices=TUNED, help="what `tune` looks at")
-    parser.add_argument("--features", type=int, default=LLAMA["feature_dim"], help="of the memory; not of `check`")
+    parser.add_argument("--features", type=int, default=KernelSpec().feature_dim, help="of the memory; not of `check`")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -205,7 +205,7 @@ class Distil(Objective):
 def as_autocast(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """A hook: the output in autocast's dtype where that is on.
 
-    Of float32 weights the embeddings would make a residual stream of float32, twice the bytes of every norm and sum; the
+    Embeddings with float32 weights would make the residual stream float32, twice the bytes of every norm and sum; the
     teacher's is 16-bit, as that of the trained model will be where it runs in 16 bits.
     """
     device = out.device.type

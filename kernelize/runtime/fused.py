@@ -20,7 +20,7 @@ from torch import Tensor
 from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction
 from .fused_map import fits, mapped, plain, splitted
-from .fused_memory import MemoryFunction, order_of, read_mapped, recall_errors
+from .fused_memory import ClockFunction, MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
 from .kept import kept
@@ -128,7 +128,7 @@ def attend_plainly(
     keep: bool,
 ) -> tuple[AttentionOutput, State]:  # fmt: skip
     """`attend` outside of autocast."""
-    kernel = within_reach(kernel, state, q.shape[2]).with_decay()
+    kernel = within_reach(kernel, state, q.shape[2])
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
     phi_k = key_features(store, kernel)
     clock, clock_end = clocks(store, kernel)
@@ -375,15 +375,13 @@ def clocks(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """The clock at which each token was folded [B, Hk, X], and that at the end of each block [B, Hk, blocks]."""
     spec, (B, Hk, X, _) = kernel.spec, store.k.shape
     blocks = store.n * TILE // spec.block
-    log_decay = kernel.log_decay
-    if log_decay is None:
+    if kernel.log_rate is None:
         return store.k.new_zeros(B, Hk, 1, dtype=torch.float32).expand(-1, -1, X), store.k.new_zeros(
             B, Hk, blocks, dtype=torch.float32
         )
     folded, folded_end = store.folded(spec, blocks)
     if kernel.decay_weight is None:
-        rate = log_decay.float().view(1, -1, 1)
-        clock, clock_end = folded * rate, folded_end * rate
+        clock, clock_end = ClockFunction.apply(kernel.log_rate, folded, folded_end)
     else:
         clock, clock_end = gated_clocks(store, kernel, folded_end)
     if store.old:

@@ -24,7 +24,7 @@ LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 SMALL = LAUNCH | {  # of up to 64
-    "exact": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128),
+    "exact": Launch(heads=1, chunk=64, warps=4, stages=1, registers=128),
     "query_grad": Launch(heads=1, chunk=32, warps=4, stages=3, registers=168),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
@@ -384,7 +384,7 @@ def held_grad_kernel(
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds the gradients of a chunk of a tile's holders, or of the sinks."""
+    """Adds the gradients of a chunk of a tile's holders and sinks."""
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
@@ -392,7 +392,7 @@ def held_grad_kernel(
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
     if SINKS:
-        sink = i - (tl.cdiv(width, CHUNK) * CHUNK if SLOTS else 0)  # they are the last chunks
+        sink = i - (width if SLOTS else 0)  # they stand behind the table's places
         index = tl.where((sink >= 0) & (sink < SINKS) & (sink < X), sink, -1)
         low = index - tl.load(Bounds + b * 4 + 3)
     else:
@@ -523,7 +523,7 @@ def key_grads(
     window_grad_kernel[(n + -(-given.front // TILE), rows)](*tensors, *scalars, **sizes)
     launch = launch_of("held_grad", q, 1, given)
     scalars, sizes = arguments(q, k, v, given, launch)
-    held = sum(-(-count // launch.chunk) for count in (given.spec.slots, given.spec.sinks))
+    held = -(-(given.spec.slots + given.spec.sinks) // launch.chunk)
     if held:
         held_grad_kernel[(n, held, rows)](*tensors, *scalars, **sizes)
     return grad_k, grad_v, grad_far_k

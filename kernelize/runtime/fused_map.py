@@ -18,6 +18,7 @@ LAUNCH = {  # chunk: tokens a step
     "hedgehog": Launch(heads=1, chunk=64, warps=4, stages=3),
     "hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
 }
+SMALL = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=3)}  # matrices of up to 2048 entries
 LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
@@ -94,6 +95,10 @@ def hedgehog_grad_kernel(
     tl.store(out, total * scale, mask=there)
 
 
+def launch_of(name: str, sizes: dict[str, int]) -> Launch:
+    return (SMALL if sizes["DP"] * sizes["CP"] <= 2048 else LAUNCH)[name]
+
+
 class HedgehogFunction(torch.autograd.Function):
     """x [B, H, T, D], weight [H, D, C] float32 -> phi [B, H, T, 2C] of `dtype`."""
 
@@ -102,7 +107,8 @@ class HedgehogFunction(torch.autograd.Function):
         B, H, T, D = x.shape
         C, parts = weight.shape[2], splitted(weight, scale, x.dtype)
         out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
-        sizes, launch = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}, LAUNCH["hedgehog"]
+        sizes = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}
+        launch = launch_of("hedgehog", sizes)
         hedgehog_kernel[(-(-T // launch.chunk), B * H)](
             x, parts, out, *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk, PRECISION=precision(x.dtype),
             **launch.options,
@@ -115,7 +121,7 @@ class HedgehogFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, parts = ctx.saved_tensors
         B, H, T, D = x.shape
-        launch = LAUNCH["hedgehog_grad"]
+        launch = launch_of("hedgehog_grad", ctx.sizes)
         splits = -(-T // (launch.chunk * STEPS))
         grad_x = torch.empty(B, H, T, D, device=x.device, dtype=x.dtype)
         grad_w = torch.empty(B, H, splits, D, parts.shape[3], device=x.device, dtype=torch.float32)

@@ -19,6 +19,7 @@ from .fused_map import hedgehog_of
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
+CLOCKS = 1024  # tokens of one program that sets clocks
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
@@ -36,6 +37,40 @@ WIDE = Launch(heads=1, chunk=4096, warps=4, stages=2)  # features in float32
 
 def launch_of(name: str, phi: Tensor) -> Launch:
     return WIDE if phi.dtype == torch.float32 else LAUNCH[name]
+
+
+@jit
+def clock_kernel(Rate, Folded, End, Clock, ClockEnd, X, blocks, heads, SIZE: constexpr):
+    """Tokens folded until each token, and until each block's end, times the log decay −exp(Rate)."""
+    row, x = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    b = row // heads
+    rate = -tl.exp(tl.load(Rate + row % heads).to(tl.float32))
+    tl.store(Clock + row * X + x, tl.load(Folded + b * X + x, mask=x < X) * rate, mask=x < X)
+    end = tl.load(End + b * blocks + x, mask=x < blocks)
+    tl.store(ClockEnd + row * blocks + x, end * rate, mask=x < blocks)
+
+
+class ClockFunction(torch.autograd.Function):
+    """Of a fixed decay: log_rate [Hk], folded [B, 1, X], at a block's end [B, 1, blocks] -> (clock [B, Hk, X],
+    clock_end [B, Hk, blocks]) in float32. Their derivative by log_rate is what they are."""
+
+    @staticmethod
+    def forward(ctx: Any, log_rate: Tensor, folded: Tensor, folded_end: Tensor) -> tuple[Tensor, Tensor]:
+        (B, _, X), blocks, heads = folded.shape, folded_end.shape[2], len(log_rate)
+        clock, clock_end = (torch.empty(B, heads, n, device=folded.device) for n in (X, blocks))
+        programs = -(-max(X, blocks) // CLOCKS)
+        clock_kernel[(programs, B * heads)](
+            log_rate, folded, folded_end, clock, clock_end, X, blocks, heads, SIZE=CLOCKS
+        )
+        ctx.save_for_backward(clock, clock_end)
+        ctx.dtype = log_rate.dtype
+        return clock, clock_end
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
+        clock, clock_end = ctx.saved_tensors
+        by_rate = (grad * clock).sum((0, 2)) + (grad_end * clock_end).sum((0, 2))
+        return by_rate.to(ctx.dtype), None, None
 
 
 @jit

@@ -20,7 +20,7 @@ from .kept import kept
 from .spec import KernelSpec
 from .state import Kernel
 
-SEGMENT = 512  # applicants that one program takes in their order
+SEGMENT = 256  # applicants that one program takes in their order
 TILE = 64  # queries that are computed together
 LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every size is compiled by itself
 ALONE = 12  # lists that one program merges one after the other; more are cut into groups

@@ -62,7 +62,7 @@ class KernelSpec:
     """
 
     feature_map: str = "hedgehog"
-    feature_dim: int = 128
+    feature_dim: int = 64
     window: int = 64
     sinks: int = 4
     slots: int = 176

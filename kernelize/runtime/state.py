@@ -94,7 +94,6 @@ class Kernel(NamedTuple):
     forecast_out: Tensor | None = None  # [Hk, W], and out of it
     rotation: Rotation | None = None  # how keys carry their positions, if by rotation; None where no reach asks
     key_rotation: Rotation | None = None  # the same, None where no forecast asks
-    decay: Tensor | None = None  # [Hk], `log_decay` where it has been computed
     turned: Turned | None = None  # what earlier steps of the same sequence have turned
     watch: Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], None] | None = None  # is shown what scores are made of
 
@@ -102,13 +101,9 @@ class Kernel(NamedTuple):
     def log_decay(self) -> Tensor | None:
         """[Hk], log of the factor a folded token puts on all earlier ones, below 0; of 32 bits at least."""
         rate = self.log_rate
-        if rate is None or self.decay is not None:
-            return self.decay
+        if rate is None:
+            return None
         return -(rate.float() if rate.dtype.itemsize < 4 else rate).exp()
-
-    def with_decay(self) -> Kernel:
-        """The same, with `log_decay` computed once for all who ask for it."""
-        return self._replace(decay=self.log_decay)
 
 
 class Seen(NamedTuple):
