@@ -365,6 +365,7 @@ def peer(row: dict, make, *arguments) -> dict:
 
 def time_all(lengths: list[int], peers: bool, keep) -> None:
     def add(row: dict) -> None:
+        row["features"] = LLAMA["feature_dim"]
         torch.cuda.empty_cache()
         keep(row)
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
@@ -477,7 +478,14 @@ def tune(what: str, only: str, workers: int, keep) -> None:
 
     expected = call()
     for trial, found in zip(trials, compiled, strict=True):
-        row = {"tune": what, "kernel": trial.name, **trial.change, **found, **timed(trial, call, expected)}
+        row = {
+            "tune": what,
+            "features": features,
+            "kernel": trial.name,
+            **trial.change,
+            **found,
+            **timed(trial, call, expected),
+        }
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         keep(row)
 
@@ -591,7 +599,7 @@ def main() -> None:
     def keep(row: dict) -> None:  # at once: a run that is cut short has measured something, too
         if given.out:
             with given.out.open("a") as file:
-                file.write(json.dumps({**stamp(), "features": given.features, **row}) + "\n")
+                file.write(json.dumps({**stamp(), **row}) + "\n")
 
     for what in given.what:
         run(what, given, keep)

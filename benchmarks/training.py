@@ -49,6 +49,7 @@ class MicroStep:
         gpu = device == "cuda"
         teacher = random_model(shape, device=device)
         spec = KernelSpec.from_dict(load_recipe("default").kernel | changes)
+        self.features = spec.feature_dim
         plan = ConversionPlan.uniform(spec, teacher.config.num_hidden_layers)
         student = kernelize_model(copy.deepcopy(teacher), list(plan.layers)).float().to(device).train()
         teacher = teacher.to(torch.bfloat16 if gpu else torch.float32).requires_grad_(False)
@@ -243,11 +244,12 @@ def report(step: MicroStep, given: argparse.Namespace, rows: int) -> None:
         profile(step, given.top)
         return
     if given.what == "graph":
-        about = {"shape": given.shape, "rows": rows, "length": given.length, "compiled": not given.eager}
-        about |= {"features": given.features}
+        about = {"shape": given.shape, "rows": rows, "length": given.length}
+        about |= {"compiled": not given.eager, "features": step.features}
         graph(step, lambda row: put(stamp(step.device) | about | row, given.out))
         return
-    row = stamp(step.device) | {"compiled": not given.eager} | measure(step, given.shape, rows, given.length)
+    about = {"compiled": not given.eager, "features": step.features}
+    row = stamp(step.device) | about | measure(step, given.shape, rows, given.length)
     put(row, given.out)
 
 
