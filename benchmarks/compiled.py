@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--policy", default="attention")
     parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--features", type=int, default=KernelSpec().feature_dim)
     parser.add_argument(
         "--head-slots", type=int, nargs="+", default=(), help="one number a KV head, instead of --slots"
     )
@@ -187,7 +188,8 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count launches, compile nothing")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     given = parser.parse_args()
-    fields = {"feature_dim": 128, "window": 64, "sinks": 4, "block": 16, "policy": given.policy, "slots": given.slots}
+    fields = {"feature_dim": given.features, "slots": given.slots, "policy": given.policy}
+    fields |= {"window": 64, "sinks": 4, "block": 16}
     if given.head_slots:
         fields |= {"slots": mean_slots(given.head_slots), "head_slots": tuple(given.head_slots)}
     call = layer_call(fields, tuple(given.shape), given.length, given.train, given.keep)

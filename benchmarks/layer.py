@@ -46,6 +46,8 @@ CASES = [
     ("llama fp16", dict(LLAMA), (1, 8, 2, 128), 2048, HALF),
     ("llama fp32", dict(LLAMA), (1, 4, 1, 128), 1500, FULL),
     ("smollm", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 2048, BFLOAT),
+    ("smollm 64 features", {**LLAMA, "slots": 176, "feature_dim": 64}, (2, 9, 3, 64), 2048, BFLOAT),
+    ("smollm fp32 64 features", {**LLAMA, "slots": 176, "feature_dim": 64}, (2, 9, 3, 64), 1111, FULL),
     ("smollm fp32", {**LLAMA, "slots": 176}, (2, 9, 3, 64), 1111, FULL),
     ("smollm beyond reach", {**LLAMA, "slots": 176, "reach": 300}, (2, 9, 3, 64), 2048, BFLOAT),
     ("smollm fp32 beyond reach", {**LLAMA, "slots": 176, "reach": 300}, (2, 9, 3, 64), 1111, FULL),

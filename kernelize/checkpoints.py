@@ -49,6 +49,10 @@ class Checkpoint(State):
         if unknown := sorted(set(saved) - set(parameters)):
             raise KernelizeError(f"{self.path} does not fit the model: it has no parameter {unknown[0]}")
         for name, value in saved.items():
+            if value.shape != parameters[name].shape:
+                has, fits = list(value.shape), list(parameters[name].shape)
+                raise KernelizeError(f"{self.path} does not fit the model: {name} is {has} there and {fits} here")
+        for name, value in saved.items():
             parameters[name].data = value.to(parameters[name].device)
 
     def load_optimizer(self, device: torch.device) -> tuple[dict, dict]:

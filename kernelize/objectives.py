@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import peft
 import torch
@@ -18,9 +18,10 @@ from .errors import InputError, KernelizeError
 from .losses import ForecastProbe, ForecastTerms, TransferProbe, TransferTerms, distillation
 from .recipe import DistilWeights, Lora, TransferWeights
 from .runtime.cache import CACHE
-from .runtime.modeling import kernelized_layers
+from .runtime.modeling import family_of, kernelized_layers
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
@@ -166,7 +167,7 @@ class Distil(Objective):
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, weights: DistilWeights):
         super().__init__(model)
         self.weights = weights
-        self.narrowed = model.get_input_embeddings().register_forward_hook(as_autocast)
+        self.narrowed: list[RemovableHandle] = []
         self.student_features = Features(model)
         self.teacher_features = Features(teacher)
         self.reach = longest_sequence(teacher.config)
@@ -191,9 +192,13 @@ class Distil(Objective):
         return Losses(loss, terms, loss.new_zeros(0))
 
     def close(self) -> None:
-        self.narrowed.remove()
+        while self.narrowed:
+            self.narrowed.pop().remove()
 
     def read_student(self, input_ids: Tensor, position_ids: Tensor) -> Read:
+        if not self.narrowed:  # until `close`: gradient checkpointing reads layers once more in the backward pass
+            layers = sharding.layers_of(self.model)
+            self.narrowed = [x.register_forward_pre_hook(as_autocast, with_kwargs=True) for x in layers]
         return self.student_features(input_ids, position_ids)
 
     @torch.no_grad()
@@ -202,14 +207,18 @@ class Distil(Objective):
         return self.teacher_features(input_ids, position_ids)
 
 
-def as_autocast(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """A hook: the output in autocast's dtype where that is on.
+def as_autocast(layer: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A hook: the hidden states that enter a layer, in autocast's dtype where that is on.
 
-    Embeddings with float32 weights would make the residual stream float32, twice the bytes of every norm and sum; the
+    Float32 embeddings, biases or experts make the residual stream float32, twice the bytes of every norm and sum; the
     teacher's is 16-bit, as that of the trained model will be where it runs in 16 bits.
     """
-    device = out.device.type
-    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+    hidden = given[0] if given else named["hidden_states"]
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return given, named
+    hidden = hidden.to(torch.get_autocast_dtype(device))
+    return ((hidden, *given[1:]), named) if given else (given, named | {"hidden_states": hidden})
 
 
 Read = tuple[Tensor, Callable[[Tensor], Tensor]]  # features [B, T, d], and the head that makes logits of them
@@ -235,7 +244,9 @@ class Features:
         if self.own_logits:
             return self.model(**given).logits, self.head
         states: list[Tensor] = []
-        keep = self.model.base_model.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state))
+        inner = family_of(self.model.config.model_type).layers.rpartition(".")[0]  # `base_model` is not always called
+        decoder = self.model.get_submodule(inner)
+        keep = decoder.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state))
         try:
             self.model(**given, logits_to_keep=1)
         finally:

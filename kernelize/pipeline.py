@@ -219,12 +219,14 @@ def budget(
 
 
 def as_converted(recipe: Recipe, model) -> Recipe:
-    """The recipe with the slots that the layers of `model` were given, so that it says what was done."""
-    if recipe.budget == "uniform":
-        return recipe
+    """The recipe with every field of its kernels and the slots that the layers of `model` were given, so that it says
+    what was done, whatever the defaults will be."""
     base = KernelSpec.from_dict(recipe.kernel).to_dict()
     if recipe.reach:
         base.pop("reach")
+    recipe = recipe.model_copy(update={"kernel": base})
+    if recipe.budget == "uniform":
+        return recipe
     specs = {i: spec for i, spec in enumerate(model.config.kernelize["layers"]) if spec}
     given = {str(i): {f: spec[f] for f, v in base.items() if spec[f] != v} for i, spec in specs.items()}
     return recipe.model_copy(update={"budget": "uniform", "layers": {i: f for i, f in given.items() if f}})
@@ -417,8 +419,8 @@ def finetune_source(
         check_output(output, overwrite)
     check_apart(output, source, teacher)
     before = read_facts(source) if Path(source).is_dir() else None
-    recipe = _with_kernels(recipe, before, teacher)
     model, tokenizer = load(source, dtype=dtype or "auto")
+    recipe = _with_kernels(recipe, before, teacher, model.config)
     if "quantization_config" in model.config.to_dict():
         raise InputError(
             f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
@@ -429,17 +431,26 @@ def finetune_source(
     )
 
 
-def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None) -> Recipe:
-    """The stages of `recipe` for the kernels that the checkpoint has."""
+def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, config: PretrainedConfig) -> Recipe:
+    """The stages of `recipe` for the kernels that the checkpoint has.
+
+    Of an earlier release the checkpoint's recipe may leave out what was then the default: 128 features.
+    """
     from .recipe import Recipe
 
     changes: dict[str, Any] = {"source": teacher} if teacher else {}
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
-        changes |= {"kernel": made.kernel, "keep": made.keep, "layers": made.layers}
+        kernel = {"feature_dim": _features(config), **made.kernel}
+        changes |= {"kernel": kernel, "keep": made.keep, "layers": made.layers}
         changes |= {"reach": made.reach, "context": made.context}
         changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
     return recipe.model_copy(update=changes)
+
+
+def _features(config: PretrainedConfig) -> int:
+    """Of the first converted layer."""
+    return next(spec["feature_dim"] for spec in config.kernelize["layers"] if spec)
 
 
 def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:

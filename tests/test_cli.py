@@ -21,6 +21,7 @@ from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
 from kernelize.errors import InputError, KernelizeError
 from kernelize.pipeline import short_names
+from kernelize.recipe import Recipe
 from kernelize.runtime.spec import KernelSpec
 
 KERNEL = ["--window", "16", "--block", "8", "--sinks", "2", "--slots", "8", "--feature-dim", "16"]
@@ -297,6 +298,20 @@ def test_list_names_what_there_is(tmp_path, capsys):
     assert {"hedgehog"} < set(groups["feature maps"])
     assert {"llama", "gpt2"} < set(groups["model families"])
     assert {"default", "demo"} < set(groups["recipes"])
+
+
+def test_the_record_says_all_of_the_kernels_whatever_the_defaults_will_be(folder, tmp_path):
+    """Also where an earlier release left out what was its default, beside a checkpoint with other features."""
+    made = tmp_path / "made"
+    shutil.copytree(folder / "made", made)
+    kept = Recipe.from_yaml((made / "recipe.yaml").read_text("utf-8")).kernel
+    assert kept.keys() | {"reach"} == KernelSpec().to_dict().keys()
+    short = {name: value for name, value in kept.items() if name != "feature_dim"}
+    before = Recipe.from_yaml((made / "recipe.yaml").read_text("utf-8")).model_copy(update={"kernel": short})
+    (made / "recipe.yaml").write_text(before.to_yaml())
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source"]
+    assert run("finetune", made, "-o", tmp_path / "tuned", *options) == 0
+    assert Recipe.from_yaml((tmp_path / "tuned" / "recipe.yaml").read_text("utf-8")).kernel["feature_dim"] == 16
 
 
 def test_finetune_evaluate_report_and_push_keep_the_record(folder, tmp_path, capsys):

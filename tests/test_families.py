@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kernelize.check import LAWS, check
 from kernelize.lora import lora_coverage, register_lora_targets
+from kernelize.objectives import Distil
+from kernelize.recipe import DistilWeights
 from kernelize.runtime.cache import RELEASE
 from kernelize.runtime.modeling import (
     FAMILIES,
@@ -22,6 +24,7 @@ from kernelize.runtime.modeling import (
     supported,
 )
 from kernelize.runtime.spec import SpecError
+from kernelize.sharding import layers_of
 
 pytestmark = pytest.mark.fast
 HERE = [
@@ -125,6 +128,27 @@ def test_positions_of_llama4_follow_the_cache():
     student = kernelize_model(teacher, plan_for(teacher.config)).eval()
     rows = check(student, only=["chunked prefill", "one token at a time", "static cache"])
     assert not [row for row in rows if not row.passed]
+
+
+@pytest.mark.parametrize("name", supported())
+def test_a_distillation_reads_every_family_in_16_bits_from_layer_to_layer(name):
+    """Embeddings, biases or experts of float32 would widen the residual stream; afterwards the model is as before."""
+    student, seen = tiny_student(name), []
+    objective = Distil(student, tiny_teacher(name, 1).bfloat16(), DistilWeights())
+    ids = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    rows = ids, torch.arange(40).expand(2, -1), ids, torch.zeros_like(ids, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(*rows)
+        for layer in layers_of(student):  # behind the objective's own
+            layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+        loss = objective(*rows).loss.sum()
+    loss.backward()
+    assert set(seen) == {torch.bfloat16}
+    assert loss.isfinite()
+    assert student.get_input_embeddings().weight.grad.abs().sum() > 0
+    hooks = [len(layer._forward_pre_hooks) for layer in layers_of(student)]
+    objective.close()
+    assert [len(layer._forward_pre_hooks) for layer in layers_of(student)] == [n - 1 for n in hooks]
 
 
 @pytest.mark.parametrize("name", supported())

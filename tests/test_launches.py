@@ -101,10 +101,11 @@ def test_what_does_not_fit_a_gpu_is_named():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
+@pytest.mark.parametrize("features", [64, 128])
 @pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)])
-def test_programs_take_no_more_than_is_said(tmp_path, monkeypatch, width, dtype, train):
+def test_programs_take_no_more_than_is_said(tmp_path, monkeypatch, width, dtype, features, train):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    call = layer_call({**SPEC, "feature_dim": 128, "policy": "mixed"}, (1, 4, 2, width), 512, train, dtype=dtype)
+    call = layer_call({**SPEC, "feature_dim": features, "policy": "mixed"}, (1, 4, 2, width), 512, train, dtype=dtype)
     with standing_in():
         for launch in launches_of(call)[0]:
             found = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)

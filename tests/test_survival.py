@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,16 @@ def test_without_a_whole_checkpoint_a_run_does_not_silently_start_anew(stopped):
         cut(output / CHECKPOINTS / name / checkpoints.PARAMETERS)
     with pytest.raises(InputError, match=r"no checkpoint is whole: .*-4 is damaged: parameters.safetensors is not"):
         run(made, output, resume=True)
+
+
+def test_a_checkpoint_of_a_model_with_other_shapes_is_refused_before_anything_is_copied():
+    saved, here = {"first": torch.zeros(2), "map": torch.zeros(2, 4)}, {"first": torch.ones(2), "map": torch.ones(2, 3)}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(saved, Path(folder) / checkpoints.PARAMETERS)
+        last = checkpoints.Checkpoint(0, 1, {}, {}, [], path=Path(folder))
+        with pytest.raises(KernelizeError, match=r"map is \[2, 4\] there and \[2, 3\] here"):
+            last.load_parameters(here)
+    assert here["first"].sum() == 2
 
 
 def test_halves_of_a_kill_are_not_taken_for_checkpoints_and_go_with_the_next_one(stopped):

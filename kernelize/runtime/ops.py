@@ -128,6 +128,7 @@ def attend(
     name = implementation(kernel, q, k, v)
     if name == "fused":
         return fused_attend(q, k, v, kernel, state, valid, branches, keep=keep)
-    if name == "chunked":
-        return chunked_attend(q, k, v, kernel, state, valid, branches)
-    return reference_attend(q, k, v, kernel, state, valid)
+    with torch.autocast(q.device.type, enabled=False):  # what is added up over a sequence stays float32
+        if name == "chunked":
+            return chunked_attend(q, k, v, kernel, state, valid, branches)
+        return reference_attend(q, k, v, kernel, state, valid)
