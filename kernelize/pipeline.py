@@ -15,7 +15,7 @@ from .runtime.spec import KernelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .audit import Audit
     from .bench import Bench, Contender
@@ -420,7 +420,7 @@ def finetune_source(
     check_apart(output, source, teacher)
     before = read_facts(source) if Path(source).is_dir() else None
     model, tokenizer = load(source, dtype=dtype or "auto")
-    recipe = _with_kernels(recipe, before, teacher, model.config)
+    recipe = _with_kernels(recipe, before, teacher, model)
     if "quantization_config" in model.config.to_dict():
         raise InputError(
             f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
@@ -431,26 +431,23 @@ def finetune_source(
     )
 
 
-def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, config: PretrainedConfig) -> Recipe:
+def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, model: PreTrainedModel) -> Recipe:
     """The stages of `recipe` for the kernels that the checkpoint has.
 
     Of an earlier release the checkpoint's recipe may leave out what was then the default: 128 features.
     """
     from .recipe import Recipe
+    from .runtime.modeling import kernelized_layers
 
     changes: dict[str, Any] = {"source": teacher} if teacher else {}
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
-        kernel = {"feature_dim": _features(config), **made.kernel}
-        changes |= {"kernel": kernel, "keep": made.keep, "layers": made.layers}
+        features = [layer.kernelize.spec.feature_dim for layer in kernelized_layers(model).values()]
+        known = {"feature_dim": features[0]} if features else {}
+        changes |= {"kernel": known | made.kernel, "keep": made.keep, "layers": made.layers}
         changes |= {"reach": made.reach, "context": made.context}
         changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
     return recipe.model_copy(update=changes)
-
-
-def _features(config: PretrainedConfig) -> int:
-    """Of the first converted layer."""
-    return next(spec["feature_dim"] for spec in config.kernelize["layers"] if spec)
 
 
 def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -134,13 +133,12 @@ def test_without_a_whole_checkpoint_a_run_does_not_silently_start_anew(stopped):
         run(made, output, resume=True)
 
 
-def test_a_checkpoint_of_a_model_with_other_shapes_is_refused_before_anything_is_copied():
+def test_a_checkpoint_of_a_model_with_other_shapes_is_refused_before_anything_is_copied(tmp_path):
     saved, here = {"first": torch.zeros(2), "map": torch.zeros(2, 4)}, {"first": torch.ones(2), "map": torch.ones(2, 3)}
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(saved, Path(folder) / checkpoints.PARAMETERS)
-        last = checkpoints.Checkpoint(0, 1, {}, {}, [], path=Path(folder))
-        with pytest.raises(KernelizeError, match=r"map is \[2, 4\] there and \[2, 3\] here"):
-            last.load_parameters(here)
+    save_file(saved, tmp_path / checkpoints.PARAMETERS)
+    last = checkpoints.Checkpoint(0, 1, {}, {}, [], path=tmp_path)
+    with pytest.raises(KernelizeError, match=r"map is \[2, 4\] there and \[2, 3\] here"):
+        last.load_parameters(here)
     assert here["first"].sum() == 2
 
 
