@@ -14,6 +14,10 @@ import torch
 
 from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 
+# a graph ends at the attention itself, not at every function that leads there: else the norm's result is written in
+# float32, read, cast and written again
+NESTED = {"nested_graph_breaks": True} if hasattr(torch._dynamo.config, "nested_graph_breaks") else {}
+
 
 @contextmanager
 def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = False) -> Iterator[None]:
@@ -27,16 +31,17 @@ def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = Fals
     attentions = list(kernelized_layers(kernelized).values()) if kernelized else []
     options: Any = {"coordinate_descent_tuning": True} if tuned else None
     changed = [(x, "forward") for x in (*layers, *(y.kernelize for y in attentions))]
-    changed += [(x, "take_state") for x in attentions]
+    changed += [(x, "state_in") for x in attentions]
     before = [vars(module).get(name) for module, name in changed]  # hooks may stand there
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend, options=options)
         for attention in attentions:
             attention.kernelize.forward = torch.compiler.disable(attention.kernelize.forward)
-            attention.take_state = torch.compiler.disable(attention.take_state)  # else each layer's number is a variant
+            attention.state_in = torch.compiler.disable(attention.state_in)  # else each layer's number is a variant
         # softmax attention looks at its layer's number where it has a cache: there each layer is a variant
-        with torch._dynamo.config.patch(recompile_limit=8 * len(layers), accumulated_recompile_limit=64 * len(layers)):
+        limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
+        with torch._dynamo.config.patch(limits | NESTED):
             yield
     finally:
         for (module, name), value in zip(changed, before, strict=True):

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from .cache import KernelState
 from .feature_maps import FEATURE_MAPS, orthogonal_gaussian
 from .layout import Layout, gather_documents, join_documents
-from .ops import attend
+from .ops import attend, autocast
 from .spec import KernelSpec, SpecError
 from .state import AttentionOutput, Kernel, Rotation, Seen, State
 
@@ -230,6 +230,8 @@ def attention_function(
     """
     attention: KernelAttention = module.kernelize  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention.probe is None and kernelize_cache is None:  # here compiled code fuses it with what is before
+        query, key, value = autocast(query, key, value)
     y = attention(Seen(query, key, value, scaling, softcap, s_aux, kernelize_layout), kernelize_cache)
     return y.transpose(1, 2), None
 

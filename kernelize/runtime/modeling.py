@@ -53,7 +53,10 @@ class KernelizedAttentionMixin:
         """Takes the cache out of `kwargs`, under whichever name the model passes it; the layer's state in it."""
         given = [kwargs.pop(name, None) for name in CACHE_NAMES]
         cache = next((cache for cache in given if cache is not None), None)
-        return None if cache is None else cache.layers[self.layer_idx]
+        return None if cache is None else self.state_in(cache)
+
+    def state_in(self, cache: Cache) -> KernelState:
+        return cache.layers[self.layer_idx]  # type: ignore[return-value]
 
 
 class Offset:
