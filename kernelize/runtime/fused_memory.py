@@ -20,6 +20,7 @@ from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
 CLOCKS = 1024  # tokens of one program that sets clocks
+CROSSING = 1024  # entries of M that are multiplied with their gradients at once
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
@@ -50,6 +51,16 @@ def clock_kernel(Rate, Folded, End, Clock, ClockEnd, X, blocks, heads, SIZE: con
     tl.store(ClockEnd + row * blocks + x, end * rate, mask=x < blocks)
 
 
+@jit
+def rate_grad_kernel(Clock, ClockEnd, Grad, GradEnd, Out, X, blocks, SIZE: constexpr):
+    """Clocks times their gradients, summed over one program's tokens and blocks."""
+    row, x = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    at, end = row.to(tl.int64) * X + x, row.to(tl.int64) * blocks + x
+    total = tl.load(Clock + at, mask=x < X, other=0.0) * tl.load(Grad + at, mask=x < X, other=0.0)
+    total += tl.load(ClockEnd + end, mask=x < blocks, other=0.0) * tl.load(GradEnd + end, mask=x < blocks, other=0.0)
+    tl.store(Out + row * tl.num_programs(0) + tl.program_id(0), tl.sum(total, 0))
+
+
 class ClockFunction(torch.autograd.Function):
     """Of a fixed decay: log_rate [Hk], folded [B, 1, X], at a block's end [B, 1, blocks] -> (clock [B, Hk, X],
     clock_end [B, Hk, blocks]) in float32. Their derivative by log_rate is what they are."""
@@ -69,8 +80,13 @@ class ClockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
         clock, clock_end = ctx.saved_tensors
-        by_rate = (grad * clock).sum((0, 2)) + (grad_end * clock_end).sum((0, 2))
-        return by_rate.to(ctx.dtype), None, None
+        (B, heads, X), blocks = clock.shape, clock_end.shape[2]
+        programs = -(-max(X, blocks) // CLOCKS)
+        by_rate = torch.empty(B, heads, programs, device=clock.device)
+        rate_grad_kernel[(programs, B * heads)](
+            clock, clock_end, grad.contiguous(), grad_end.contiguous(), by_rate, X, blocks, SIZE=CLOCKS
+        )
+        return by_rate.sum((0, 2)).to(ctx.dtype), None, None
 
 
 @jit
@@ -544,6 +560,51 @@ def value_grad_kernel(
     tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
 
 
+@jit
+def crossing_at(border, Start, StartNorm, Back, BackNorm, F: constexpr, D: constexpr, SIZE: constexpr):
+    """⟨M, gradient of M⟩ at a segment's border."""
+    i = tl.arange(0, SIZE)
+    total = tl.zeros([SIZE], tl.float32)
+    for first in tl.range(0, F * D, SIZE):
+        at, here = border * F * D + first + i, first + i < F * D
+        total += tl.load(Start + at, mask=here, other=0.0) * tl.load(Back + at, mask=here, other=0.0)
+    for first in tl.range(0, F, SIZE):
+        at, here = border * F + first + i, first + i < F
+        total += tl.load(StartNorm + at, mask=here, other=0.0) * tl.load(BackNorm + at, mask=here, other=0.0)
+    return tl.sum(total, 0)
+
+
+@jit
+def clock_end_grad_kernel(
+    Order, GradClock, Turn, Start, StartNorm, Back, BackNorm, GradEnd, W, X, n, segments, tiles,
+    G: constexpr, F: constexpr, D: constexpr, TILE: constexpr, BLOCK: constexpr, SIZE: constexpr,
+):  # fmt: skip
+    """What the queries of a segment's blocks say about their clocks.
+
+    A decay touches all pairs of tokens on its two sides, so its gradient is a sum over the rest of the sequence, and
+    rounding would grow with the length. What crosses the border of a segment is also ⟨M, gradient of M⟩ there, in
+    float32: each segment is corrected to that.
+    """
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PER: constexpr = TILE // BLOCK
+    stop, block = tl.minimum((segment + 1) * tiles, n), tl.arange(0, PER)
+    border = row * (segments + 1) + segment
+    after = crossing_at(border + 1, Start, StartNorm, Back, BackNorm, F, D, SIZE)
+    error = crossing_at(border, Start, StartNorm, Back, BackNorm, F, D, SIZE) - after
+    for tile in tl.range(segment * tiles, stop):
+        at = tile * TILE + tl.arange(0, TILE)
+        turn = tl.zeros([TILE], tl.float32)
+        for g in range(G):
+            turn += tl.load(Turn + (row * G + g) * W + at, mask=at < W, other=0.0)
+        index = tl.load(Order + row * n * TILE + at)
+        folded = tl.load(GradClock + row * X + index, mask=index >= 0, other=0.0)
+        error -= tl.sum(turn + folded, 0)
+        grad = tl.sum(tl.reshape(turn, [PER, BLOCK]), 1)
+        if tile == stop - 1:
+            grad += tl.where(block == PER - 1, error + tl.where(stop == n, after, 0.0), 0.0)
+        tl.store(GradEnd + row * n * PER + tile * PER + block, grad)
+
+
 # --- around the kernels -------------------------------------------------------------------------------------
 
 
@@ -648,7 +709,7 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
         PRECISION=precision(phi.dtype), **launch.options,
     )  # fmt: skip
-    return out.sum(0).sqrt()
+    return summed(out).sqrt_()
 
 
 def unwritten(exact: Tensor, lse: Tensor, branches: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -701,7 +762,7 @@ class MemoryFunction(torch.autograd.Function):
         g_phi_q, turn = phi_q_grad(*given, states, down, row)
         back, g_memory = reverse_states(*given, down, row, grad_end)
         g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)
-        clocks = clock_grads(order, g_clock, turn, states, back) if order.decays else (None, None)
+        clocks = (g_clock, clock_end_grad(order, g_clock, turn, states, back)) if order.decays else (None, None)
         return g_phi_q, g_phi_k, g_v, *clocks, g_memory, exact, lse, g_gate.sum((0, 2)), None, None
 
 
@@ -724,30 +785,15 @@ def read_mapped(
     return y, branch, branch_lse, end
 
 
-def clock_grads(order: Order, g_clock: Tensor, turn: Tensor, states: States, back: States) -> tuple[Tensor, Tensor]:
-    """Gradients of clock [B, Hk, X] and clock_end [B, Hk, blocks]; turn [B, H, W] is phi(q) times its gradient.
-
-    A decay touches all pairs of tokens on its two sides, so its gradient is a sum over the rest of the sequence, and
-    rounding would grow with the length. What crosses the border of a segment is also ⟨M, gradient of M⟩ there, in
-    float32: each segment is corrected to that.
-    """
-    B, Hk = g_clock.shape[:2]
-    turn = torch.nn.functional.pad(turn, (0, order.n * TILE - turn.shape[2]))
-    g_end = turn.view(B, Hk, -1, turn.shape[2] // order.block, order.block).sum((2, 4)).flatten(0, 1)
-    crossing = (states.start * back.start).sum((2, 3)) + (states.start_norm * back.start_norm).sum(2)
-    folded = g_clock.flatten(0, 1).gather(1, order.tokens.clamp(min=0).long()) * (order.tokens >= 0)
-    per = order.tiles * TILE // order.block
-    net = by_segment(g_end, per) + by_segment(folded, order.tiles * TILE)
-    error = crossing[:, :-1] - crossing[:, 1:] - net
-    last = torch.arange(1, order.segments + 1, device=error.device) * per - 1
-    g_end = g_end.index_add(1, last.clamp(max=g_end.shape[1] - 1), error)
-    g_end[:, -1] += crossing[:, -1]
-    return g_clock, g_end.view(B, Hk, -1)
-
-
-def by_segment(x: Tensor, size: int) -> Tensor:
-    """Sums of [R, L] over consecutive pieces of `size`."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
+def clock_end_grad(order: Order, g_clock: Tensor, turn: Tensor, states: States, back: States) -> Tensor:
+    """Gradient of clock_end [B, Hk, blocks], from that of clock [B, Hk, X]; turn [B, H, W] is phi(q) times its own."""
+    (B, Hk, X), (_, H, W), (F, D) = g_clock.shape, turn.shape, states.start.shape[2:]
+    out = torch.empty(B, Hk, order.n * TILE // order.block, device=turn.device, dtype=torch.float32)
+    clock_end_grad_kernel[(order.segments, B * Hk)](
+        order.tokens, g_clock, turn, states.start, states.start_norm, back.start, back.start_norm, out,
+        W, X, order.n, order.segments, order.tiles, G=H // Hk, F=F, D=D, TILE=TILE, BLOCK=order.block, SIZE=CROSSING,
+    )  # fmt: skip
+    return out
 
 
 def merge_grad(
