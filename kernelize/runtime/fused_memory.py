@@ -284,12 +284,15 @@ def memory_kernel(
         total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
         total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
         z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
-        merge(total, z, exact, tl.load(Gate + h * G + g), Lse, Y, Branch, BranchLse, out, live, d, part, D, BRANCHES)
+        to = (b * W + at) * (kv_heads * G) + h * G + g
+        gate = tl.load(Gate + h * G + g)
+        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, to, live, d, part, D, BRANCHES)
 
 
 @jit
-def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, live, d, part, D: constexpr, BRANCHES: constexpr):
-    """Stores y of the rows `out`, from the memory's numerator [rows, channels d], its normaliser, the exact branch."""
+def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, to, live, d, part, D: constexpr, BRANCHES: constexpr):
+    """Stores what the rows `out` read as the rows `to` of y, from the memory's numerator [rows, channels d], its
+    normaliser and the exact branch."""
     wide = live[:, None] & (d < D)[None, :]
     filled = z > 1.1754943508222875e-38
     safe = tl.where(filled, z, 1.0)
@@ -297,7 +300,7 @@ def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, live, d, part, 
     lse = tl.where(filled, tl.log(safe) + gate, float("-inf"))
     share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
     y = memory + share * (exact.to(tl.float32) - memory)
-    tl.store(Y + out[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
+    tl.store(Y + to[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
     if BRANCHES:
         tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
         tl.store(BranchLse + out, lse, mask=live & (part == 0))
@@ -342,7 +345,8 @@ def mapped_memory_kernel(
         total = tl.dot(a.to(k_up.dtype), v, total, input_precision=PRECISION)
         known = up.to(tl.float32) * norm_up[None, :] + down.to(tl.float32) * norm_down[None, :]
         z = tl.sum(a, 1) + tl.sum(known, 1) * far
-        merge(total, z, exact, tl.load(Gate + h * G + g), Lse, Y, Branch, BranchLse, out, live, d, part, D, BRANCHES)
+        gate = tl.load(Gate + h * G + g)
+        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, out, live, d, part, D, BRANCHES)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -712,11 +716,11 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     return summed(out).sqrt_()
 
 
-def unwritten(exact: Tensor, lse: Tensor, branches: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for y, and with `branches` for the memory's branch and its lse."""
+def unwritten(exact: Tensor, lse: Tensor, branches: bool) -> tuple[Tensor, Tensor]:
+    """With `branches` room for the memory's branch and its lse."""
     if not branches:
-        return torch.empty_like(exact), exact.new_empty(0), lse.new_empty(0)
-    return torch.empty_like(exact), torch.empty_like(exact), torch.empty_like(lse)
+        return exact.new_empty(0), lse.new_empty(0)
+    return torch.empty_like(exact), torch.empty_like(lse)
 
 
 class MemoryFunction(torch.autograd.Function):
@@ -737,28 +741,29 @@ class MemoryFunction(torch.autograd.Function):
         states, end = states_of(order, phi_k, v, clock, clock_end, memory)
         launch = launch_of("memory", phi_q)
         DV, parts = split(D, F, launch.chunk)
-        y, branch, branch_lse = unwritten(exact, lse, branches)
+        branch, branch_lse = unwritten(exact, lse, branches)
+        y = exact.new_empty(B, W, H, D)  # as the layer's last product reads it
         memory_kernel[(order.n, parts, B * Hk)](
             order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
             y, branch, branch_lse, *v.stride()[:3], W, X, order.n, order.tokens.shape[1], Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
             BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
-        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, exact, lse, gate, branch, branch_lse)
+        merged = exact, lse, gate, branch, branch_lse
+        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, *states, *merged)
         ctx.order = order
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return y, branch, branch_lse, end
+        return y.transpose(1, 2), branch, branch_lse, end
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None, grad_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        phi_q, phi_k, v, clock, clock_end, memory, *branches = ctx.saved_tensors
-        order: Order = ctx.order
+        phi_q, phi_k, v, clock, clock_end, memory, *saved = ctx.saved_tensors
+        order, states, merged = ctx.order, States(*saved[:4]), saved[4:]
         grad_end = torch.zeros_like(memory) if grad_end is None else grad_end
-        exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
+        exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *merged)
         given = (order, phi_q, phi_k, v, clock, clock_end)
-        states, _ = states_of(order, phi_k, v, clock, clock_end, memory)
         g_phi_q, turn = phi_q_grad(*given, states, down, row)
         back, g_memory = reverse_states(*given, down, row, grad_end)
         g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)
@@ -775,7 +780,7 @@ def read_mapped(
     states, end = states_of(order, phi_k, v, clock, clock_end, memory)
     launch = launch_of("mapped_memory", phi_k)
     DV, parts = split(D, F, launch.chunk)
-    y, branch, branch_lse = unwritten(exact, lse, branches)
+    y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
     mapped_memory_kernel[(order.n, parts, B * Hk)](
         order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
         y, branch, branch_lse, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
