@@ -139,7 +139,7 @@ def far_logits(near, q, k, q_pos, k_pos, kernel):
 def lives_of(q, k, v, kernel):
     """(death [B, Hk, T], scores a share [B, Hk, T], applicants) as the fused kernels find them."""
     store = fused.fresh(q, k, v, kernel)
-    phi_k = fused.key_features(store, kernel)
+    phi_k, _ = fused.key_features(store, kernel)
     clock, end = fused.clocks(store, kernel)
     lives, scores = fused.select(store, kernel, fused.turned(store, kernel), phi_k, clock, end)
     return lives.death.view(k.shape[0], -1, lives.death.shape[1]), [s.view(k.shape[:3]) for s in scores.of_share]

@@ -173,9 +173,10 @@ def derivatives(
     sink = torch.linspace(-1, 2, SIZES[0]).requires_grad_()
     kernel, state, loss = attention.kernel(0.5, softcap=4.0, sink_logits=sink), None, torch.zeros(())
     kernel = kernel._replace(rotation=rotation)
-    for piece in zip(*(x.split(lengths, 2) for x in leaves.values()), strict=True):
+    given = [x.transpose(1, 2).contiguous().transpose(1, 2) if alone else x for x in leaves.values()]
+    for piece in zip(*(x.split(lengths, 2) for x in given), strict=True):
         out, state = implementation.attend(*piece, kernel, state)
-        if alone:  # its gradient is laid out by token
+        if alone:  # all is laid out by token
             y = out.y.transpose(1, 2)
             loss = loss + (y * torch.randn(y.shape, generator=generator)).sum()
             continue

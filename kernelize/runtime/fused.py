@@ -130,7 +130,8 @@ def attend_plainly(
     """`attend` outside of autocast."""
     kernel = within_reach(kernel, state, q.shape[2])
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
-    phi_k = key_features(store, kernel)
+    phi_k, k = key_features(store, kernel)
+    store = store._replace(k=k)  # the map hands on to its own gradient what the others say
     clock, clock_end = clocks(store, kernel)
     far = turned(store, kernel)
     lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
@@ -146,8 +147,8 @@ def read_branches(
     clock_end: Tensor, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output with its parts, the memory at the end)."""
-    exact, lse, q = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
-    store = store._replace(q=q)  # the map of the queries hands its gradient on to the exact branch
+    exact, lse, q, v = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
+    store = store._replace(q=q, v=v)  # what the memory says about them is added in the exact branch's backward
     exact, lse = add_sink_logits(exact, lse, kernel)
     exact = exact.to(store.q.dtype)
     if not kernel.spec.has_memory:
@@ -319,13 +320,13 @@ def query_features(store: Store, kernel: Kernel) -> Tensor:
     def at() -> Tensor:
         return (store.bounds[:, 3:].long() + torch.arange(store.q.shape[2], device=store.q.device))[:, None]
 
-    return mapped(kernel, kernel.map_q, store.q, at, feature_dtype(store))
+    return mapped(kernel, kernel.map_q, store.q, at, feature_dtype(store))[0]
 
 
-def key_features(store: Store, kernel: Kernel) -> Tensor:
-    """phi of the store [B, Hk, X, F]; without a memory, nothing."""
+def key_features(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """(phi of the store [B, Hk, X, F]; without a memory, nothing; its keys, for who else reads them)."""
     if kernel.map_k is None:
-        return store.k[..., :0]
+        return store.k[..., :0], store.k
     return mapped(kernel, kernel.map_k, store.k, lambda: store_pos(store, kernel.spec), feature_dtype(store))
 
 

@@ -2,8 +2,8 @@
 
 The rows of a program are the queries of a tile, those of several heads of a group under each other. All keys stand in
 one store [B, Hk, X, D]: coordinate c at front + c, sinks at 0 … sinks − 1. Gradients of keys and values are added up
-in float32: those of the window are summed by one program each, and the holders' come on top with atomics, since a
-holder is read by many tiles.
+in float32: those of the holders with atomics, since a holder is read by many tiles; then one program each sums those of
+the window, and adds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .fused_select import TILE, capped, scaled_scores, seen_by
-from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
+from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, precision, rows_first, tl
 from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
@@ -232,7 +232,7 @@ def grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constex
 @jit
 def query_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
-    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    smb, smh, smt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
@@ -299,9 +299,12 @@ def query_grad_kernel(
             acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
             held, until = following, held_until(following, death, BLOCK)
     keep = live[:, None] & wide
+    b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
     if MORE:  # what q's other readers say
-        acc += tl.load(More + out[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
-    tl.store(GradQ + out[:, None] * D + d[None, :], acc.to(GradQ.dtype.element_ty), mask=keep)
+        more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
+        acc += tl.load(More + more, mask=keep, other=0.0).to(tl.float32)
+    to = (b * sgb + head * sgh + at * sgt)[:, None] + d[None, :]
+    tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
         tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
 
@@ -342,14 +345,15 @@ def add_key_grads(
 
 @jit
 def window_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
-    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, HeldK, HeldV, More, GradK, GradV,
+    gkb, gkh, gkt, gvb, gvh, gvt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, HELD: constexpr, MORE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys from all queries that reach them through the window."""
+    """Gradients of a tile of keys and values: from all queries that reach them through the window, with those that they
+    have as holders (HELD), and of the values with what their other readers say (MORE)."""
     first, row = tl.program_id(0) - tl.cdiv(front, TILE), tl.program_id(1)  # the tile of keys
     b, h = row // kv_heads, row % kv_heads
     d = tl.arange(0, DP)
@@ -369,10 +373,17 @@ def window_grad_kernel(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
             sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
         )  # fmt: skip
-    to = (row.to(tl.int64) * X + front + c)[:, None] * D + d[None, :]
-    mine = ((front + c >= 0) & (front + c < X))[:, None] & (d < D)[None, :]
-    tl.store(GradK + to, grad_k, mask=mine)
-    tl.store(GradV + to, grad_v, mask=mine)
+    at = (front + c).to(tl.int64)[:, None]
+    to, mine = (row.to(tl.int64) * X + at) * D + d[None, :], (at >= 0) & (at < X) & (d < D)[None, :]
+    if HELD:
+        grad_k += tl.load(HeldK + to, mask=mine, other=0.0)
+        grad_v += tl.load(HeldV + to, mask=mine, other=0.0)
+    if MORE:
+        grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
+    to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
+    to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
+    tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
+    tl.store(to_v, grad_v.to(GradV.dtype.element_ty), mask=mine)
 
 
 @jit
@@ -384,7 +395,7 @@ def held_grad_kernel(
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds the gradients of a chunk of a tile's holders and sinks."""
+    """Adds what a tile's queries say about a chunk of its holders and sinks."""
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
@@ -463,9 +474,9 @@ def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
 
 
 class ExactFunction(torch.autograd.Function):
-    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q).
+    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v).
 
-    Who reads the q that comes back has its gradient added inside the backward's kernel, not by another pass.
+    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass.
     `far_q` and `far_k` are q and k turned to where they are seen from beyond reach, contiguous; without `given.pos`
     they are not looked at.
     """
@@ -473,7 +484,7 @@ class ExactFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
@@ -485,11 +496,11 @@ class ExactFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return out, lse, q.view_as(q)
+        return out, lse, q.view_as(q), v.view_as(v)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
         given: Exact = ctx.given
@@ -497,35 +508,38 @@ class ExactFunction(torch.autograd.Function):
         tensors = inputs(q, k, v, far_q, far_k, given)
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        added = grad if more is None else more.contiguous()  # what is missing is not read
-        delta, grad_q, grad_far_q = torch.empty_like(lse), torch.empty_like(out), torch.empty_like(far_q)
+        added = grad if more_q is None else rows_first(more_q)  # what is missing is not read
+        delta, grad_q, grad_far_q = torch.empty_like(lse), laid_out_as(q), torch.empty_like(far_q)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q, *scalars,
-            MORE=more is not None, **sizes,
+            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q,
+            *added.stride()[:3], *grad_q.stride()[:3], *scalars, MORE=more_q is not None, **sizes,
         )  # fmt: skip
-        grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta))
+        grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta), more_v)
         far = (None, None) if given.pos is None else (grad_far_q, grad_far_k.to(k.dtype))
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), *far, None
+        return grad_q, grad_k, grad_v, *far, None
 
 
 def key_grads(
-    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...]
+    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], more_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v and far_k in float32: those through the window, on top of them those of holders and sinks."""
+    """Gradients of k, v and (in float32) far_k: those of holders and sinks, to which those through the window come."""
     rows, n = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE)
-    make = torch.zeros if given.front else torch.empty  # a store without a front consists of tiles of new tokens
-    grad_k, grad_v = (make(k.shape, device=q.device, dtype=torch.float32) for _ in range(2))
-    grad_far_k = grad_k[..., :0] if given.pos is None else torch.zeros_like(grad_k)
-    tensors = (*tensors, grad_k, grad_v, grad_far_k)
-    scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
-    window_grad_kernel[(n + -(-given.front // TILE), rows)](*tensors, *scalars, **sizes)
     launch = launch_of("held_grad", q, 1, given)
-    scalars, sizes = arguments(q, k, v, given, launch)
-    held = -(-(given.spec.slots + given.spec.sinks) // launch.chunk)
-    if held:
-        held_grad_kernel[(n, held, rows)](*tensors, *scalars, **sizes)
+    programs = -(-(given.spec.slots + given.spec.sinks) // launch.chunk)
+    held = torch.zeros(2, *(k.shape if programs else (0,)), device=q.device, dtype=torch.float32)
+    grad_far_k = held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
+    if programs:
+        scalars, sizes = arguments(q, k, v, given, launch)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, grad_far_k, *scalars, **sizes)
+    grad_k, grad_v = laid_out_as(k), laid_out_as(v)
+    added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
+    scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
+    window_grad_kernel[(n + -(-given.front // TILE), rows)](
+        *tensors, *held, added, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3], *scalars,
+        HELD=programs > 0, MORE=more_v is not None, **sizes,
+    )  # fmt: skip
     return grad_k, grad_v, grad_far_k
 
 

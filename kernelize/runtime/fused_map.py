@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .feature_maps import Hedgehog
-from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
+from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, precision, rows_first, tl
 from .state import Kernel, features
 
 STEPS = 8  # steps that one program of the backward takes
@@ -66,10 +66,11 @@ def hedgehog_kernel(
 
 @jit
 def hedgehog_grad_kernel(
-    Input, Weight, Grad, GradX, GradW, sxb, sxh, sxt, scale, T, heads, splits,
-    D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, STEPS: constexpr, PRECISION: constexpr,
+    Input, Weight, Grad, More, GradX, GradW, smb, smh, smt, sgb, sgh, sgt, sxb, sxh, sxt, scale, T, heads, splits,
+    D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, STEPS: constexpr, MORE: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of x, and of W summed over this program's tokens."""
+    """Gradients of x, with what its other readers say (MORE), and of W summed over this program's tokens."""
     row, split = tl.program_id(1), tl.program_id(0)
     b, h = row // heads, row % heads
     d, c = tl.arange(0, DP), tl.arange(0, CP)
@@ -89,8 +90,12 @@ def hedgehog_grad_kernel(
         total = tl.dot(tl.trans(x), g_z, total, input_precision=PRECISION)
         w = tl.load(Weight + at_w, mask=there, other=0.0)  # scale · W in units of log 2
         g_x = tl.dot(g_z, tl.trans(w), input_precision=PRECISION) * 0.6931471805599453
-        out = GradX + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * D + d[None, :]
-        tl.store(out, g_x.to(GradX.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+        mine = (t < T)[:, None] & (d < D)[None, :]
+        if MORE:
+            more = More + b.to(tl.int64) * smb + h.to(tl.int64) * smh + t.to(tl.int64)[:, None] * smt + d[None, :]
+            g_x += tl.load(more, mask=mine, other=0.0).to(tl.float32)
+        out = GradX + b.to(tl.int64) * sgb + h.to(tl.int64) * sgh + t.to(tl.int64)[:, None] * sgt + d[None, :]
+        tl.store(out, g_x.to(GradX.dtype.element_ty), mask=mine)
     out = GradW + (row.to(tl.int64) * splits + split) * D * C + d[:, None] * C + c[None, :]
     tl.store(out, total * scale, mask=there)
 
@@ -100,10 +105,13 @@ def launch_of(name: str, sizes: dict[str, int]) -> Launch:
 
 
 class HedgehogFunction(torch.autograd.Function):
-    """x [B, H, T, D], weight [H, D, C] float32 -> phi [B, H, T, 2C] of `dtype`."""
+    """x [B, H, T, D], weight [H, D, C] float32 -> (phi [B, H, T, 2C] of `dtype`, x).
+
+    Who reads the x that comes back has its gradient added inside the backward's kernel, not by another pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B, H, T, D = x.shape
         C, parts = weight.shape[2], splitted(weight, scale, x.dtype)
         out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
@@ -115,19 +123,24 @@ class HedgehogFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, parts)
         ctx.scale, ctx.sizes = scale, sizes
-        return out
+        ctx.set_materialize_grads(False)  # of what nobody looks at
+        return out, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return more, None, None, None
         x, parts = ctx.saved_tensors
         B, H, T, D = x.shape
         launch = launch_of("hedgehog_grad", ctx.sizes)
         splits = -(-T // (launch.chunk * STEPS))
-        grad_x = torch.empty(B, H, T, D, device=x.device, dtype=x.dtype)
+        grad_x, added = laid_out_as(x), x if more is None else rows_first(more)  # what is missing is not read
         grad_w = torch.empty(B, H, splits, D, parts.shape[3], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
-            x, parts, grad.contiguous(), grad_x, grad_w, *x.stride()[:3], ctx.scale, T, H, splits,
-            **ctx.sizes, ROWS=launch.chunk, STEPS=STEPS, PRECISION=precision(x.dtype), **launch.options,
+            x, parts, grad.contiguous(), added, grad_x, grad_w,
+            *added.stride()[:3], *grad_x.stride()[:3], *x.stride()[:3], ctx.scale, T, H, splits,
+            **ctx.sizes, ROWS=launch.chunk, STEPS=STEPS, MORE=more is not None, PRECISION=precision(x.dtype),
+            **launch.options,
         )  # fmt: skip
         return grad_x, grad_w.sum((0, 2)), None, None
 
@@ -155,8 +168,8 @@ def mapped(
     x: Tensor,
     pos: Callable[[], Tensor],
     dtype: torch.dtype,
-) -> Tensor:
-    """phi of x [B, H, T, D] at pos() [B, 1 or H, T] -> [B, H, T, F] of `dtype`; a hedgehog map in one pass."""
+) -> tuple[Tensor, Tensor]:
+    """(phi of x [B, H, T, D] at pos() [B, 1 or H, T]: [B, H, T, F] of `dtype`; x, for who else reads it)."""
     if fits(mapping):
         return HedgehogFunction.apply(rows_first(x), plain(mapping), kernel.scaling**0.5, dtype)
-    return features(kernel, mapping, x, pos()).to(dtype).contiguous()
+    return features(kernel, mapping, x, pos()).to(dtype).contiguous(), x

@@ -53,11 +53,12 @@ def clock_kernel(Rate, Folded, End, Clock, ClockEnd, X, blocks, heads, SIZE: con
 
 @jit
 def rate_grad_kernel(Clock, ClockEnd, Grad, GradEnd, Out, X, blocks, SIZE: constexpr):
-    """Clocks times their gradients, summed over one program's tokens and blocks."""
+    """Clocks times their gradients, summed over one program's tokens and blocks; in float64, for they cancel out."""
     row, x = tl.program_id(1), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     at, end = row.to(tl.int64) * X + x, row.to(tl.int64) * blocks + x
-    total = tl.load(Clock + at, mask=x < X, other=0.0) * tl.load(Grad + at, mask=x < X, other=0.0)
-    total += tl.load(ClockEnd + end, mask=x < blocks, other=0.0) * tl.load(GradEnd + end, mask=x < blocks, other=0.0)
+    clock, clock_end = tl.load(Clock + at, mask=x < X, other=0.0), tl.load(ClockEnd + end, mask=x < blocks, other=0.0)
+    total = clock.to(tl.float64) * tl.load(Grad + at, mask=x < X, other=0.0).to(tl.float64)
+    total += clock_end.to(tl.float64) * tl.load(GradEnd + end, mask=x < blocks, other=0.0).to(tl.float64)
     tl.store(Out + row * tl.num_programs(0) + tl.program_id(0), tl.sum(total, 0))
 
 
@@ -82,7 +83,7 @@ class ClockFunction(torch.autograd.Function):
         clock, clock_end = ctx.saved_tensors
         (B, heads, X), blocks = clock.shape, clock_end.shape[2]
         programs = -(-max(X, blocks) // CLOCKS)
-        by_rate = torch.empty(B, heads, programs, device=clock.device)
+        by_rate = torch.empty(B, heads, programs, device=clock.device, dtype=torch.float64)
         rate_grad_kernel[(programs, B * heads)](
             clock, clock_end, grad.contiguous(), grad_end.contiguous(), by_rate, X, blocks, SIZE=CLOCKS
         )

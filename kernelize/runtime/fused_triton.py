@@ -53,6 +53,11 @@ def rows_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def laid_out_as(x: Tensor) -> Tensor:
+    """Room for a tensor like x, in the layout of x: what made x takes its gradient like that without a copy."""
+    return rows_first(torch.empty_like(x))
+
+
 class Launch(NamedTuple):
     """How a kernel is launched; `benchmarks/layer.py tune` tries others."""
 
