@@ -1,9 +1,9 @@
 """The memory branch: a linear attention over the tokens in the order of their deaths, merged with the exact branch.
 
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
-tiles. One pass adds up what every segment brings; a scan over the few segments gives what each begins with; a second
-pass writes the memory before every tile; then all tiles are read at once. The backward goes from the end, and writes
-down what is a segment's own alone: its readers add what comes from behind.
+tiles. One pass adds up what every segment brings, and writes down before every tile what is the segment's own; a scan
+over the few segments gives what each begins with; then all tiles are read at once, and their readers add the two. The
+backward does the same from the end. Where a kernel reads the memory alone, a second pass writes it as a whole.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
@@ -110,12 +110,12 @@ def entries(
 
 @jit
 def states_kernel(
-    Order, Phi, V, Clock, ClockEnd, Start, StartNorm, Out, OutNorm,
+    Order, Phi, V, Clock, ClockEnd, Start, StartNorm, Out, OutNorm, Gain, GainNorm,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
-    GAINS: constexpr, PRECISION: constexpr,
+    GAINS: constexpr, TILES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """GAINS: what a segment that begins with none brings together. Else the memory before each tile of a segment."""
+    """GAINS: what a segment that begins with none brings together. TILES: the memory before each tile of a segment."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
@@ -127,7 +127,7 @@ def states_kernel(
         acc = tl.load(Start + begin[:, None] * D + d[None, :], mask=wide, other=0.0)
         norm = tl.load(StartNorm + begin, mask=f < F, other=0.0)
     for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
-        if not GAINS:
+        if TILES:
             to = (row * n + tile) * F + f
             tl.store(Out + to[:, None] * D + d[None, :], acc.to(Out.dtype.element_ty), mask=wide)
             tl.store(OutNorm + to, norm, mask=(f < F) & (part == 0))
@@ -144,8 +144,8 @@ def states_kernel(
         norm += tl.sum(phi.to(tl.float32), 0)
     if GAINS:
         out = (row * segments + segment) * F + f
-        tl.store(Out + out[:, None] * D + d[None, :], acc, mask=wide)
-        tl.store(OutNorm + out, norm, mask=(f < F) & (part == 0))
+        tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
+        tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
 
 
 @jit
@@ -191,11 +191,29 @@ def walk_kernel(
 
 
 @jit
-def memory_at(Memory, Norm, row, tile, n, f, d, F: constexpr, D: constexpr):
-    """(M [features f, channels d], its normaliser) before a tile."""
-    at = (row * n + tile) * F + f
-    memory = tl.load(Memory + at[:, None] * D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-    return memory, tl.load(Norm + at, mask=f < F, other=0.0)
+def sum_at(
+    Local, LocalNorm, Start, StartNorm, row, tile, border, n, segments, shrink, f, d, F: constexpr, D: constexpr
+):
+    """(M [features f, channels d] at a tile, its normaliser): the segment's own, and what comes from its border."""
+    start, local = (row * (segments + 1) + border) * F + f, (row * n + tile) * F + f
+    wide = (f < F)[:, None] & (d < D)[None, :]
+    acc = tl.load(Start + start[:, None] * D + d[None, :], mask=wide, other=0.0) * shrink
+    acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
+    norm = tl.load(StartNorm + start, mask=f < F, other=0.0) * shrink
+    return acc, norm + tl.load(LocalNorm + local, mask=f < F, other=0.0)
+
+
+@jit
+def memory_at(
+    Local, LocalNorm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d,
+    F: constexpr, D: constexpr, PER: constexpr, DECAY: constexpr,
+):  # fmt: skip
+    """(M [features f, channels d] before a tile, its normaliser)."""
+    border, shrink = tile // tiles, 1.0
+    if DECAY:
+        shrink = tl.exp(edge_at(ClockEnd, row, tile, n, PER) - edge_at(ClockEnd, row, border * tiles, n, PER))
+    memory, norm = sum_at(Local, LocalNorm, Start, StartNorm, row, tile, border, n, segments, shrink, f, d, F, D)
+    return memory.to(Local.dtype.element_ty), norm
 
 
 @jit
@@ -231,8 +249,8 @@ def near_weights(
 
 @jit
 def recall_kernel(
-    Order, Phi, V, Clock, ClockEnd, Memory, Norm, Out,
-    svb, svh, svt, X, n, length, kv_heads,
+    Order, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Out,
+    svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
@@ -243,7 +261,9 @@ def recall_kernel(
     first = tile * (TILE // BLOCK)
     block = first + tl.arange(0, TILE) // BLOCK
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, True)
-    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
+    low, norm = memory_at(
+        Local, LocalNorm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d, F, D, TILE // BLOCK, DECAY
+    )
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -260,8 +280,8 @@ def recall_kernel(
 
 @jit
 def memory_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse,
-    svb, svh, svt, W, X, n, length, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -272,7 +292,9 @@ def memory_kernel(
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
-    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
+    low, norm = memory_at(
+        Local, LocalNorm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d, F, D, TILE // BLOCK, DECAY
+    )
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -392,8 +414,8 @@ def merge_grad_kernel(
 
 @jit
 def phi_q_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Memory, Norm, Down, Row, GradPhiQ, GradClock,
-    svb, svh, svt, W, X, n, length, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhiQ, GradClock,
+    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -404,7 +426,9 @@ def phi_q_grad_kernel(
     at = tile * TILE + tl.arange(0, TILE)
     block, live = at // BLOCK, at < W
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
-    low, norm = memory_at(Memory, Norm, row, tile, n, f, d, F, D)
+    low, norm = memory_at(
+        Local, LocalNorm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d, F, D, TILE // BLOCK, DECAY
+    )
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
@@ -475,19 +499,6 @@ def reverse_states_kernel(
 
 
 @jit
-def grad_at(
-    Local, LocalNorm, Start, StartNorm, row, tile, begin, n, segments, shrink, f, d, F: constexpr, D: constexpr
-):
-    """(gradient of M [features f, channels d], of its normaliser): its segment's own and what comes from behind."""
-    start, local = (row * (segments + 1) + begin) * F + f, (row * n + tile) * F + f
-    wide = (f < F)[:, None] & (d < D)[None, :]
-    acc = tl.load(Start + start[:, None] * D + d[None, :], mask=wide, other=0.0) * shrink
-    acc += tl.load(Local + local[:, None] * D + d[None, :], mask=wide, other=0.0).to(tl.float32)
-    norm = tl.load(StartNorm + start, mask=f < F, other=0.0) * shrink
-    return acc, norm + tl.load(LocalNorm + local, mask=f < F, other=0.0)
-
-
-@jit
 def clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE: constexpr, PER: constexpr, DECAY: constexpr):
     """(the rows' clock, decay from the entries to the tile's end, from there to the segment's end)."""
     now = tl.zeros([TILE], tl.float32)
@@ -518,7 +529,7 @@ def phi_k_grad_kernel(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, norm = grad_at(
+    acc, norm = sum_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
@@ -552,7 +563,7 @@ def value_grad_kernel(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, _norm = grad_at(
+    acc, _norm = sum_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
@@ -662,7 +673,7 @@ def split(size: int, other: int, most: int) -> tuple[int, int]:
 
 
 class States(NamedTuple):
-    """The memory before every tile; or its gradient after each, without what its segment gets from behind."""
+    """The memory before every tile, or its gradient after each: `whole`, or what a segment alone brings."""
 
     at: Tensor  # [R, n, F, D] of phi's dtype
     norm: Tensor  # [R, n, F] float32
@@ -671,9 +682,9 @@ class States(NamedTuple):
 
 
 def states_of(
-    order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor
+    order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, whole: bool
 ) -> tuple[States, Tensor]:
-    """(the states, the memory after the last token).
+    """(the states, `whole` or not; the memory after the last token).
 
     phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token.
     """
@@ -684,17 +695,18 @@ def states_of(
     norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
     gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
 
-    def run(gains: bool, *tensors: Tensor) -> None:
+    def run(start: Tensor, start_norm: Tensor, gains: bool, tiles: bool) -> None:
         states_kernel[(order.segments, parts, B * Hk)](
-            order.tokens, phi, v, clock, clock_end, *tensors, *v.stride()[:3],
+            order.tokens, phi, v, clock, clock_end, start, start_norm, at, norm, gain, gain_norm, *v.stride()[:3],
             X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            GAINS=gains, PRECISION=precision(phi.dtype), **launch.options,
+            GAINS=gains, TILES=tiles, PRECISION=precision(phi.dtype), **launch.options,
         )  # fmt: skip
 
-    run(True, gain, gain_norm, gain, gain_norm)  # the first two are not read
+    run(gain, gain_norm, gains=True, tiles=not whole)  # a start is not read
     start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
-    run(False, start, start_norm, at, norm)
+    if whole:
+        run(start, start_norm, gains=False, tiles=True)
     return States(at, norm, start, start_norm), end
 
 
@@ -704,13 +716,13 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory [B, Hk, F, D + 1].
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    states, _ = states_of(order, phi, v, clock, clock_end, memory)
+    states, _ = states_of(order, phi, v, clock, clock_end, memory, whole=False)
     launch = launch_of("recall", phi)
     DV, parts = split(D, F, launch.chunk)
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
     recall_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi, v, clock, clock_end, states.at, states.norm, out, *v.stride()[:3],
-        X, order.n, order.tokens.shape[1], Hk,
+        order.tokens, phi, v, clock, clock_end, *states, out, *v.stride()[:3],
+        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
         F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
         PRECISION=precision(phi.dtype), **launch.options,
     )  # fmt: skip
@@ -739,14 +751,14 @@ class MemoryFunction(torch.autograd.Function):
         exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-        states, end = states_of(order, phi_k, v, clock, clock_end, memory)
+        states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=False)
         launch = launch_of("memory", phi_q)
         DV, parts = split(D, F, launch.chunk)
         branch, branch_lse = unwritten(exact, lse, branches)
         y = exact.new_empty(B, W, H, D)  # as the layer's last product reads it
         memory_kernel[(order.n, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
-            y, branch, branch_lse, *v.stride()[:3], W, X, order.n, order.tokens.shape[1], Hk,
+            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse,
+            *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
             BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
@@ -778,7 +790,7 @@ def read_mapped(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`MemoryFunction` for q [B, H, W, D] and the matrices of its hedgehog map, `splitted`; no gradients."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
-    states, end = states_of(order, phi_k, v, clock, clock_end, memory)
+    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=True)
     launch = launch_of("mapped_memory", phi_k)
     DV, parts = split(D, F, launch.chunk)
     y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
@@ -844,13 +856,12 @@ def phi_q_grad(
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
     launch = launch_of("phi_q_grad", phi_q)
     FB, parts = split(F, D, launch.chunk)
-    _, sizes = sizes_of(order, phi_q, phi_k, v)
+    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
     phi_q_grad_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, states.at, states.norm, down, row, out, turn,
-        *v.stride()[:3], W, v.shape[2], order.n, order.tokens.shape[1], Hk,
-        **sizes, FB=FB, DP=power_of_two(D), **launch.options,
+        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, down, row, out, turn,
+        *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options,
     )  # fmt: skip
     return out, summed(turn)
 
