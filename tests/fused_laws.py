@@ -195,6 +195,9 @@ def gradients() -> None:
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
     same_gradients(SPECS[0], [90], alone=True)
+    out, _ = fused.attend(*contract.tokens(1, 90, FULL, sizes=SIZES), kernel_of(SPECS[2]))
+    assert out.y.requires_grad
+    assert not out.exact.requires_grad  # of the maps alone: the exact branch has no backward
 
 
 def far_gradients() -> None:

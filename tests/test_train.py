@@ -14,6 +14,7 @@ from tolerances import assert_same
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
 from kernelize import objectives, train
+from kernelize.compiled import NESTED
 from kernelize.convert import load
 from kernelize.errors import InputError, KernelizeError
 from kernelize.objectives import NEW, Features, attach_lora
@@ -139,7 +140,11 @@ def test_a_stage_lowers_its_loss_and_trains_what_it_says(text, tmp_path, stage):
     ("stage", "packing"), [(ALL, "joined"), (ALL, "documents"), (TRANSFER, "joined"), (LORA, "joined")]
 )
 def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, stage, packing):
-    """A few graphs serve all batches and both models (a first layer without a gradient has its own); none stays."""
+    """A few graphs serve all batches and both models; none stays.
+
+    One for a layer of the teacher, two for one of the student, before and after its attention (and as many for a first
+    layer without a gradient).
+    """
     stage, losses = stage | {"packing": packing, "steps": 4}, {}
     for on in ((), ("cpu",)):
         monkeypatch.setattr(train, "COMPILED_ON", on)
@@ -149,7 +154,7 @@ def test_a_compiled_stage_learns_the_same(text, tmp_path, monkeypatch, stage, pa
         model, _, events = run(recipe(text, stage), tmp_path / f"out{len(on)}")
         losses[on] = torch.tensor(losses_of(events))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert (0 < graphs <= 12) if on and packing == "joined" else graphs == 0
+        assert (0 < graphs <= (5 if NESTED else 12)) if on and packing == "joined" else graphs == 0
         assert not [m for m in model.modules() if "forward" in vars(m)]
     assert_same(losses["cpu",], losses[()], "losses")
 

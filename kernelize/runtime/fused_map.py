@@ -171,5 +171,6 @@ def mapped(
 ) -> tuple[Tensor, Tensor]:
     """(phi of x [B, H, T, D] at pos() [B, 1 or H, T]: [B, H, T, F] of `dtype`; x, for who else reads it)."""
     if fits(mapping):
-        return HedgehogFunction.apply(rows_first(x), plain(mapping), kernel.scaling**0.5, dtype)
+        phi, same = HedgehogFunction.apply(rows_first(x), plain(mapping), kernel.scaling**0.5, dtype)
+        return phi, same if x.requires_grad else x  # where the map alone is trained, nobody need say anything about x
     return features(kernel, mapping, x, pos()).to(dtype).contiguous(), x
