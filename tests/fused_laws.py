@@ -216,7 +216,7 @@ def by_head(spec: KernelSpec, head_slots: tuple[int, ...]) -> KernelSpec:
 
 @torch.no_grad()
 def lifetimes() -> None:
-    """The same deaths as chunked's, also with ties, for any capacities, several segments and levels of groups of them."""
+    """The same deaths as chunked's, also with ties: any capacities, several segments, groups in several levels."""
     fused_select.SEGMENT = 64
     for given, policy, group, n in (
         (1, "mixed", 16, 192), (5, "value", 2, 448), (12, "mixed", 4, 192), (40, "mixed", 2, 448),

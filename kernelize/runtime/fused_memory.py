@@ -2,7 +2,7 @@
 
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
 tiles. One pass adds up what every segment brings; a scan over the few segments gives what each begins with; a second
-pass writes the memory before every tile; then all tiles are read at once. The backward goes from the end, and writes
+pass writes the memory before every tile, unless segments are tiles; then all tiles are read at once. The backward goes from the end, and writes
 down what is a segment's own alone: its readers add what comes from behind.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
@@ -20,6 +20,7 @@ from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
 CLOCKS = 1024  # tokens of one program that sets clocks
+WALKED, AHEAD = 256, 6  # entries of one program that walks over the segments, and how many steps ahead it reads
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
@@ -138,39 +139,54 @@ def edge_at(ClockEnd, row, tile, n, PER: constexpr):
 
 
 @jit
-def walk_kernel(
-    Memory, Gain, GainNorm, ClockEnd, Start, StartNorm, End, n, segments, tiles,
-    F: constexpr, D: constexpr, SIZE: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
+def walk_along(
+    Memory, Gain, Start, End, ClockEnd, row, here, n, segments, tiles, places, width,
+    STAGES: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
 ):  # fmt: skip
-    """The memory at every segment's border, from the one at the start; BACK: its gradient, from the one at the end.
-
-    The last programs do the normaliser, which is the last column of Memory and End [F, D + 1].
-    """
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    parts = (F * D + SIZE - 1) // SIZE
-    if part < parts:
-        i = part * SIZE + tl.arange(0, SIZE)
-        here, place = i < F * D, i // D * (D + 1) + i % D
-        gain, start, width = Gain + i, Start + i, F * D
-    else:
-        i = (part - parts) * SIZE + tl.arange(0, SIZE)
-        here, place = i < F, i * (D + 1) + D
-        gain, start, width = GainNorm + i, StartNorm + i, F
-    memory = tl.load(Memory + row * F * (D + 1) + place, mask=here, other=0.0)
-    gain += row * segments * width
-    start += row * (segments + 1) * width
-    for step in tl.range(segments, num_stages=3):
+    """Some entries, `width` of which are a whole memory, from border to border."""
+    memory = tl.load(Memory, mask=here, other=0.0)
+    gain, start = Gain + row * segments * width, Start + row * places * width
+    if DECAY:
+        edge = edge_at(ClockEnd, row, n if BACK else 0, n, PER)
+    for step in tl.range(segments, num_stages=STAGES):
         border = step
         if BACK:
             border = segments - 1 - step
         more = tl.load(gain + border * width, mask=here, other=0.0)
-        tl.store(start + (border + (1 if BACK else 0)) * width, memory, mask=here)
+        to = start + (border + (1 if BACK else 0)) * width
+        tl.store(to, memory.to(Start.dtype.element_ty), mask=here)
         if DECAY:
-            end = edge_at(ClockEnd, row, tl.minimum((border + 1) * tiles, n), n, PER)
-            memory = memory * tl.exp(end - edge_at(ClockEnd, row, border * tiles, n, PER))
+            near = edge
+            edge = edge_at(ClockEnd, row, border * tiles if BACK else tl.minimum((border + 1) * tiles, n), n, PER)
+            memory = memory * tl.exp(near - edge if BACK else edge - near)
         memory += more
-    tl.store(start + (0 if BACK else segments) * width, memory, mask=here)
-    tl.store(End + row * F * (D + 1) + place, memory, mask=here)
+    last = 0 if BACK else segments
+    tl.store(start + last * width, memory.to(Start.dtype.element_ty), mask=here & (last < places))
+    tl.store(End, memory, mask=here)
+
+
+@jit
+def walk_kernel(
+    Memory, Gain, GainNorm, ClockEnd, Start, StartNorm, End, n, segments, tiles, places,
+    F: constexpr, D: constexpr, SIZE: constexpr, STAGES: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """The memory at every segment's border, from the one at the start; BACK: its gradient, from the one at the end.
+
+    Start has so many `places` a row: the last border is left out where they are but as many as segments. The last
+    programs do the normaliser, which is the last column of Memory and End [F, D + 1].
+    """
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    parts, whole = (F * D + SIZE - 1) // SIZE, row * F * (D + 1)
+    if part < parts:
+        i = part * SIZE + tl.arange(0, SIZE)
+        place = whole + i // D * (D + 1) + i % D
+        walk_along(Memory + place, Gain + i, Start + i, End + place, ClockEnd, row, i < F * D,
+                   n, segments, tiles, places, F * D, STAGES, PER, DECAY, BACK)  # fmt: skip
+    else:
+        i = (part - parts) * SIZE + tl.arange(0, SIZE)
+        place = whole + i * (D + 1) + D
+        walk_along(Memory + place, GainNorm + i, StartNorm + i, End + place, ClockEnd, row, i < F,
+                   n, segments, tiles, places, F, STAGES, PER, DECAY, BACK)  # fmt: skip
 
 
 @jit
@@ -568,14 +584,21 @@ def order_of(index: Tensor, block: int, decays: bool) -> Order:
     return Order(index, block, -(-n // tiles), tiles, decays)
 
 
-def walk(memory: Tensor, gain: Tensor, gain_norm: Tensor, clock_end: Tensor, order: Order, back: bool) -> Walked:
-    """From the memory [B, Hk, F, D + 1] before the first token on; `back`: its gradient, from that of the last on."""
-    (R, S, F, D), SIZE = gain.shape, 256
-    start, start_norm = gain.new_empty(R, S + 1, F, D), gain.new_empty(R, S + 1, F)
+def walk(
+    memory: Tensor, gain: Tensor, gain_norm: Tensor, clock_end: Tensor, order: Order, back: bool,
+    dtype: torch.dtype | None = None,
+) -> Walked:  # fmt: skip
+    """From the memory [B, Hk, F, D + 1] before the first token on; `back`: its gradient, from that of the last on.
+
+    With a `dtype` the segments' starts alone, in it: `Walked.start` and `norm` are without what is after the last.
+    """
+    R, S, F, D = gain.shape
+    places = S + (dtype is None)
+    start, start_norm = gain.new_empty(R, places, F, D, dtype=dtype), gain.new_empty(R, places, F)
     end = torch.empty_like(memory, memory_format=torch.contiguous_format)
-    walk_kernel[(-(-F * D // SIZE) + -(-F // SIZE), R)](
-        memory.contiguous(), gain, gain_norm, clock_end, start, start_norm, end, order.n, S, order.tiles,
-        F=F, D=D, SIZE=SIZE, PER=TILE // order.block, DECAY=order.decays, BACK=back, num_warps=2,
+    walk_kernel[(-(-F * D // WALKED) + -(-F // WALKED), R)](
+        memory.contiguous(), gain, gain_norm, clock_end, start, start_norm, end, order.n, S, order.tiles, places,
+        F=F, D=D, SIZE=WALKED, STAGES=AHEAD, PER=TILE // order.block, DECAY=order.decays, BACK=back, num_warps=2,
     )  # fmt: skip
     return Walked(start, start_norm, end)
 
@@ -605,18 +628,17 @@ class States(NamedTuple):
 
 
 def states_of(
-    order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor
+    order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, borders: bool = False
 ) -> tuple[States, Tensor]:
-    """(the states, the memory after the last token).
+    """(the states, the memory after the last token). Without `borders` those of the segments may be empty.
 
     phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token.
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     launch = launch_of("states", phi)
     DV, parts = split(D, F, launch.chunk)
-    at = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
-    norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
-    gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
+    gain = torch.empty(B * Hk, order.segments, F, D, device=v.device, dtype=torch.float32)
+    gain_norm = gain.new_empty(B * Hk, order.segments, F)
 
     def run(gains: bool, *tensors: Tensor) -> None:
         states_kernel[(order.segments, parts, B * Hk)](
@@ -627,7 +649,11 @@ def states_of(
         )  # fmt: skip
 
     run(True, gain, gain_norm, gain, gain_norm)  # the first two are not read
+    if order.tiles == 1 and not borders:  # segments are tiles, so that the walk gives the states
+        at, norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False, dtype=phi.dtype)
+        return States(at, norm, gain[:0], gain_norm[:0]), end
     start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
+    at, norm = gain.new_empty(B * Hk, order.n, F, D, dtype=phi.dtype), gain.new_empty(B * Hk, order.n, F)
     run(False, start, start_norm, at, norm)
     return States(at, norm, start, start_norm), end
 
@@ -697,7 +723,7 @@ class MemoryFunction(torch.autograd.Function):
         grad_end = torch.zeros_like(memory) if grad_end is None else grad_end
         exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *branches)
         given = (order, phi_q, phi_k, v, clock, clock_end)
-        states, _ = states_of(order, phi_k, v, clock, clock_end, memory)
+        states, _ = states_of(order, phi_k, v, clock, clock_end, memory, borders=order.decays)
         g_phi_q, turn = phi_q_grad(*given, states, down, row)
         back, g_memory = reverse_states(*given, down, row, grad_end)
         g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)

@@ -426,7 +426,8 @@ def compete(
 ) -> Tensor:
     """One share's competition -> its rejected ones by block [R, n·tile].
 
-    Writes the deaths, those of all tokens anew (whom an earlier share rejected may live on in this one), and its part of slot tables and holders from column `start` on.
+    Writes the deaths, of all tokens anew (whom an earlier share rejected may live on in this one), and its part of
+    slot tables and holders from column `start` on.
     """
     R, length = applicants.shape
     keys, best = segment_best(applicants, score, first, room, lives.death, length // spec.block)
