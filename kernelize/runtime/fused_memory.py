@@ -2,8 +2,8 @@
 
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
 tiles. One pass adds up what every segment brings; a scan over the few segments gives what each begins with; a second
-pass writes the memory before every tile, unless segments are tiles; then all tiles are read at once. The backward goes from the end, and writes
-down what is a segment's own alone: its readers add what comes from behind.
+pass, unless segments are tiles, writes the memory before every tile; then all tiles are read at once. The backward
+goes from the end, and writes down what is a segment's own alone: its readers add what comes from behind.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_map import hedgehog_of
+from .fused_map import hedgehog_of, matrix_of
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
@@ -305,7 +305,7 @@ def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, live, d, part, 
 
 @jit
 def mapped_memory_kernel(
-    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse, factor,
     sqb, sqh, sqt, svb, svh, svt, W, X, n, length, kv_heads,
     G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
     BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
@@ -333,7 +333,9 @@ def mapped_memory_kernel(
         exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
         where_q = Q + b * sqb + (h * G + g) * sqh + at.to(tl.int64)[:, None] * sqt + x[None, :]
         q = tl.load(where_q, mask=live[:, None] & (x < D)[None, :], other=0.0)
-        up, down = hedgehog_of(q, Weight, h * G + g, kv_heads * G, x, c, D, C, PRECISION)
+        w = matrix_of(Weight, factor, h * G + g, x, c, D, C, "")
+        again = matrix_of(Weight, factor, h * G + g, x, c, D, C, ".ca")
+        up, down = hedgehog_of(q, w, again, c, C, PRECISION)
         up, down = up.to(k_up.dtype), down.to(k_up.dtype)
         a = tl.dot(up, tl.trans(k_up), input_precision=PRECISION)
         a = tl.dot(down, tl.trans(k_down), a, input_precision=PRECISION) * weight
@@ -732,10 +734,10 @@ class MemoryFunction(torch.autograd.Function):
 
 
 def read_mapped(
-    q: Tensor, weight: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
-    exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
+    q: Tensor, weight: Tensor, factor: float, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
+    memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`MemoryFunction` for q [B, H, W, D] and the matrices of its hedgehog map, `splitted`; no gradients."""
+    """`MemoryFunction` for q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map; no gradients."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
     states, end = states_of(order, phi_k, v, clock, clock_end, memory)
     launch = launch_of("mapped_memory", phi_k)
@@ -743,7 +745,7 @@ def read_mapped(
     y, branch, branch_lse = unwritten(exact, lse, branches)
     mapped_memory_kernel[(order.n, parts, B * Hk)](
         order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
-        y, branch, branch_lse, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
+        y, branch, branch_lse, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
         Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV, TILE=TILE, BLOCK=order.block,
         DECAY=order.decays, BRANCHES=branches, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
