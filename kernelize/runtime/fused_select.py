@@ -25,6 +25,7 @@ LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every siz
 GROUP = 16  # lists that are merged at once: a power of two
 KEYS = 32  # keys of a list that one program brings into their places
 FOLDED = 512  # keys of one program that adds up their mass
+JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
 LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=2, stages=2)}  # warps for one head, of 16-bit keys
 SMALL = {"mass": Launch(heads=1, chunk=128, warps=4, stages=2, registers=128)}  # of up to 64 channels
@@ -186,7 +187,7 @@ def counted(theirs, mine):
 @jit
 def best_kernel(
     Applicants, Score, Keys, Best, Death, Own, X, length, lists, heads, blocks,
-    L: constexpr, CP: constexpr, CHUNK: constexpr, EMPTY: constexpr,
+    L: constexpr, CP: constexpr, EMPTY: constexpr,
 ):  # fmt: skip
     """The keys of a segment's applicants, and its best `capacity` in order as list segment + 1; list 0 if EMPTY.
 
@@ -198,18 +199,14 @@ def best_kernel(
     index = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
     score = tl.load(Score + row * X + index, mask=index >= 0, other=0.0)
     key = keys_of(score, index)
-    tl.store(Keys + row * length + at, key, mask=at < length)
-    tl.debug_barrier()  # what the other threads have stored is read below
-    rank = tl.zeros([L], tl.int32)
-    for start in range(0, L, CHUNK):
-        near = segment * L + start + tl.arange(0, CHUNK)
-        rank += counted(tl.load(Keys + row * length + near, mask=near < length, other=-0x8000000000000000), key)
-    out = (row * lists + segment + 1) * CP
-    tl.store(Best + out + rank, key, mask=(index >= 0) & (rank < capacity))
-    free = tl.arange(0, CP)
-    nothing = tl.full([CP], -0x8000000000000000, tl.int64)
-    total = tl.minimum(tl.sum((index >= 0).to(tl.int32), 0), capacity)
-    tl.store(Best + out + free, nothing, mask=free >= total)
+    here, out = row * (lists - 1) + segment, (row * lists + segment + 1) * CP
+    tl.store(Keys + here * L + tl.arange(0, L), key)
+    i, free, none = tl.arange(0, L), tl.arange(0, CP), -0x8000000000000000
+    key = tl.where(i < capacity, tl.sort(key, descending=True), none)
+    tl.store(Best + out + i, key, mask=i < CP)
+    nothing = tl.full([CP], none, tl.int64)
+    if CP > L:
+        tl.store(Best + out + free, nothing, mask=free >= L)
     if EMPTY:
         tl.store(Best + row * lists * CP + free, nothing, mask=(segment == 0) & (free < CP))
     for start in range(segment * L, X, (lists - 1) * L):
@@ -278,50 +275,44 @@ def lift_kernel(
 
 @jit
 def death_kernel(
-    Applicants, Keys, Lists, Death, HolderDeath, EntrantDeath, Holders, Own,
-    X, length, lists, heads, room, first, width,
-    L: constexpr, CP: constexpr, CHUNK: constexpr, BLOCK: constexpr,
+    Keys, Lists, Death, Here, Holders, Own,
+    X, lists, heads, room, first, width,
+    L: constexpr, CP: constexpr, STEPS: constexpr, SIZE: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """When the holders at a segment's start and its own applicants lose their places, if in this segment.
+    """When the holders at a segment's start and then its own applicants lose their places, if in this segment.
 
-    HolderDeath and EntrantDeath hold the block, −1 where there is no token, 2³⁰ for who stays.
+    A program takes SIZE of them. Here [R, segments, CP + L] is the block, −1 for no token, 2³⁰ for who stays.
     """
-    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PARTS: constexpr = (CP + L) // SIZE
+    segment, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    row = tl.program_id(1).to(tl.int64)
     capacity = tl.load(Own + row % heads)
-    i, x = tl.arange(0, CP), tl.arange(0, L)
+    i = part * SIZE + tl.arange(0, SIZE)
     none = -0x8000000000000000
-    list_here = Lists + (row * lists + segment) * CP
-    holder = tl.load(list_here + i)
-    at = segment * L + x
-    mine = tl.load(Keys + row * length + at, mask=at < length, other=none)
-    better_h, better_x = i, tl.zeros([L], tl.int32)
-    for start in range(0, CP, CHUNK):
-        theirs = tl.load(list_here + start + tl.arange(0, CHUNK))
-        better_x += counted(theirs, mine)
-    lasts_h, lasts_x = tl.zeros([CP], tl.int32), tl.zeros([L], tl.int32)  # blocks with fewer better than capacity
+    list_here, keys = Lists + (row * lists + segment) * CP, Keys + (row * (lists - 1) + segment) * L
+    if part < CP // SIZE:
+        mine = tl.load(list_here + i)
+        better, arrives = i, tl.zeros([SIZE], tl.int32)
+    else:
+        mine = tl.load(keys + i - CP)
+        better, arrives = above(list_here, mine, CP, STEPS), (i - CP) // BLOCK
+    lasts = tl.zeros([SIZE], tl.int32)  # blocks with fewer better than capacity
     for j in range(L // BLOCK):
-        near = segment * L + j * BLOCK + tl.arange(0, BLOCK)
-        theirs = tl.load(Keys + row * length + near, mask=near < length, other=none)
-        better_h += counted(theirs, holder)
-        better_x += counted(theirs, mine)
-        lasts_h += (better_h < capacity).to(tl.int32)
-        lasts_x += (better_x < capacity).to(tl.int32)
-    lasts_x = tl.maximum(lasts_x, x // BLOCK)  # who is not good enough is rejected on arrival
-    begin = segment * (L // BLOCK)
-    death_h = tl.where(holder == none, -1, tl.where(lasts_h < L // BLOCK, begin + lasts_h, 1 << 30))
-    death_x = tl.where(mine == none, -1, tl.where(lasts_x < L // BLOCK, begin + lasts_x, 1 << 30))
-    tl.store(HolderDeath + (row * (lists - 1) + segment) * CP + i, death_h)
-    tl.store(EntrantDeath + row * length + at, death_x, mask=at < length)
-    tl.store(Death + row * X + token_of(holder), death_h, mask=(death_h >= 0) & (death_h < (1 << 30)))
-    tl.store(Death + row * X + token_of(mine), death_x, mask=(death_x >= 0) & (death_x < (1 << 30)))
+        better += counted(tl.load(keys + j * BLOCK + tl.arange(0, BLOCK)), mine)
+        lasts += (better < capacity).to(tl.int32)
+    lasts = tl.maximum(lasts, arrives)  # who is not good enough is rejected on arrival
+    stays = 1 << 30
+    death = tl.where(mine == none, -1, tl.where(lasts < L // BLOCK, segment * (L // BLOCK) + lasts, stays))
+    tl.store(Here + (row * (lists - 1) + segment) * (CP + L) + i, death)
+    tl.store(Death + row * X + token_of(mine), death, mask=(death >= 0) & (death < stays))
     if segment == 0:
-        last = tl.load(Lists + (row * lists + lists - 1) * CP + i)
+        last = tl.load(Lists + (row * lists + lists - 1) * CP + i, mask=i < room, other=none)
         tl.store(Holders + row * width + first + i, token_of(last), mask=i < room)
 
 
 @jit
 def place_kernel(
-    Applicants, Lists, HolderDeath, EntrantDeath, Rejected, Table,
+    Applicants, Lists, Here, Rejected, Table,
     length, lists, n, room, first, width,
     L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
 ):  # fmt: skip
@@ -330,9 +321,9 @@ def place_kernel(
     segment, begin = tile * TILE // L, tile * (TILE // BLOCK)
     i, x = tl.arange(0, CP), segment * L + tl.arange(0, L)
     holder = token_of(tl.load(Lists + (row * lists + segment) * CP + i))
-    death_h = tl.load(HolderDeath + (row * (lists - 1) + segment) * CP + i)
     mine = tl.load(Applicants + row * length + x, mask=x < length, other=-1)
-    death_x = tl.load(EntrantDeath + row * length + x, mask=x < length, other=-1)
+    here = Here + (row * (lists - 1) + segment) * (CP + L)
+    death_h, death_x = tl.load(here + i), tl.load(here + CP + tl.arange(0, L))
     holds_h, holds_x = (death_h > begin).to(tl.int32), ((death_x > begin) & (x // BLOCK <= begin)).to(tl.int32)
     table = Table + (row * n + tile) * width + first
     total = tl.sum(holds_h, 0)
@@ -380,19 +371,19 @@ def rooms(spec: KernelSpec, device: torch.device) -> tuple[Room, ...]:
 def segment_best(
     applicants: Tensor, score: Tensor, first: Tensor, room: Room, death: Tensor, blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """(keys [R, length], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone.
+    """(keys [R, segments · L], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone.
 
     Fills `death` [R, X] with `blocks`.
     """
     R, length = applicants.shape
     CP, segments = power_of_two(room.most, LEAST_LIST), -(-length // SEGMENT)
     best = torch.empty(R, segments + 1, CP, dtype=torch.int64, device=score.device)
-    keys = torch.empty(R, length, dtype=torch.int64, device=score.device)
+    keys = torch.empty(R, segments * SEGMENT, dtype=torch.int64, device=score.device)
     if first.shape[1]:
         best[:, 0] = held_keys(first, score, CP)
     best_kernel[(segments, R)](
         applicants, score, keys, best, death, room.own, score.shape[1], length, segments + 1, len(room.own), blocks,
-        L=SEGMENT, CP=CP, CHUNK=16, EMPTY=not first.shape[1], num_warps=8,
+        L=SEGMENT, CP=CP, EMPTY=not first.shape[1], num_warps=4,
     )  # fmt: skip
     return keys, best
 
@@ -433,15 +424,15 @@ def compete(
     keys, best = segment_best(applicants, score, first, room, lives.death, length // spec.block)
     lists = prefixes(best, room.own)
     (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
-    holder_death = torch.empty(R, count - 1, CP, dtype=torch.int32, device=score.device)
-    entrant_death, rejected = torch.empty_like(applicants), torch.empty_like(applicants)
-    death_kernel[(count - 1, R)](
-        applicants, keys, lists, lives.death, holder_death, entrant_death, lives.holders, room.own,
-        score.shape[1], length, count, len(room.own), room.most, start, width,
-        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, num_warps=8,
+    rejected = torch.empty_like(applicants)
+    here = applicants.new_empty(R, count - 1, CP + SEGMENT)
+    death_kernel[((count - 1) * ((CP + SEGMENT) // JUDGED), R)](
+        keys, lists, lives.death, here, lives.holders, room.own,
+        score.shape[1], count, len(room.own), room.most, start, width,
+        L=SEGMENT, CP=CP, STEPS=CP.bit_length() - 1, SIZE=JUDGED, BLOCK=spec.block, num_warps=2,
     )  # fmt: skip
     place_kernel[(n, R)](
-        applicants, lists, holder_death, entrant_death, rejected, lives.table,
+        applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
         L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
     )  # fmt: skip
