@@ -220,16 +220,17 @@ def by_head(spec: KernelSpec, head_slots: tuple[int, ...]) -> KernelSpec:
 
 @torch.no_grad()
 def lifetimes() -> None:
-    """The same deaths as chunked's, also with ties, for any capacities, several segments and groups of them."""
+    """The same deaths as chunked's, also with ties: any capacities, several segments, groups in several levels."""
     fused_select.SEGMENT = 64
-    for given, policy, alone in (
-        (1, "mixed", 12), (5, "value", 1), (12, "mixed", 12), (40, "mixed", 2), ((0, 40), "mixed", 2)
+    for given, policy, group, n in (
+        (1, "mixed", 16, 192), (5, "value", 2, 448), (12, "mixed", 4, 192), (40, "mixed", 2, 448),
+        ((0, 40), "mixed", 2, 192),
     ):  # fmt: skip
-        fused_select.ALONE = alone
+        fused_select.GROUP = group
         spec = KernelSpec(feature_dim=8, sinks=0, slots=1, policy=policy, block=8, window=1)
         spec = by_head(spec, given) if isinstance(given, tuple) else spec.replace(slots=given)
         slots = spec.slots
-        n, X = 192, 192 - 8
+        X = n - 8
         score = torch.randint(0, 9, (2, X, len(spec.shares))).float()
         arrive = (torch.arange(X) // 8 + 1).expand(1, 2, -1)
         pad = (0, 0, slots, 0)  # chunked's store begins with places for the state's holders

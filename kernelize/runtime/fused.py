@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction
-from .fused_map import fits, mapped, plain, splitted
+from .fused_map import factor_of, fits, mapped, plain
 from .fused_memory import ClockFunction, MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
@@ -166,8 +166,9 @@ def read_memory(
     order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
     given = phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, gate, order
     if fits(kernel.map_q) and not torch.is_grad_enabled():
-        weight = splitted(plain(kernel.map_q), kernel.scaling**0.5, store.q.dtype)
-        y, memory, memory_lse, total = read_mapped(store.q, weight, *given, branches)
+        y, memory, memory_lse, total = read_mapped(
+            store.q, plain(kernel.map_q), factor_of(kernel.scaling**0.5), *given, branches
+        )
     else:
         phi_q, branches = query_features(store, kernel), branches or torch.is_grad_enabled()
         y, memory, memory_lse, total = MemoryFunction.apply(phi_q, *given, branches)

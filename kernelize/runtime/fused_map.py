@@ -23,23 +23,22 @@ LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
 @jit
-def split_kernel(Weight, Out, factor, items, SIZE: constexpr):
-    """factor · Weight: of 16-bit Out two matrices one after the other, whose sum it is."""
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    w = tl.load(Weight + i, mask=i < items, other=0.0) * factor
-    high = w.to(Out.dtype.element_ty)
-    tl.store(Out + i, high, mask=i < items)
-    if Out.dtype.element_ty != tl.float32:
-        tl.store(Out + items + i, (w - high.to(tl.float32)).to(Out.dtype.element_ty), mask=i < items)
+def matrix_of(Weight, factor, h, d, c, D: constexpr, C: constexpr, CACHE: constexpr):
+    """factor · W [D, C] of head h in float32; loads of another CACHE the compiler does not take for the same."""
+    at, there = h * D * C + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :]
+    return tl.load(Weight + at, mask=there, other=0.0, cache_modifier=CACHE) * factor
 
 
 @jit
-def hedgehog_of(x, Weight, h, heads, d, c, D: constexpr, C: constexpr, PRECISION: constexpr):
-    """Both halves [rows, C] of the map of x [rows, D], with what `splitted` made of the matrices."""
-    at, there = h * D * C + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :]
-    z = tl.dot(x, tl.load(Weight + at, mask=there, other=0.0), input_precision=PRECISION)
+def hedgehog_of(x, w, again, c, C: constexpr, PRECISION: constexpr):
+    """Both halves [rows, C] of the map of x [rows, D] by matrices w [D, C] in units of log 2.
+
+    For 16-bit x the matrix is the sum of two, the second from `again`: w itself, or the same loaded once more so that
+    its registers are free in between.
+    """
+    z = tl.dot(x, w.to(x.dtype), input_precision=PRECISION)
     if x.dtype != tl.float32:
-        z = tl.dot(x, tl.load(Weight + heads * D * C + at, mask=there, other=0.0), z)
+        z = tl.dot(x, (again - again.to(x.dtype).to(tl.float32)).to(x.dtype), z)
     here = (c < C)[None, :]
     up = tl.exp2(z - tl.max(tl.where(here, z, float("-inf")), 1)[:, None])
     down = tl.exp2(tl.min(tl.where(here, z, float("inf")), 1)[:, None] - z)
@@ -49,7 +48,7 @@ def hedgehog_of(x, Weight, h, heads, d, c, D: constexpr, C: constexpr, PRECISION
 
 @jit
 def hedgehog_kernel(
-    Input, Weight, Out, sxb, sxh, sxt, T, heads,
+    Input, Weight, Out, factor, sxb, sxh, sxt, T, heads,
     D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
@@ -57,7 +56,8 @@ def hedgehog_kernel(
     t, d, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, CP)
     at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
     x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    up, down = hedgehog_of(x, Weight, h, heads, d, c, D, C, PRECISION)
+    w = matrix_of(Weight, factor, h, d, c, D, C, "")
+    up, down = hedgehog_of(x, w, w, c, C, PRECISION)
     out = Out + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * C) + c[None, :]
     keep = (t < T)[:, None] & (c < C)[None, :]
     tl.store(out, up.to(Out.dtype.element_ty), mask=keep)
@@ -66,7 +66,8 @@ def hedgehog_kernel(
 
 @jit
 def hedgehog_grad_kernel(
-    Input, Weight, Grad, More, GradX, GradW, smb, smh, smt, sgb, sgh, sgt, sxb, sxh, sxt, scale, T, heads, splits,
+    Input, Weight, Grad, More, GradX, GradW, factor, smb, smh, smt, sgb, sgh, sgt, sxb, sxh, sxt,
+    scale, T, heads, splits,
     D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, STEPS: constexpr, MORE: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
@@ -74,13 +75,13 @@ def hedgehog_grad_kernel(
     row, split = tl.program_id(1), tl.program_id(0)
     b, h = row // heads, row % heads
     d, c = tl.arange(0, DP), tl.arange(0, CP)
-    at_w, there = h * D * C + d[:, None] * C + c[None, :], (d < D)[:, None] & (c < C)[None, :]
+    w = matrix_of(Weight, factor, h, d, c, D, C, "")
     total = tl.zeros([DP, CP], tl.float32)
     for step in range(STEPS):
         t = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
         at = Input + b.to(tl.int64) * sxb + h.to(tl.int64) * sxh + t.to(tl.int64)[:, None] * sxt
         x = tl.load(at + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        up, down = hedgehog_of(x, Weight, h, heads, d, c, D, C, PRECISION)
+        up, down = hedgehog_of(x, w, w, c, C, PRECISION)
         keep = (t < T)[:, None] & (c < C)[None, :]
         g = Grad + (row.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * C) + c[None, :]
         g_up = tl.load(g, mask=keep, other=0.0).to(tl.float32)
@@ -88,8 +89,7 @@ def hedgehog_grad_kernel(
         g_z = up * (g_up - tl.sum(up * g_up, 1)[:, None]) - down * (g_down - tl.sum(down * g_down, 1)[:, None])
         g_z = g_z.to(x.dtype)
         total = tl.dot(tl.trans(x), g_z, total, input_precision=PRECISION)
-        w = tl.load(Weight + at_w, mask=there, other=0.0)  # scale · W in units of log 2
-        g_x = tl.dot(g_z, tl.trans(w), input_precision=PRECISION) * 0.6931471805599453
+        g_x = tl.dot(g_z, tl.trans(w.to(x.dtype)), input_precision=PRECISION) * 0.6931471805599453
         mine = (t < T)[:, None] & (d < D)[None, :]
         if MORE:
             more = More + b.to(tl.int64) * smb + h.to(tl.int64) * smh + t.to(tl.int64)[:, None] * smt + d[None, :]
@@ -97,7 +97,7 @@ def hedgehog_grad_kernel(
         out = GradX + b.to(tl.int64) * sgb + h.to(tl.int64) * sgh + t.to(tl.int64)[:, None] * sgt + d[None, :]
         tl.store(out, g_x.to(GradX.dtype.element_ty), mask=mine)
     out = GradW + (row.to(tl.int64) * splits + split) * D * C + d[:, None] * C + c[None, :]
-    tl.store(out, total * scale, mask=there)
+    tl.store(out, total * scale, mask=(d < D)[:, None] & (c < C)[None, :])
 
 
 def launch_of(name: str, sizes: dict[str, int]) -> Launch:
@@ -113,15 +113,15 @@ class HedgehogFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         B, H, T, D = x.shape
-        C, parts = weight.shape[2], splitted(weight, scale, x.dtype)
+        C = weight.shape[2]
         out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
         sizes = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}
         launch = launch_of("hedgehog", sizes)
         hedgehog_kernel[(-(-T // launch.chunk), B * H)](
-            x, parts, out, *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk, PRECISION=precision(x.dtype),
-            **launch.options,
+            x, weight, out, factor_of(scale), *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk,
+            PRECISION=precision(x.dtype), **launch.options,
         )  # fmt: skip
-        ctx.save_for_backward(x, parts)
+        ctx.save_for_backward(x, weight)
         ctx.scale, ctx.sizes = scale, sizes
         ctx.set_materialize_grads(False)  # of what nobody looks at
         return out, x.view_as(x)
@@ -130,14 +130,14 @@ class HedgehogFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return more, None, None, None
-        x, parts = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         B, H, T, D = x.shape
         launch = launch_of("hedgehog_grad", ctx.sizes)
         splits = -(-T // (launch.chunk * STEPS))
         grad_x, added = laid_out_as(x), x if more is None else rows_first(more)  # what is missing is not read
-        grad_w = torch.empty(B, H, splits, D, parts.shape[3], device=x.device, dtype=torch.float32)
+        grad_w = torch.empty(B, H, splits, D, weight.shape[2], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
-            x, parts, grad.contiguous(), added, grad_x, grad_w,
+            x, weight, grad.contiguous(), added, grad_x, grad_w, factor_of(ctx.scale),
             *added.stride()[:3], *grad_x.stride()[:3], *x.stride()[:3], ctx.scale, T, H, splits,
             **ctx.sizes, ROWS=launch.chunk, STEPS=STEPS, MORE=more is not None, PRECISION=precision(x.dtype),
             **launch.options,
@@ -155,11 +155,9 @@ def plain(mapping: Hedgehog) -> Tensor:
     return mapping.weight.float().contiguous()
 
 
-def splitted(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """A map's matrices [1 or 2, H, D, C] times scale in units of log 2: two 16-bit ones are as precise as a float32."""
-    out = torch.empty(1 if dtype == torch.float32 else 2, *weight.shape, device=weight.device, dtype=dtype)
-    split_kernel[(-(-weight.numel() // 1024),)](weight, out, scale * math.log2(math.e), weight.numel(), SIZE=1024)
-    return out
+def factor_of(scale: float) -> float:
+    """Of a map's matrices: in units of log 2."""
+    return scale * math.log2(math.e)
 
 
 def mapped(

@@ -3,7 +3,8 @@
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
 tiles. One pass adds up what every segment brings, and writes down before every tile what is the segment's own; a scan
 over the few segments gives what each begins with; then all tiles are read at once, and their readers add the two. The
-backward does the same from the end. Where a kernel reads the memory alone, a second pass writes it as a whole.
+backward does the same from the end. For a kernel that reads the memory alone a second pass, or where segments are tiles
+the scan, writes it as a whole.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_map import hedgehog_of
+from .fused_map import hedgehog_of, matrix_of
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
 
 CLOCKS = 1024  # tokens of one program that sets clocks
 CROSSING = 1024  # entries of M that are multiplied with their gradients at once
+WALKED, AHEAD = 256, 6  # entries of one program that walks over the segments, and how many steps ahead it reads
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
@@ -155,39 +157,54 @@ def edge_at(ClockEnd, row, tile, n, PER: constexpr):
 
 
 @jit
-def walk_kernel(
-    Memory, Gain, GainNorm, ClockEnd, Start, StartNorm, End, n, segments, tiles,
-    F: constexpr, D: constexpr, SIZE: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
+def walk_along(
+    Memory, Gain, Start, End, ClockEnd, row, here, n, segments, tiles, places, width,
+    STAGES: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
 ):  # fmt: skip
-    """The memory at every segment's border, from the one at the start; BACK: its gradient, from the one at the end.
-
-    The last programs do the normaliser, which is the last column of Memory and End [F, D + 1].
-    """
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    parts = (F * D + SIZE - 1) // SIZE
-    if part < parts:
-        i = part * SIZE + tl.arange(0, SIZE)
-        here, place = i < F * D, i // D * (D + 1) + i % D
-        gain, start, width = Gain + i, Start + i, F * D
-    else:
-        i = (part - parts) * SIZE + tl.arange(0, SIZE)
-        here, place = i < F, i * (D + 1) + D
-        gain, start, width = GainNorm + i, StartNorm + i, F
-    memory = tl.load(Memory + row * F * (D + 1) + place, mask=here, other=0.0)
-    gain += row * segments * width
-    start += row * (segments + 1) * width
-    for step in tl.range(segments, num_stages=3):
+    """Some entries, `width` of which are a whole memory, from border to border."""
+    memory = tl.load(Memory, mask=here, other=0.0)
+    gain, start = Gain + row * segments * width, Start + row * places * width
+    if DECAY:
+        edge = edge_at(ClockEnd, row, n if BACK else 0, n, PER)
+    for step in tl.range(segments, num_stages=STAGES):
         border = step
         if BACK:
             border = segments - 1 - step
         more = tl.load(gain + border * width, mask=here, other=0.0)
-        tl.store(start + (border + (1 if BACK else 0)) * width, memory, mask=here)
+        to = start + (border + (1 if BACK else 0)) * width
+        tl.store(to, memory.to(Start.dtype.element_ty), mask=here)
         if DECAY:
-            end = edge_at(ClockEnd, row, tl.minimum((border + 1) * tiles, n), n, PER)
-            memory = memory * tl.exp(end - edge_at(ClockEnd, row, border * tiles, n, PER))
+            near = edge
+            edge = edge_at(ClockEnd, row, border * tiles if BACK else tl.minimum((border + 1) * tiles, n), n, PER)
+            memory = memory * tl.exp(near - edge if BACK else edge - near)
         memory += more
-    tl.store(start + (0 if BACK else segments) * width, memory, mask=here)
-    tl.store(End + row * F * (D + 1) + place, memory, mask=here)
+    last = 0 if BACK else segments
+    tl.store(start + last * width, memory.to(Start.dtype.element_ty), mask=here & (last < places))
+    tl.store(End, memory, mask=here)
+
+
+@jit
+def walk_kernel(
+    Memory, Gain, GainNorm, ClockEnd, Start, StartNorm, End, n, segments, tiles, places,
+    F: constexpr, D: constexpr, SIZE: constexpr, STAGES: constexpr, PER: constexpr, DECAY: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """The memory at every segment's border, from the one at the start; BACK: its gradient, from the one at the end.
+
+    Start has so many `places` a row: the last border is left out where they are but as many as segments. The last
+    programs do the normaliser, which is the last column of Memory and End [F, D + 1].
+    """
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    parts, whole = (F * D + SIZE - 1) // SIZE, row * F * (D + 1)
+    if part < parts:
+        i = part * SIZE + tl.arange(0, SIZE)
+        place = whole + i // D * (D + 1) + i % D
+        walk_along(Memory + place, Gain + i, Start + i, End + place, ClockEnd, row, i < F * D,
+                   n, segments, tiles, places, F * D, STAGES, PER, DECAY, BACK)  # fmt: skip
+    else:
+        i = (part - parts) * SIZE + tl.arange(0, SIZE)
+        place = whole + i * (D + 1) + D
+        walk_along(Memory + place, GainNorm + i, StartNorm + i, End + place, ClockEnd, row, i < F,
+                   n, segments, tiles, places, F, STAGES, PER, DECAY, BACK)  # fmt: skip
 
 
 @jit
@@ -331,7 +348,7 @@ def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, to, live, d, pa
 
 @jit
 def mapped_memory_kernel(
-    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse, factor,
     sqb, sqh, sqt, svb, svh, svt, W, X, n, length, kv_heads,
     G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
     BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
@@ -359,7 +376,9 @@ def mapped_memory_kernel(
         exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
         where_q = Q + b * sqb + (h * G + g) * sqh + at.to(tl.int64)[:, None] * sqt + x[None, :]
         q = tl.load(where_q, mask=live[:, None] & (x < D)[None, :], other=0.0)
-        up, down = hedgehog_of(q, Weight, h * G + g, kv_heads * G, x, c, D, C, PRECISION)
+        w = matrix_of(Weight, factor, h * G + g, x, c, D, C, "")
+        again = matrix_of(Weight, factor, h * G + g, x, c, D, C, ".ca")
+        up, down = hedgehog_of(q, w, again, c, C, PRECISION)
         up, down = up.to(k_up.dtype), down.to(k_up.dtype)
         a = tl.dot(up, tl.trans(k_up), input_precision=PRECISION)
         a = tl.dot(down, tl.trans(k_down), a, input_precision=PRECISION) * weight
@@ -645,14 +664,21 @@ def order_of(index: Tensor, block: int, decays: bool) -> Order:
     return Order(index, block, -(-n // tiles), tiles, decays)
 
 
-def walk(memory: Tensor, gain: Tensor, gain_norm: Tensor, clock_end: Tensor, order: Order, back: bool) -> Walked:
-    """From the memory [B, Hk, F, D + 1] before the first token on; `back`: its gradient, from that of the last on."""
-    (R, S, F, D), SIZE = gain.shape, 256
-    start, start_norm = gain.new_empty(R, S + 1, F, D), gain.new_empty(R, S + 1, F)
+def walk(
+    memory: Tensor, gain: Tensor, gain_norm: Tensor, clock_end: Tensor, order: Order, back: bool,
+    dtype: torch.dtype | None = None,
+) -> Walked:  # fmt: skip
+    """From the memory [B, Hk, F, D + 1] before the first token on; `back`: its gradient, from that of the last on.
+
+    With a `dtype` the segments' starts alone, in it: `Walked.start` and `norm` are without what is after the last.
+    """
+    R, S, F, D = gain.shape
+    places = S + (dtype is None)
+    start, start_norm = gain.new_empty(R, places, F, D, dtype=dtype), gain.new_empty(R, places, F)
     end = torch.empty_like(memory, memory_format=torch.contiguous_format)
-    walk_kernel[(-(-F * D // SIZE) + -(-F // SIZE), R)](
-        memory.contiguous(), gain, gain_norm, clock_end, start, start_norm, end, order.n, S, order.tiles,
-        F=F, D=D, SIZE=SIZE, PER=TILE // order.block, DECAY=order.decays, BACK=back, num_warps=2,
+    walk_kernel[(-(-F * D // WALKED) + -(-F // WALKED), R)](
+        memory.contiguous(), gain, gain_norm, clock_end, start, start_norm, end, order.n, S, order.tiles, places,
+        F=F, D=D, SIZE=WALKED, STAGES=AHEAD, PER=TILE // order.block, DECAY=order.decays, BACK=back, num_warps=2,
     )  # fmt: skip
     return Walked(start, start_norm, end)
 
@@ -691,9 +717,9 @@ def states_of(
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     launch = launch_of("states", phi)
     DV, parts = split(D, F, launch.chunk)
-    at = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi.dtype)
-    norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
-    gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
+    gain = torch.empty(B * Hk, order.segments, F, D, device=v.device, dtype=torch.float32)
+    gain_norm = gain.new_empty(B * Hk, order.segments, F)
+    at, norm = gain.new_empty(B * Hk, order.n, F, D, dtype=phi.dtype), gain.new_empty(B * Hk, order.n, F)
 
     def run(start: Tensor, start_norm: Tensor, gains: bool, tiles: bool) -> None:
         states_kernel[(order.segments, parts, B * Hk)](
@@ -704,6 +730,9 @@ def states_of(
         )  # fmt: skip
 
     run(gain, gain_norm, gains=True, tiles=not whole)  # a start is not read
+    if whole and order.tiles == 1:  # segments are tiles, so that the walk gives the states
+        at, norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False, dtype=phi.dtype)
+        return States(at, norm, gain[:0], gain_norm[:0]), end
     start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
     if whole:
         run(start, start_norm, gains=False, tiles=True)
@@ -785,10 +814,10 @@ class MemoryFunction(torch.autograd.Function):
 
 
 def read_mapped(
-    q: Tensor, weight: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
-    exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
+    q: Tensor, weight: Tensor, factor: float, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
+    memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`MemoryFunction` for q [B, H, W, D] and the matrices of its hedgehog map, `splitted`; no gradients."""
+    """`MemoryFunction` for q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map; no gradients."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
     states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=True)
     launch = launch_of("mapped_memory", phi_k)
@@ -796,7 +825,7 @@ def read_mapped(
     y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
     mapped_memory_kernel[(order.n, parts, B * Hk)](
         order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
-        y, branch, branch_lse, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
+        y, branch, branch_lse, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
         Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV, TILE=TILE, BLOCK=order.block,
         DECAY=order.decays, BRANCHES=branches, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip

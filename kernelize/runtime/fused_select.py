@@ -1,7 +1,7 @@
 """Who holds a slot, and when: attention received, recall error, lifetimes. Nothing here has a gradient.
 
 Lifetimes are found in parallel. A token is held while fewer than `capacity` of those that applied are better, so the
-best `capacity` of every segment, merged in two levels of scans, tell each segment who stands when it begins; inside
+best `capacity` of every segment, merged in levels of groups, tell each segment who stands when it begins; inside
 a segment it is counting. KV heads may have capacities of their own: lists and tables are as wide as the largest, and
 what is beyond a head's own is empty. Those whom a share rejects are listed by the block of their rejection: this list
 is the next share's applicants, and that of the last share the order in which the memory takes tokens in.
@@ -9,7 +9,6 @@ is the next share's applicants, and that of the last share the order in which th
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,10 @@ from .state import Kernel
 SEGMENT = 256  # applicants that one program takes in their order
 TILE = 64  # queries that are computed together
 LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every size is compiled by itself
-ALONE = 12  # lists that one program merges one after the other; more are cut into groups
+GROUP = 16  # lists that are merged at once: a power of two
+KEYS = 32  # keys of a list that one program brings into their places
 FOLDED = 512  # keys of one program that adds up their mass
+JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
 LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=2, stages=2)}  # warps for one head, of 16-bit keys
 SMALL = {"mass": Launch(heads=1, chunk=128, warps=4, stages=2, registers=128)}  # of up to 64 channels
@@ -185,119 +186,133 @@ def counted(theirs, mine):
 
 @jit
 def best_kernel(
-    Applicants, Score, Keys, Best, Own, X, length, lists, heads,
-    L: constexpr, CP: constexpr, CHUNK: constexpr, EMPTY: constexpr,
+    Applicants, Score, Keys, Best, Death, Own, X, length, lists, heads, blocks,
+    L: constexpr, CP: constexpr, EMPTY: constexpr,
 ):  # fmt: skip
-    """The keys of a segment's applicants, and its best `capacity` in order as list segment + 1; list 0 if EMPTY."""
+    """The keys of a segment's applicants, and its best `capacity` in order as list segment + 1; list 0 if EMPTY.
+
+    All tokens of the store, whether they apply or not, get `blocks` as their death.
+    """
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     capacity = tl.load(Own + row % heads)
     at = segment * L + tl.arange(0, L)
     index = tl.load(Applicants + row * length + at, mask=at < length, other=-1)
     score = tl.load(Score + row * X + index, mask=index >= 0, other=0.0)
     key = keys_of(score, index)
-    tl.store(Keys + row * length + at, key, mask=at < length)
-    tl.debug_barrier()  # what the other threads have stored is read below
-    rank = tl.zeros([L], tl.int32)
-    for start in range(0, L, CHUNK):
-        near = segment * L + start + tl.arange(0, CHUNK)
-        rank += counted(tl.load(Keys + row * length + near, mask=near < length, other=-0x8000000000000000), key)
-    out = (row * lists + segment + 1) * CP
-    tl.store(Best + out + rank, key, mask=(index >= 0) & (rank < capacity))
-    free = tl.arange(0, CP)
-    nothing = tl.full([CP], -0x8000000000000000, tl.int64)
-    total = tl.minimum(tl.sum((index >= 0).to(tl.int32), 0), capacity)
-    tl.store(Best + out + free, nothing, mask=free >= total)
+    here, out = row * (lists - 1) + segment, (row * lists + segment + 1) * CP
+    tl.store(Keys + here * L + tl.arange(0, L), key)
+    i, free, none = tl.arange(0, L), tl.arange(0, CP), -0x8000000000000000
+    key = tl.where(i < capacity, tl.sort(key, descending=True), none)
+    tl.store(Best + out + i, key, mask=i < CP)
+    nothing = tl.full([CP], none, tl.int64)
+    if CP > L:
+        tl.store(Best + out + free, nothing, mask=free >= L)
     if EMPTY:
         tl.store(Best + row * lists * CP + free, nothing, mask=(segment == 0) & (free < CP))
+    for start in range(segment * L, X, (lists - 1) * L):
+        token = start + tl.arange(0, L)
+        tl.store(Death + row * X + token, tl.zeros([L], tl.int32) + blocks, mask=token < X)
 
 
 @jit
-def merge_lists(A, B, Out, capacity, CP: constexpr, CHUNK: constexpr):
-    """Writes the best `capacity` of two lists without a common token, in order; Out may be one of them."""
-    i = tl.arange(0, CP)
-    a, b = tl.load(A + i), tl.load(B + i)
-    rank_a, rank_b = i, i
-    for start in range(0, CP, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        rank_a += counted(tl.load(B + j), a)
-        rank_b += counted(tl.load(A + j), b)
-    none = -0x8000000000000000
-    total = tl.sum((a != none).to(tl.int32), 0) + tl.sum((b != none).to(tl.int32), 0)
-    tl.debug_barrier()
-    tl.store(Out + rank_a, a, mask=(a != none) & (rank_a < capacity))
-    tl.store(Out + rank_b, b, mask=(b != none) & (rank_b < capacity))
-    tl.store(Out + i, tl.full([CP], none, tl.int64), mask=i >= tl.minimum(total, capacity))
-    tl.debug_barrier()
+def above(List, key, CP: constexpr, STEPS: constexpr):
+    """How many of a list in order, where List points for each key, are no worse than the key."""
+    count = tl.zeros_like(key).to(tl.int32)
+    for step in tl.static_range(STEPS):
+        count += tl.where(tl.load(List + (count + ((CP >> (step + 1)) - 1))) >= key, CP >> (step + 1), 0)
+    return count + (tl.load(List + count) >= key).to(tl.int32)
 
 
 @jit
-def scan_kernel(In, Out, Own, in_row, in_step, items, per, heads, CP: constexpr, CHUNK: constexpr):
-    """Within each group of `per` lists, list i becomes the best of the group's lists up to i."""
-    first, row = tl.program_id(0) * per, tl.program_id(1).to(tl.int64)
+def put(Out, place, key, capacity, mask, CP: constexpr):
+    """Keys into their places of a list of CP, of which `capacity` count."""
+    tl.store(Out + place, tl.where(place < capacity, key, -0x8000000000000000), mask=mask & (place < CP))
+
+
+@jit
+def scan_kernel(
+    In, Out, Own, in_row, in_step, items, heads, CP: constexpr, STEPS: constexpr, GROUP: constexpr, KEYS: constexpr
+):  # fmt: skip
+    """Within each group of lists, list i becomes the best of the group's lists up to i.
+
+    A program finds the places of KEYS keys of one list in all later ones. No program waits for another: a place is
+    how many are better, and in a list that is in order these are found by halving.
+    """
+    PARTS: constexpr = CP // KEYS
+    item, row = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
     capacity = tl.load(Own + row % heads)
-    source, out = In + row * in_row, Out + row * items * CP
-    i = tl.arange(0, CP)
-    tl.store(out + first * CP + i, tl.load(source + first * in_step + i))
-    tl.debug_barrier()
-    for item in tl.range(first + 1, tl.minimum(first + per, items)):
-        merge_lists(out + (item - 1) * CP, source + item * in_step, out + item * CP, capacity, CP, CHUNK)
+    source = In + row * in_row
+    x = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+    other = item // GROUP * GROUP + tl.arange(0, GROUP)
+    key = tl.load(source + item * in_step + x)
+    # only empty places are equal: those of earlier lists go first, so that every place is written once
+    bound = key[None, :] + (other >= item).to(tl.int64)[:, None]
+    count = above(source + tl.minimum(other, items - 1)[:, None] * in_step, bound, CP, STEPS)
+    place = tl.cumsum(tl.where(other[:, None] == item, x[None, :], count), 0)
+    later = (other >= item) & (other < items)
+    put(Out + (row * items + other)[:, None] * CP, place, key[None, :], capacity, later[:, None], CP)
 
 
 @jit
-def lift_kernel(Lists, Start, Own, lists, per, groups, heads, CP: constexpr, CHUNK: constexpr):
+def lift_kernel(
+    In, Start, Out, Own, items, groups, heads, CP: constexpr, STEPS: constexpr, GROUP: constexpr, KEYS: constexpr
+):  # fmt: skip
     """Adds to each list what all groups before its own have brought."""
-    item, row = tl.program_id(0) + per, tl.program_id(1).to(tl.int64)
+    PARTS: constexpr = CP // KEYS
+    item, row = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
     capacity = tl.load(Own + row % heads)
-    mine = Lists + (row * lists + item) * CP
-    merge_lists(Start + (row * (groups - 1) + item // per - 1) * CP, mine, mine, capacity, CP, CHUNK)
+    x = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+    mine, out = In + (row * items + item) * CP, Out + (row * items + item) * CP
+    key = tl.load(mine + x)
+    if item < GROUP:
+        tl.store(out + x, key)
+    else:
+        before = Start + (row * (groups - 1) + item // GROUP - 1) * CP
+        put(out, x + above(before, key, CP, STEPS), key, capacity, x >= 0, CP)
+        key = tl.load(before + x)
+        put(out, x + above(mine, key + 1, CP, STEPS), key, capacity, x >= 0, CP)
 
 
 @jit
 def death_kernel(
-    Applicants, Keys, Lists, Death, HolderDeath, EntrantDeath, Holders, Own,
-    X, length, lists, heads, room, first, width,
-    L: constexpr, CP: constexpr, CHUNK: constexpr, BLOCK: constexpr,
+    Keys, Lists, Death, Here, Holders, Own,
+    X, lists, heads, room, first, width,
+    L: constexpr, CP: constexpr, STEPS: constexpr, SIZE: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """When the holders at a segment's start and its own applicants lose their places, if in this segment.
+    """When the holders at a segment's start and then its own applicants lose their places, if in this segment.
 
-    HolderDeath and EntrantDeath hold the block, −1 where there is no token, 2³⁰ for who stays.
+    A program takes SIZE of them. Here [R, segments, CP + L] is the block, −1 for no token, 2³⁰ for who stays.
     """
-    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    PARTS: constexpr = (CP + L) // SIZE
+    segment, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    row = tl.program_id(1).to(tl.int64)
     capacity = tl.load(Own + row % heads)
-    i, x = tl.arange(0, CP), tl.arange(0, L)
+    i = part * SIZE + tl.arange(0, SIZE)
     none = -0x8000000000000000
-    list_here = Lists + (row * lists + segment) * CP
-    holder = tl.load(list_here + i)
-    at = segment * L + x
-    mine = tl.load(Keys + row * length + at, mask=at < length, other=none)
-    better_h, better_x = i, tl.zeros([L], tl.int32)
-    for start in range(0, CP, CHUNK):
-        theirs = tl.load(list_here + start + tl.arange(0, CHUNK))
-        better_x += counted(theirs, mine)
-    lasts_h, lasts_x = tl.zeros([CP], tl.int32), tl.zeros([L], tl.int32)  # blocks with fewer better than capacity
+    list_here, keys = Lists + (row * lists + segment) * CP, Keys + (row * (lists - 1) + segment) * L
+    if part < CP // SIZE:
+        mine = tl.load(list_here + i)
+        better, arrives = i, tl.zeros([SIZE], tl.int32)
+    else:
+        mine = tl.load(keys + i - CP)
+        better, arrives = above(list_here, mine, CP, STEPS), (i - CP) // BLOCK
+    lasts = tl.zeros([SIZE], tl.int32)  # blocks with fewer better than capacity
     for j in range(L // BLOCK):
-        near = segment * L + j * BLOCK + tl.arange(0, BLOCK)
-        theirs = tl.load(Keys + row * length + near, mask=near < length, other=none)
-        better_h += counted(theirs, holder)
-        better_x += counted(theirs, mine)
-        lasts_h += (better_h < capacity).to(tl.int32)
-        lasts_x += (better_x < capacity).to(tl.int32)
-    lasts_x = tl.maximum(lasts_x, x // BLOCK)  # who is not good enough is rejected on arrival
-    begin = segment * (L // BLOCK)
-    death_h = tl.where(holder == none, -1, tl.where(lasts_h < L // BLOCK, begin + lasts_h, 1 << 30))
-    death_x = tl.where(mine == none, -1, tl.where(lasts_x < L // BLOCK, begin + lasts_x, 1 << 30))
-    tl.store(HolderDeath + (row * (lists - 1) + segment) * CP + i, death_h)
-    tl.store(EntrantDeath + row * length + at, death_x, mask=at < length)
-    tl.store(Death + row * X + token_of(holder), death_h, mask=(death_h >= 0) & (death_h < (1 << 30)))
-    tl.store(Death + row * X + token_of(mine), death_x, mask=(death_x >= 0) & (death_x < (1 << 30)))
+        better += counted(tl.load(keys + j * BLOCK + tl.arange(0, BLOCK)), mine)
+        lasts += (better < capacity).to(tl.int32)
+    lasts = tl.maximum(lasts, arrives)  # who is not good enough is rejected on arrival
+    stays = 1 << 30
+    death = tl.where(mine == none, -1, tl.where(lasts < L // BLOCK, segment * (L // BLOCK) + lasts, stays))
+    tl.store(Here + (row * (lists - 1) + segment) * (CP + L) + i, death)
+    tl.store(Death + row * X + token_of(mine), death, mask=(death >= 0) & (death < stays))
     if segment == 0:
-        last = tl.load(Lists + (row * lists + lists - 1) * CP + i)
+        last = tl.load(Lists + (row * lists + lists - 1) * CP + i, mask=i < room, other=none)
         tl.store(Holders + row * width + first + i, token_of(last), mask=i < room)
 
 
 @jit
 def place_kernel(
-    Applicants, Lists, HolderDeath, EntrantDeath, Rejected, Table,
+    Applicants, Lists, Here, Rejected, Table,
     length, lists, n, room, first, width,
     L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
 ):  # fmt: skip
@@ -306,9 +321,9 @@ def place_kernel(
     segment, begin = tile * TILE // L, tile * (TILE // BLOCK)
     i, x = tl.arange(0, CP), segment * L + tl.arange(0, L)
     holder = token_of(tl.load(Lists + (row * lists + segment) * CP + i))
-    death_h = tl.load(HolderDeath + (row * (lists - 1) + segment) * CP + i)
     mine = tl.load(Applicants + row * length + x, mask=x < length, other=-1)
-    death_x = tl.load(EntrantDeath + row * length + x, mask=x < length, other=-1)
+    here = Here + (row * (lists - 1) + segment) * (CP + L)
+    death_h, death_x = tl.load(here + i), tl.load(here + CP + tl.arange(0, L))
     holds_h, holds_x = (death_h > begin).to(tl.int32), ((death_x > begin) & (x // BLOCK <= begin)).to(tl.int32)
     table = Table + (row * n + tile) * width + first
     total = tl.sum(holds_h, 0)
@@ -353,17 +368,22 @@ def rooms(spec: KernelSpec, device: torch.device) -> tuple[Room, ...]:
         return tuple(Room(most, each) for (_, most), each in zip(spec.shares, tensors, strict=True))
 
 
-def segment_best(applicants: Tensor, score: Tensor, first: Tensor, room: Room) -> tuple[Tensor, Tensor]:
-    """(keys [R, length], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone."""
+def segment_best(
+    applicants: Tensor, score: Tensor, first: Tensor, room: Room, death: Tensor, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """(keys [R, segments · L], the lists of the best): list 0 the holders at the start, i + 1 those of segment i alone.
+
+    Fills `death` [R, X] with `blocks`.
+    """
     R, length = applicants.shape
     CP, segments = power_of_two(room.most, LEAST_LIST), -(-length // SEGMENT)
     best = torch.empty(R, segments + 1, CP, dtype=torch.int64, device=score.device)
-    keys = torch.empty(R, length, dtype=torch.int64, device=score.device)
+    keys = torch.empty(R, segments * SEGMENT, dtype=torch.int64, device=score.device)
     if first.shape[1]:
         best[:, 0] = held_keys(first, score, CP)
     best_kernel[(segments, R)](
-        applicants, score, keys, best, room.own, score.shape[1], length, segments + 1, len(room.own),
-        L=SEGMENT, CP=CP, CHUNK=16, EMPTY=not first.shape[1], num_warps=8,
+        applicants, score, keys, best, death, room.own, score.shape[1], length, segments + 1, len(room.own), blocks,
+        L=SEGMENT, CP=CP, EMPTY=not first.shape[1], num_warps=4,
     )  # fmt: skip
     return keys, best
 
@@ -379,21 +399,17 @@ def held_keys(index: Tensor, score: Tensor, size: int) -> Tensor:
 
 
 def prefixes(best: Tensor, own: Tensor) -> Tensor:
-    """Lists [R, lists, CP]: the best of list i and all before it.
-
-    Short sequences go through them one by one. Longer ones in groups, then the groups, then each list once more.
-    """
+    """Lists [R, lists, CP]: the best of list i and all before it; in groups, then the groups, then each list again."""
     R, lists, CP = best.shape
-    per = lists if lists <= ALONE else math.isqrt(lists - 1) + 1
-    groups, sizes = -(-lists // per), {"CP": CP, "CHUNK": min(CP, 16)}
-    out = torch.empty_like(best)
-    scan_kernel[(groups, R)](best, out, own, lists * CP, CP, lists, per, len(own), **sizes)
-    if groups > 1:
-        totals = out[:, per - 1 :: per][:, : groups - 1]
-        start = torch.empty(R, groups - 1, CP, dtype=torch.int64, device=best.device)
-        scan_kernel[(1, R)](totals, start, own, lists * CP, per * CP, groups - 1, groups - 1, len(own), **sizes)
-        lift_kernel[(lists - per, R)](out, start, own, lists, per, groups, len(own), **sizes)
-    return out
+    programs, groups, out = (lists * (CP // KEYS), R), -(-lists // GROUP), best.new_empty(R, lists, CP)
+    sizes = {"CP": CP, "STEPS": CP.bit_length() - 1, "GROUP": GROUP, "KEYS": KEYS}
+    scan_kernel[programs](best, out, own, *best.stride()[:2], lists, len(own), **sizes)
+    if groups == 1:
+        return out
+    start = prefixes(out[:, GROUP - 1 :: GROUP][:, : groups - 1], own)
+    lifted = torch.empty_like(out)
+    lift_kernel[programs](out, start, lifted, own, lists, groups, len(own), **sizes)
+    return lifted
 
 
 def compete(
@@ -401,21 +417,22 @@ def compete(
 ) -> Tensor:
     """One share's competition -> its rejected ones by block [R, n·tile].
 
-    Writes the deaths, and its part of slot tables and holders from column `start` on.
+    Writes the deaths, of all tokens anew (whom an earlier share rejected may live on in this one), and its part of
+    slot tables and holders from column `start` on.
     """
     R, length = applicants.shape
-    keys, best = segment_best(applicants, score, first, room)
+    keys, best = segment_best(applicants, score, first, room, lives.death, length // spec.block)
     lists = prefixes(best, room.own)
     (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
-    holder_death = torch.empty(R, count - 1, CP, dtype=torch.int32, device=score.device)
-    entrant_death, rejected = torch.empty_like(applicants), torch.empty_like(applicants)
-    death_kernel[(count - 1, R)](
-        applicants, keys, lists, lives.death, holder_death, entrant_death, lives.holders, room.own,
-        score.shape[1], length, count, len(room.own), room.most, start, width,
-        L=SEGMENT, CP=CP, CHUNK=16, BLOCK=spec.block, num_warps=8,
+    rejected = torch.empty_like(applicants)
+    here = applicants.new_empty(R, count - 1, CP + SEGMENT)
+    death_kernel[((count - 1) * ((CP + SEGMENT) // JUDGED), R)](
+        keys, lists, lives.death, here, lives.holders, room.own,
+        score.shape[1], count, len(room.own), room.most, start, width,
+        L=SEGMENT, CP=CP, STEPS=CP.bit_length() - 1, SIZE=JUDGED, BLOCK=spec.block, num_warps=2,
     )  # fmt: skip
     place_kernel[(n, R)](
-        applicants, lists, holder_death, entrant_death, rejected, lives.table,
+        applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
         L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
     )  # fmt: skip
@@ -431,18 +448,17 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     R, length = applicants.shape
     X, blocks = scores[0].shape[1] if scores else 1, length // spec.block
     lives = Lives(
-        applicants.new_full((R, X), blocks),
+        applicants.new_empty(R, X),
         applicants.new_empty(R, length // TILE, spec.slots),
         applicants,
         applicants.new_empty(R, spec.slots),
     )
     if not spec.slots:
+        lives.death.fill_(blocks)
         return lives
     start, rejected = 0, applicants
     for score, room in zip(scores, rooms(spec, applicants.device), strict=True):
         if room.most:
-            if start:
-                lives.death.fill_(blocks)  # whom an earlier share rejected may live on in this one
             first = old[:, start : start + room.most]
             rejected = compete(spec, rejected, score, first, room, lives, start)
         start += room.most
