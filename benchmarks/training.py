@@ -153,7 +153,13 @@ def graph(step: MicroStep, tell: Callable[[dict[str, Any]], None]) -> None:
     for number, rows in enumerate(batches):
         tell({"eager again, batch": number} | difference(gradients_of(step, step.micro, rows), expected[number]))
     tell({"batch": "1 against 0"} | difference(*expected))
-    tell({"micro-step": "eager"} | timed(step, step.micro, batches[0]))  # before a graph takes its memory
+    tell({"micro-step": "eager"} | timed(step, step.micro, batches[0]))
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    changed(step)
+    later = [gradients_of(step, step.micro, rows) for rows in batches]  # all that is eager before a graph takes memory
+    for number in range(len(batches)):
+        tell({"other weights against before": number} | difference(later[number], expected[number]))
+    after = assigned(step, before)
     steps = captured(step, batches[0])
 
     def run(rows: Row, counts: torch.Tensor) -> torch.Tensor:
@@ -161,12 +167,9 @@ def graph(step: MicroStep, tell: Callable[[dict[str, Any]], None]) -> None:
 
     for number, rows in enumerate(batches):
         tell({"graph, batch": number} | difference(gradients_of(step, run, rows), expected[number]))
-    changed(step)
+    assigned(step, after)
     for number, rows in enumerate(batches):
-        again = gradients_of(step, run, rows)
-        now = gradients_of(step, step.micro, rows)
-        tell({"graph, other weights, batch": number} | difference(again, now))
-        tell({"other weights against before": number} | difference(now, expected[number]))
+        tell({"graph, other weights, batch": number} | difference(gradients_of(step, run, rows), later[number]))
     tell({"micro-step": "graph"} | timed(step, run, batches[0]))
     if step.device == "cuda":
         tell({"peak GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.memory_reserved() / 1e9})
@@ -190,6 +193,15 @@ def changed(step: MicroStep) -> None:
     with torch.no_grad():
         for parameter in step.parameters:
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+
+
+def assigned(step: MicroStep, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gives the weights these values, in place, and back those that they had."""
+    with torch.no_grad():
+        had = [parameter.detach().clone() for parameter in step.parameters]
+        for parameter, value in zip(step.parameters, values, strict=True):
+            parameter.copy_(value)
+    return had
 
 
 def timed(step: MicroStep, run: Callable[[Row, torch.Tensor], torch.Tensor], rows: Row) -> dict[str, float]:

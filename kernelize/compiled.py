@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 
+# gradients of q, k and v come laid out as these are: torch 2.11 would else copy them into another layout
+TANGENTS = {"guess_tangent_strides_as_outputs": True}
 # a graph ends at the attention itself, not at every function that leads there: else the norm's result is written in
 # float32, read, cast and written again
 NESTED = {"nested_graph_breaks": True} if hasattr(torch._dynamo.config, "nested_graph_breaks") else {}
@@ -41,7 +44,7 @@ def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = Fals
             attention.state_in = torch.compiler.disable(attention.state_in)  # else each layer's number is a variant
         # softmax attention looks at its layer's number where it has a cache: there each layer is a variant
         limits = {"recompile_limit": 8 * len(layers), "accumulated_recompile_limit": 64 * len(layers)}
-        with torch._dynamo.config.patch(limits | NESTED):
+        with torch._dynamo.config.patch(limits | NESTED), torch._functorch.config.patch(TANGENTS):
             yield
     finally:
         for (module, name), value in zip(changed, before, strict=True):

@@ -428,7 +428,7 @@ def merge_grad_kernel(
     inverse = tl.where(filled, tl.exp(tl.load(Gate + row % heads) - tl.where(filled, lse, 0.0)), 0.0)
     tl.store(Row + out * 2, inverse, mask=live)
     tl.store(Row + out * 2 + 1, g_lse - tl.sum(down * memory, 1), mask=live)
-    tl.store(GradGate + out, g_lse, mask=live)
+    tl.store(GradGate + row * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(live, g_lse, 0.0), 0))
 
 
 @jit
@@ -847,14 +847,14 @@ def merge_grad(
     dtype: torch.dtype, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None,
     exact: Tensor, lse: Tensor, gate: Tensor, branch: Tensor, branch_lse: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of (exact, lse), then down [B, H, W, D] of `dtype`, row [B, H, W, 2] and the gate's [B, H, W]."""
-    B, H, W, D = exact.shape
-    g_exact, g_lse, g_gate = torch.empty_like(exact), torch.empty_like(lse), torch.empty_like(lse)
+    """Gradients of (exact, lse), then down [B, H, W, D] of `dtype`, row [B, H, W, 2] and the gate's [B, H, parts]."""
+    (B, H, W, D), programs = exact.shape, -(-exact.shape[2] // MERGED)
+    g_exact, g_lse, g_gate = torch.empty_like(exact), torch.empty_like(lse), lse.new_empty(B, H, programs)
     down = torch.empty(B, H, W, D, device=exact.device, dtype=dtype)
     row = torch.empty(B, H, W, 2, device=exact.device, dtype=torch.float32)
     grad = torch.zeros_like(exact) if grad is None else rows_first(grad)
     given = [lse if x is None else x.contiguous() for x in (grad_branch, grad_lse)]  # what is missing is not read
-    merge_grad_kernel[(-(-W // MERGED), B * H)](
+    merge_grad_kernel[(programs, B * H)](
         grad, *given, exact, lse, branch, branch_lse, gate, g_exact, g_lse, down, row, g_gate, *grad.stride()[:3],
         W, H, D=D, DP=power_of_two(D), TILE=MERGED, BRANCH=grad_branch is not None, BRANCH_LSE=grad_lse is not None,
     )  # fmt: skip
