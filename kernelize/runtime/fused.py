@@ -136,7 +136,7 @@ def attend_plainly(
     far = turned(store, kernel)
     lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
     heads = kernel.scaling, kernel.softcap
-    given = Exact(kernel.spec, lives.table, lives.used, lives.death, store.bounds, store.front, *heads, far.pos)
+    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos)
     out, total = read_branches(store, kernel, given, far, lives, phi_k, clock, clock_end, branches)
     state = final_state(store, kernel, lives, scores, clock, clock_end, total) if keep else store.state
     return store.unalign(out), state

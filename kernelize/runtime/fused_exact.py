@@ -89,10 +89,10 @@ def near_rows(pointer, i, here, stride, d, D: constexpr):
 
 
 @jit
-def holders_at(step, table, used, CHUNK: constexpr):
+def holders_at(step, table, width, CHUNK: constexpr):
     """Indices in the store of one chunk of the holders, −1 for no place."""
     i = step * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(table + i, mask=i < used, other=-1)
+    return tl.load(table + i, mask=i < width, other=-1)
 
 
 @jit
@@ -150,9 +150,9 @@ def absorb(s, v, visible, m, l, acc, scaling, SOFTCAP: constexpr, PRECISION: con
 
 @jit
 def exact_kernel(
-    Q, K, V, Table, Used, Death, Bounds, QFar, KFar, Pos, Out, Lse,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
@@ -175,8 +175,7 @@ def exact_kernel(
     table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
-        used = tl.load(Used + row * n + tile)
-        held = holders_at(0, table, used, CHUNK)
+        held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
@@ -197,8 +196,8 @@ def exact_kernel(
         near_s = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
         m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SLOTS:
-        for step in tl.range(tl.cdiv(used, CHUNK)):
-            following = holders_at(step + 1, table, used, CHUNK)  # asked for now, it is there when the rows are to be
+        for step in tl.range(chunks):
+            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
             held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
             holds = at[:, None] < until[None, :]
             held_s = scores_on(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
@@ -232,9 +231,9 @@ def grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constex
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Used, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
     smb, smh, smt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, PRECISION: constexpr,
@@ -261,8 +260,7 @@ def query_grad_kernel(
     table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
-        used = tl.load(Used + row * n + tile)
-        held = holders_at(0, table, used, CHUNK)
+        held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
     acc = tl.zeros([HP * TILE, DP], tl.float32)
     if SINKS:
@@ -285,8 +283,8 @@ def query_grad_kernel(
         _near_p, near_ds = grad_scores(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
-        for step in tl.range(tl.cdiv(used, CHUNK)):
-            following = holders_at(step + 1, table, used, CHUNK)  # asked for now, it is there when the rows are to be
+        for step in tl.range(chunks):
+            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
             held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
             holds = at[:, None] < until[None, :]
             held_s = scaled_scores(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
@@ -347,9 +345,9 @@ def add_key_grads(
 
 @jit
 def window_grad_kernel(
-    Q, K, V, Table, Used, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, HeldK, HeldV, More, GradK, GradV,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, HeldK, HeldV, More, GradK, GradV,
     gkb, gkh, gkt, gvb, gvh, gvt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, HELD: constexpr, MORE: constexpr, PRECISION: constexpr,
@@ -390,9 +388,9 @@ def window_grad_kernel(
 
 @jit
 def held_grad_kernel(
-    Q, K, V, Table, Used, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
@@ -401,22 +399,18 @@ def held_grad_kernel(
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
-    i, used = step * CHUNK + tl.arange(0, CHUNK), 0
-    if SLOTS:
-        used = tl.load(Used + row * n + tile)
-        if step * CHUNK >= used + SINKS:
-            return
+    i = step * CHUNK + tl.arange(0, CHUNK)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
     if SINKS:
-        sink = i - used  # they stand behind the places that are taken
+        sink = i - (width if SLOTS else 0)  # they stand behind the table's places
         index = tl.where((sink >= 0) & (sink < SINKS) & (sink < X), sink, -1)
         low = index - tl.load(Bounds + b * 4 + 3)
     else:
         index, low = tl.full([CHUNK], -1, tl.int32), tl.zeros([CHUNK], tl.int32)
     until = tl.where(index >= 0, 1 << 24, 0)
     if SLOTS:
-        held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < used, other=-1)
+        held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
         until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
         index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
     visible = seen_by(at, low, until * BLOCK)
@@ -445,7 +439,6 @@ class Exact(NamedTuple):
 
     spec: KernelSpec
     table: Tensor  # [R, n, slots] int32
-    used: Tensor  # [R, n] int32: places of the table up to the last that is taken
     death: Tensor  # [R, X] int32
     bounds: Tensor  # [B, 4] int32
     front: int
@@ -463,7 +456,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> 
     sizes = {
         "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": launch.chunk,
         "BLOCK": spec.block, "BACK": spec.back, "REACH": reach, "SINKS": spec.sinks, "SP": power_of_two(spec.sinks),
-        "SLOTS": spec.slots > 0,
+        "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // launch.chunk),
         "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None, "PRECISION": precision(q.dtype),
         **launch.options,
     }  # fmt: skip
@@ -553,4 +546,4 @@ def key_grads(
 def inputs(q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact) -> tuple[Tensor, ...]:
     """What every kernel reads."""
     pos = given.table if given.pos is None else given.pos
-    return q, k, v, given.table, given.used, given.death, given.bounds, far_q, far_k, pos
+    return q, k, v, given.table, given.death, given.bounds, far_q, far_k, pos

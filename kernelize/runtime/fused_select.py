@@ -312,7 +312,7 @@ def death_kernel(
 
 @jit
 def place_kernel(
-    Applicants, Lists, Here, Rejected, Table, Used,
+    Applicants, Lists, Here, Rejected, Table,
     length, lists, n, room, first, width,
     L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
 ):  # fmt: skip
@@ -331,8 +331,6 @@ def place_kernel(
     tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
     total += tl.sum(holds_x, 0)
     tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
-    before = tl.load(Used + row * n + tile, mask=first > 0, other=0)  # as the shares before found it
-    tl.store(Used + row * n + tile, tl.where(total > 0, first + total, before))
     for j in range(TILE // BLOCK):
         dies_h, dies_x = (death_h == begin + j).to(tl.int32), (death_x == begin + j).to(tl.int32)
         out = Rejected + row * length + (begin + j) * BLOCK
@@ -349,7 +347,6 @@ class Lives(NamedTuple):
 
     death: Tensor  # [R, X] int32: the block from which no share holds a token any more, `blocks` if none
     table: Tensor  # [R, n, slots] int32: who holds a slot at the first block of a tile
-    used: Tensor  # [R, n] int32: places of it up to the last that is taken
     order: Tensor  # [R, n·tile] int32: the tokens in the order of their deaths, those of block b from b·block on
     holders: Tensor  # [R, slots] int32: who holds a slot at the end
 
@@ -435,7 +432,7 @@ def compete(
         L=SEGMENT, CP=CP, STEPS=CP.bit_length() - 1, SIZE=JUDGED, BLOCK=spec.block, num_warps=2,
     )  # fmt: skip
     place_kernel[(n, R)](
-        applicants, lists, here, rejected, lives.table, lives.used,
+        applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
         L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
     )  # fmt: skip
@@ -453,7 +450,6 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     lives = Lives(
         applicants.new_empty(R, X),
         applicants.new_empty(R, length // TILE, spec.slots),
-        applicants.new_empty(R, length // TILE),
         applicants,
         applicants.new_empty(R, spec.slots),
     )

@@ -16,7 +16,7 @@ except ImportError:
     triton = tl = constexpr = None
 
 LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
-           "capacity", "width", "limit", "items", "per", "groups", "in_row", "in_step", "share",
+           "capacity", "width", "chunks", "limit", "items", "per", "groups", "in_row", "in_step", "share",
            "places")  # fmt: skip
 
 
