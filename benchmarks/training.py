@@ -68,15 +68,14 @@ class MicroStep:
 
     def forward(self) -> torch.Tensor:
         with self.autocast(), whole_rows():
-            return self.objective(*self.rows).loss.sum() / self.rows[0].numel()
+            return self.objective(*self.rows, self.counts).loss
 
     def micro(self, rows: Row, counts: torch.Tensor) -> torch.Tensor:
         """As the training loop's: adds the gradients, and gives loss and terms."""
         with self.autocast():
-            losses = self.objective(*rows)
-        loss = (losses.loss / counts).sum()
-        loss.backward()
-        return torch.cat((loss.detach()[None], losses.terms / counts[0]))
+            losses = self.objective(*rows, counts)
+        losses.loss.backward()
+        return torch.cat((losses.loss.detach()[None], losses.terms / counts[0]))
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

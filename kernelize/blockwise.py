@@ -140,8 +140,10 @@ class BlockTransfer(Transfer):
             self.store.write(self.group.end, self.step, self.row, left[-1])
         self.row = taken.stop
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
-        losses = super().forward(input_ids, position_ids, labels, answers)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor, counts: Tensor | None = None
+    ) -> Losses:
+        losses = super().forward(input_ids, position_ids, labels, answers, counts)
         share = len(self.group.layers) / self.all_layers
         return Losses(losses.loss * share, losses.terms * share, losses.layers)
 

@@ -95,14 +95,16 @@ class ChunkedDistil(Distil):
             layer.advance(state, number * self.size)
         return cache
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor, counts: Tensor | None = None
+    ) -> Losses:
         if self.only_reads:
             self.read_student(input_ids, position_ids)
             if (teacher := self.read_teacher(input_ids, position_ids)) is not None:
                 self.kept[int(position_ids[0, 0])] = teacher[0].to("cpu")
             nothing = input_ids.new_zeros(0, dtype=torch.float32)
             return Losses(nothing, nothing, nothing)
-        losses = super().forward(input_ids, position_ids, labels, answers)
+        losses = super().forward(input_ids, position_ids, labels, answers, counts)
         left = [x for state in states_of(self.cache) for x in differentiable(state)]
         pulls = [(x * g).sum() for x, g in zip(left, self.asked, strict=True) if g is not None] if self.asked else []
         return losses._replace(carried=torch.stack(pulls).sum()) if pulls else losses

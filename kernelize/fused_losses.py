@@ -1,8 +1,9 @@
-"""The divergence of two LM heads in Triton: logits exist a chunk at a time, in 16 bits, and are read twice.
+"""The divergence of two LM heads in Triton: logits exist once, a chunk of tokens at a time, in 16 bits.
 
-Forward: one kernel makes both normalisers, KL and cross-entropy of a token's two rows of logits, in one pass. Backward:
-the logits of a chunk are made again, and a second kernel overwrites the student's with their gradient. So neither log
-probabilities nor their gradients are written, and nothing of the size [tokens, vocabulary] is held.
+A program makes both normalisers, KL and cross-entropy of a token's two rows of logits, then overwrites the student's
+with their gradient, for which it reads what it has just read. So the gradient is made with the loss, which is told what
+every token counts; a backward pass only scales it. Neither log probabilities nor their gradients are written, and
+nothing of the size [tokens, vocabulary] is held.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .runtime.fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 
-COLUMNS = 4096  # of the vocabulary that a program reads at once
+COLUMNS, WARPS = 4096, 8  # of the vocabulary that a program reads at once, and by how many warps
 
 
 def head_weight(head: Callable[[Tensor], Tensor] | None) -> Tensor | None:
@@ -29,9 +30,12 @@ def head_weight(head: Callable[[Tensor], Tensor] | None) -> Tensor | None:
 
 
 @jit
-def divergence_kernel(Student, Teacher, Labels, LseStudent, LseTeacher, LsePlain, Kl, Ce, inverse, V,
-                      COLUMNS: constexpr, WARM: constexpr):  # fmt: skip
-    """Of one token: log normalisers at the temperature and (WARM) without, KL(teacher || student), cross-entropy."""
+def divergence_kernel(Student, Teacher, Labels, OfKl, OfCe, Kl, Ce, inverse, V, COLUMNS: constexpr, WARM: constexpr,
+                      GRAD: constexpr):  # fmt: skip
+    """Of one token: KL(teacher || student) at the temperature, which is 1 unless WARM, and cross-entropy.
+
+    GRAD: overwrites the student's logits with kl (p_s − p_t) + ce (p − onehot).
+    """
     row = tl.program_id(0).to(tl.int64)
     top_s, top_t, top_p = -1e30, -1e30, -1e30
     sum_s, sum_t, sum_p, apart = 0.0, 0.0, 0.0, 0.0
@@ -55,71 +59,64 @@ def divergence_kernel(Student, Teacher, Labels, LseStudent, LseTeacher, LsePlain
         lse_p = top_p + tl.log(sum_p)
     label = tl.load(Labels + row)
     chosen = tl.load(Student + row * V + tl.maximum(label, 0)).to(tl.float32)
-    tl.store(LseStudent + row, lse_s)
-    tl.store(LseTeacher + row, lse_t)
-    tl.store(LsePlain + row, lse_p)
     tl.store(Kl + row, apart / sum_t - lse_t + lse_s)
     tl.store(Ce + row, lse_p - chosen)
-
-
-@jit
-def divergence_grad_kernel(Student, Teacher, Labels, LseStudent, LseTeacher, LsePlain, OfKl, OfCe, inverse, V,
-                           COLUMNS: constexpr):  # fmt: skip
-    """Overwrites a token's logits of the student with kl (p_s − p_t) + ce (p − onehot)."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at = Student + row * V + c
-    plain = tl.load(at, mask=c < V, other=float("-inf")).to(tl.float32)
-    t = tl.load(Teacher + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32) * inverse
-    of_kl, of_ce = tl.load(OfKl + row), tl.load(OfCe + row)
-    grad = of_kl * (tl.exp(plain * inverse - tl.load(LseStudent + row)) - tl.exp(t - tl.load(LseTeacher + row)))
-    hit = tl.where(c == tl.load(Labels + row), 1.0, 0.0)
-    grad += tl.where(of_ce == 0.0, 0.0, of_ce * (tl.exp(plain - tl.load(LsePlain + row)) - hit))
-    tl.store(at, grad.to(Student.dtype.element_ty), mask=c < V)
+    if GRAD:
+        tl.debug_barrier()  # all threads have read the label's logit
+        of_kl, of_ce = tl.load(OfKl + row), tl.load(OfCe + row)
+        for first in range(0, V, COLUMNS):
+            c = first + tl.arange(0, COLUMNS)
+            plain = tl.load(Student + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32)
+            t = tl.load(Teacher + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32) * inverse
+            grad = of_kl * (tl.exp(plain * inverse - lse_s) - tl.exp(t - lse_t))
+            hit = tl.where(c == label, 1.0, 0.0)
+            grad += tl.where(of_ce == 0.0, 0.0, of_ce * (tl.exp(plain - lse_p) - hit))
+            tl.store(Student + row * V + c, grad.to(Student.dtype.element_ty), mask=c < V)
 
 
 class DivergenceFunction(torch.autograd.Function):
-    """student [N, d], teacher [N, d'], weights [V, d] and [V, d'], labels [N], T² outside -> (kl [N], ce [N]) float32.
+    """Sum over tokens of of_kl kl + of_ce ce, and both without gradients: (scalar, kl [N], ce [N]) in float32.
 
-    `step` tokens' logits exist at once, in `dtype`. A token whose gradients are both 0 moves nothing.
+    student [N, d], teacher [N, d'], weights [V, d] and [V, d'], labels [N], of_kl and of_ce [N] float32. `step` tokens'
+    logits exist at once, in `dtype`. A token of which neither counts moves nothing.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor,
-        temperature: float, step: int, dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        of_kl: Tensor, of_ce: Tensor, temperature: float, step: int, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         N, V = student.shape[0], weight.shape[0]
         given = [x.to(dtype) for x in (student, weight, teacher, teacher_weight)]
-        lses, kl, ce = student.new_empty(3, N, dtype=torch.float32), *student.new_empty(2, N, dtype=torch.float32)
+        kl, ce = student.new_empty(2, N, dtype=torch.float32)
+        asks = ctx.needs_input_grad[:2]
+        grad = torch.empty_like(given[0]) if any(asks) else None
+        grad_weight = torch.zeros_like(weight) if asks[1] else None
+        # what a token counts may be small in 16 bits: gradients are those of the largest, until they are scaled
+        largest = torch.maximum(of_kl.amax(), of_ce.amax()).clamp(min=torch.finfo(torch.float32).tiny)
+        scaled = of_kl / (largest * temperature), of_ce / largest
         for i in range(0, N, step):
             logits, target = chunk_logits(given, i, step)
             part = slice(i, i + step)
             divergence_kernel[(len(logits),)](
-                logits, target, labels[part], *lses[:, part].unbind(), kl[part], ce[part], 1 / temperature, V,
-                COLUMNS=min(COLUMNS, power_of_two(V)), WARM=temperature != 1, num_warps=8,
+                logits, target, labels[part], *(x[part] for x in scaled), kl[part], ce[part], 1 / temperature, V,
+                COLUMNS=min(COLUMNS, power_of_two(V)), WARM=temperature != 1, GRAD=any(asks), num_warps=WARPS,
             )  # fmt: skip
-        ctx.save_for_backward(*given, labels, lses)
-        ctx.temperature, ctx.step, ctx.dtypes = temperature, step, (student.dtype, weight.dtype)
-        return kl, ce
+            if grad is not None:
+                grad[part] = logits @ given[1]
+            if grad_weight is not None:
+                grad_weight += logits.mT @ given[0][part]
+        ctx.save_for_backward(*(grad if asked else None for asked, grad in zip(asks, (grad, grad_weight), strict=True)))
+        ctx.largest, ctx.dtype = largest, student.dtype
+        ctx.mark_non_differentiable(kl, ce)
+        return of_kl @ kl + of_ce @ ce, kl, ce
 
     @staticmethod
-    def backward(ctx: Any, of_kl: Tensor, of_ce: Tensor) -> tuple[Tensor | None, ...]:
-        *given, labels, lses = ctx.saved_tensors
-        student, weight, step, V = given[0], given[1], ctx.step, given[1].shape[0]
-        columns = min(COLUMNS, power_of_two(V))
-        of_kl, of_ce = (of_kl / ctx.temperature).contiguous(), of_ce.contiguous()
-        grad = torch.empty_like(student)
-        grad_weight = torch.zeros_like(weight, dtype=ctx.dtypes[1])
-        for i in range(0, len(student), step):
-            logits, target = chunk_logits(given, i, step)
-            part = slice(i, i + step)
-            divergence_grad_kernel[(len(logits), -(-V // columns))](
-                logits, target, labels[part], *lses[:, part].unbind(), of_kl[part], of_ce[part],
-                1 / ctx.temperature, V, COLUMNS=columns, num_warps=8,
-            )  # fmt: skip
-            grad[part] = logits @ weight
-            grad_weight += logits.mT @ student[part]
-        return grad.to(ctx.dtypes[0]), grad_weight, *[None] * 6
+    def backward(ctx: Any, of_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad, grad_weight = ctx.saved_tensors
+        scale = of_loss * ctx.largest
+        grad = None if grad is None else (grad * scale).to(ctx.dtype)
+        return grad, None if grad_weight is None else grad_weight * scale, *[None] * 8
 
 
 def chunk_logits(given: list[Tensor], first: int, step: int) -> tuple[Tensor, Tensor]:
@@ -130,17 +127,21 @@ def chunk_logits(given: list[Tensor], first: int, step: int) -> tuple[Tensor, Te
 
 
 def divergence(
-    student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float,
-    step: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(KL(teacher || student) at the temperature, times its square; cross-entropy) of every token, [N] float32.
+    student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, of_kl: Tensor,
+    of_ce: Tensor, temperature: float, step: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum of of_kl kl + of_ce ce; KL(teacher || student) at the temperature, times its square; cross-entropy).
 
-    Under autocast in its dtype. Labels that do not count may be anything from −100 on; their tokens are computed, too.
+    The last two of every token, [N] float32, without gradients; of_kl and of_ce [N] ≥ 0 have none either. Under
+    autocast in its dtype. Labels that do not count may be anything from −100 on; their tokens are computed, too.
     """
+    if not torch.is_grad_enabled():
+        student, weight = student.detach(), weight.detach()  # a Function's forward is not told
     device = student.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.dtype
     with torch.autocast(device, enabled=False), torch.cuda.device_of(student):
-        kl, ce = DivergenceFunction.apply(
-            student, weight, teacher, teacher_weight, labels.contiguous(), temperature, step, dtype
-        )
-    return kl * temperature**2, ce
+        loss, kl, ce = DivergenceFunction.apply(
+            student, weight, teacher, teacher_weight, labels.contiguous(), of_kl * temperature**2, of_ce, temperature,
+            step, dtype,
+        )  # fmt: skip
+    return loss, kl * temperature**2, ce

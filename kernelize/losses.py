@@ -281,10 +281,9 @@ def _documents(layout: Layout | None) -> Tensor | None:
 
 
 class Distilled(NamedTuple):
-    """Sums over the tokens that count, and of `answers` and `answer` over those of answers; the last three detached."""
+    """The loss; and sums over the tokens that count, `answer`'s over those of answers, without gradients."""
 
     loss: Tensor
-    answers: Tensor  # the weighted part of the loss that only answers' tokens have
     kl: Tensor
     ce: Tensor
     answer: Tensor
@@ -303,26 +302,32 @@ def distillation(
     teacher_head: Head | None,
     weights: DistilWeights,
     vocabulary: int,
+    counts: Tensor | None = None,  # [2]: what to divide by, of all tokens and of answers' tokens; None: 1
 ) -> Distilled:
     """KL(teacher || student) at a temperature, times its square (arXiv 1503.02531), plus next-token cross-entropy, of
     all tokens, of answers' and of those beyond the teacher's context, where it stands for the KL.
 
-    A chunk of tokens at a time, recomputed for the gradient: the logits of all tokens never exist at once. On a GPU in
-    Triton kernels, where both heads are plain matrices.
+    A chunk of tokens at a time: the logits of all tokens never exist at once. On a GPU, where both heads are plain
+    matrices, in Triton kernels that make the gradient with the loss; else logits are computed again for it.
     """
     step = max(1, LOGITS_HELD.get(student.device.type, LOGITS_HELD_ELSEWHERE) // vocabulary)
     with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
     tokens, heads = (student, teacher, labels, asked, beyond), (student_head, teacher_head)
     mine, theirs = map(head_weight, heads)
+    per, per_answer = (1.0, 1.0) if counts is None else (1 / counts).unbind()
+    of_beyond = weights.beyond or 0.0
     if teacher is None or mine is None or theirs is None:
         totals = _chunked_totals(tokens, heads, weights.temperature, with_ce, step)
+        kl, ce, answer, past = totals
+        loss = (kl * weights.kl + ce * weights.ce + past * of_beyond) * per + answer * weights.answer * per_answer
     else:
-        kl, ce = divergence(student, mine, teacher, theirs, labels, weights.temperature, step)
+        counted = (labels != -100).float()
+        of_kl = counted * ~beyond * (weights.kl * per)
+        of_ce = counted * ((weights.ce + beyond * of_beyond) * per + asked * (weights.answer * per_answer))
+        loss, kl, ce = divergence(student, mine, teacher, theirs, labels, of_kl, of_ce, weights.temperature, step)
         kl, ce = (x.masked_fill(labels == -100, 0) for x in (kl, ce))
         totals = _totals(kl, ce if with_ce else torch.zeros_like(ce), asked, beyond)
-    kl, ce, answer, past = totals
-    loss = kl * weights.kl + ce * weights.ce + past * (weights.beyond or 0.0)
-    return Distilled(loss, answer * weights.answer, *totals.detach()[:3])
+    return Distilled(loss, *totals.detach()[:3])
 
 
 def _chunked_totals(

@@ -32,9 +32,9 @@ LOGIT_RULES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_h
 
 
 class Losses(NamedTuple):
-    """Sums over what `Objective.counts` counts; all but `loss` are detached."""
+    """Sums over what `Objective.counts` counts, but the loss is divided by what was; all else is detached."""
 
-    loss: Tensor  # [counts], the part of the loss that is to be divided by each count
+    loss: Tensor  # scalar
     terms: Tensor  # one for each name in `Objective.terms`
     layers: Tensor  # [converted layers], or [0] where the loss is not a sum over layers
     carried: Tensor | None = None  # scalar that is not divided: what later chunks ask of the state after this one
@@ -52,7 +52,8 @@ class Objective(nn.Module):
         self._no_split_modules = sharding.units_of(model, self.probed)  # where accelerate looks for those of FSDP2
 
     def counts(self, rows: Row) -> tuple[int, ...]:
-        """How many items of a micro-batch [b, T] each part of the loss sums over."""
+        """How many items of a micro-batch [b, T] each part of the loss sums over. `forward` takes those of the global
+        batch, [counts] float32, by which it divides the parts; without, by 1."""
         raise NotImplementedError
 
     @property
@@ -102,12 +103,14 @@ class Transfer(RowObjective):
     def measured(self) -> tuple[int, ...]:
         return tuple(self.probes)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor, counts: Tensor | None = None
+    ) -> Losses:
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 3]
         layers = TransferTerms(*terms.unbind(-1)).weighted(self.weights)
-        return Losses(layers.mean()[None], terms.detach().mean(0), layers.detach())
+        return Losses(divided(layers.mean(), counts), terms.detach().mean(0), layers.detach())
 
     def close(self) -> None:
         for layer in kernelized_layers(self.model).values():
@@ -135,7 +138,9 @@ class Forecast(RowObjective):
     def measured(self) -> tuple[int, ...]:
         return tuple(self.probes)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor, counts: Tensor | None = None
+    ) -> Losses:
         if self.answers:
             asked = F.pad(answers[:, 1:], (0, 1))  # where the answer's token comes next
             for probe in self.probes.values():
@@ -145,11 +150,15 @@ class Forecast(RowObjective):
         self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
         measured = [probe.terms for probe in self.probes.values()]
         terms = torch.stack([torch.stack(layer) for layer in measured if layer is not None])  # [L, 2]
-        return Losses(terms[:, 0].mean()[None], terms.detach().mean(0), terms[:, 0].detach())
+        return Losses(divided(terms[:, 0].mean(), counts), terms.detach().mean(0), terms[:, 0].detach())
 
     def close(self) -> None:
         for layer in kernelized_layers(self.model).values():
             layer.kernelize.probe = layer.kernelize.watch = None
+
+
+def divided(loss: Tensor, counts: Tensor | None) -> Tensor:
+    return loss if counts is None else loss / counts[0]
 
 
 def forecasting_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -175,7 +184,9 @@ class Distil(Objective):
     def counts(self, rows: Row) -> tuple[int, ...]:
         return int((rows.labels[:, 1:] >= 0).sum()), int(rows.answers[:, 1:].sum())
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor) -> Losses:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, answers: Tensor, counts: Tensor | None = None
+    ) -> Losses:
         student, student_head = self.read_student(input_ids, position_ids)
         teacher, teacher_head = self.read_teacher(input_ids, position_ids) or (None, None)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -186,10 +197,9 @@ class Distil(Objective):
         beyond = position_ids[:, :known].flatten() >= (self.reach or sys.maxsize)
         heads = student_head, teacher_head
         result = distillation(
-            student, teacher, labels.flatten(), asked.flatten(), beyond, *heads, self.weights, vocabulary
+            student, teacher, labels.flatten(), asked.flatten(), beyond, *heads, self.weights, vocabulary, counts
         )
-        loss, terms = torch.stack((result.loss, result.answers)), torch.stack((result.kl, result.ce, result.answer))
-        return Losses(loss, terms, loss.new_zeros(0))
+        return Losses(result.loss, torch.stack(result[1:]), result.loss.new_zeros(0))
 
     def close(self) -> None:
         while self.narrowed:

@@ -628,9 +628,9 @@ class _Run:
         """
         with self.engine.micro(training.wrapped, last):
             with self.accelerator.autocast():  # which FSDP2's wrapper leaves to the loop
-                losses: Losses = training.wrapped(*part)
+                losses: Losses = training.wrapped(*part, counts)
             # data-parallel gradients are means over processes; those of a state are a process's own
-            loss = (losses.loss / counts).sum() * self.accelerator.num_processes
+            loss = losses.loss * self.accelerator.num_processes
             self.engine.backward(training.wrapped, loss if losses.carried is None else loss + losses.carried)
         return _means(losses, counts, list(training.objective.terms.values()))
 
@@ -723,7 +723,7 @@ class _Run:
 
 def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
     """[1 + terms + layers]: what a micro-batch adds to the global batch's loss, terms and losses of the layers."""
-    loss = (losses.loss.detach() / counts).sum(0, keepdim=True)
+    loss = losses.loss.detach()[None]
     divided = losses.terms / torch.stack([counts[number] for number in divisors])  # a list as index would be a sync
     return torch.cat((loss, divided, losses.layers / counts[0])).float()
 

@@ -23,7 +23,7 @@ SHAPE = (1, 4, 2, 16)
 
 @pytest.mark.parametrize(
     ("policy", "length", "train", "keep", "kernels", "operations"),
-    [("attention", 2048, False, False, 12, 0), ("attention", 65536, False, False, 15, 0),
+    [("attention", 2048, False, False, 12, 0), ("attention", 65536, False, False, 17, 0),
      ("attention", 2048, False, True, 12, 29), ("mixed", 2048, False, False, 19, 2),
      ("attention", 2048, True, False, 26, 10), ("mixed", 2048, True, False, 33, 12)],
 )  # fmt: skip

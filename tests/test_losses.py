@@ -265,6 +265,7 @@ def test_attention_received_later_is_that_past_the_window(monkeypatch, held):
 
 ASKED = torch.arange(13) % 3 == 0
 PAST = torch.arange(13) >= 10
+COUNTS = torch.tensor([5.0, 3.0], dtype=torch.float64)
 
 
 def test_what_is_asked_counts_only_where_answers_are_written():
@@ -307,20 +308,19 @@ def test_the_divergence_is_the_dense_one_with_its_gradients(monkeypatch, held):
     monkeypatch.setitem(losses.LOGITS_HELD, "cpu", held)
     student, teacher, labels, student_head, teacher_head = heads_and_features()
     weights = DistilWeights(kl=0.7, ce=0.3, answer=0.2, beyond=0.4, temperature=2.0)
-    got = distillation(student, teacher, labels, ASKED, PAST, student_head, teacher_head, weights, 19)
+    got = distillation(student, teacher, labels, ASKED, PAST, student_head, teacher_head, weights, 19, COUNTS)
     counted = labels != -100
     logits, target = student_head(student)[counted], teacher_head(teacher)[counted].detach()
     near = ~PAST[counted]
     kl = F.kl_div((logits[near] / 2).log_softmax(-1), (target[near] / 2).softmax(-1), reduction="sum") * 4
     past = F.cross_entropy(logits[~near], labels[counted & PAST], reduction="sum")
     ce = F.cross_entropy(logits, labels[counted], reduction="sum")
-    torch.testing.assert_close(got.loss, 0.7 * kl + 0.3 * ce + 0.4 * past)
     answer = F.cross_entropy(logits[ASKED[counted]], labels[counted & ASKED], reduction="sum")
-    torch.testing.assert_close(got.answers, 0.2 * answer)
+    torch.testing.assert_close(got.loss, (0.7 * kl + 0.3 * ce + 0.4 * past) / 5 + 0.2 * answer / 3)
     torch.testing.assert_close((got.kl, got.ce, got.answer), (kl, ce, answer))
     wanted = (student, *student_head.parameters())
-    expected = torch.autograd.grad(0.7 * kl + 0.3 * ce + 0.2 * answer + 0.4 * past, wanted)
-    torch.testing.assert_close(torch.autograd.grad(got.loss + got.answers, wanted), expected)
+    expected = torch.autograd.grad((0.7 * kl + 0.3 * ce + 0.4 * past) / 5 + 0.2 * answer / 3, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got.loss, wanted), expected)
     assert teacher_head.weight.grad is None
 
 

@@ -24,7 +24,7 @@ CLOCKS = 1024  # tokens of one program that sets clocks
 CROSSING = 1024  # entries of M that are multiplied with their gradients at once
 WALKED, AHEAD = 256, 6  # entries of one program that walks over the segments, and how many steps ahead it reads
 MERGED = 16  # queries of one program of the merge's backward
-PROGRAMS = 528  # that fill the largest GPUs: four a multiprocessor
+PROGRAMS = 264  # of a pass over the memory's segments: two a multiprocessor of the largest GPUs
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
     "recall": Launch(heads=1, chunk=16384, warps=4, stages=2),

@@ -22,8 +22,8 @@ from .state import Kernel
 SEGMENT = 256  # applicants that one program takes in their order
 TILE = 64  # queries that are computed together
 LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every size is compiled by itself
-GROUP = 16  # lists that are merged at once: a power of two
-KEYS = 32  # keys of a list that one program brings into their places
+ALONE = 16  # lists that are merged at once where there are no more; powers of two
+GROUP = 8  # and of more, in groups, the groups, and each list again
 FOLDED = 512  # keys of one program that adds up their mass
 JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
@@ -401,12 +401,13 @@ def held_keys(index: Tensor, score: Tensor, size: int) -> Tensor:
 def prefixes(best: Tensor, own: Tensor) -> Tensor:
     """Lists [R, lists, CP]: the best of list i and all before it; in groups, then the groups, then each list again."""
     R, lists, CP = best.shape
-    programs, groups, out = (lists * (CP // KEYS), R), -(-lists // GROUP), best.new_empty(R, lists, CP)
-    sizes = {"CP": CP, "STEPS": CP.bit_length() - 1, "GROUP": GROUP, "KEYS": KEYS}
+    group, keys = (ALONE, 16) if lists <= ALONE else (GROUP, 64)  # few programs are the faster the smaller they are
+    programs, groups, out = (lists * (CP // keys), R), -(-lists // group), best.new_empty(R, lists, CP)
+    sizes = {"CP": CP, "STEPS": CP.bit_length() - 1, "GROUP": group, "KEYS": keys}
     scan_kernel[programs](best, out, own, *best.stride()[:2], lists, len(own), **sizes)
     if groups == 1:
         return out
-    start = prefixes(out[:, GROUP - 1 :: GROUP][:, : groups - 1], own)
+    start = prefixes(out[:, group - 1 :: group][:, : groups - 1], own)
     lifted = torch.empty_like(out)
     lift_kernel[programs](out, start, lifted, own, lists, groups, len(own), **sizes)
     return lifted
