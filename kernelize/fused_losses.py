@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .runtime.fused_triton import constexpr, interpreted, jit, power_of_two, tl, triton
 
@@ -68,7 +69,7 @@ def divergence_kernel(Student, Teacher, Labels, OfKl, OfCe, Kl, Ce, inverse, V, 
             c = first + tl.arange(0, COLUMNS)
             plain = tl.load(Student + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32)
             t = tl.load(Teacher + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32) * inverse
-            grad = of_kl * (tl.exp(plain * inverse - lse_s) - tl.exp(t - lse_t))
+            grad = tl.where(of_kl == 0.0, 0.0, of_kl * (tl.exp(plain * inverse - lse_s) - tl.exp(t - lse_t)))
             hit = tl.where(c == label, 1.0, 0.0)
             grad += tl.where(of_ce == 0.0, 0.0, of_ce * (tl.exp(plain - lse_p) - hit))
             tl.store(Student + row * V + c, grad.to(Student.dtype.element_ty), mask=c < V)
@@ -92,9 +93,8 @@ class DivergenceFunction(torch.autograd.Function):
         asks = ctx.needs_input_grad[:2]
         grad = torch.empty_like(given[0]) if any(asks) else None
         grad_weight = torch.zeros_like(weight) if asks[1] else None
-        # what a token counts may be small in 16 bits: gradients are those of the largest, until they are scaled
-        largest = torch.maximum(of_kl.amax(), of_ce.amax()).clamp(min=torch.finfo(torch.float32).tiny)
-        scaled = of_kl / (largest * temperature), of_ce / largest
+        unit = unit_of(of_kl, of_ce)  # what a token counts may be small in 16 bits: its gradient is scaled later
+        scaled = of_kl / (unit * temperature), of_ce / unit
         for i in range(0, N, step):
             logits, target = chunk_logits(given, i, step)
             part = slice(i, i + step)
@@ -107,16 +107,23 @@ class DivergenceFunction(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += logits.mT @ given[0][part]
         ctx.save_for_backward(*(grad if asked else None for asked, grad in zip(asks, (grad, grad_weight), strict=True)))
-        ctx.largest, ctx.dtype = largest, student.dtype
+        ctx.unit, ctx.dtype = unit, student.dtype
         ctx.mark_non_differentiable(kl, ce)
-        return of_kl @ kl + of_ce @ ce, kl, ce
+        loss = (of_kl * kl).where(of_kl > 0, 0.0).sum() + (of_ce * ce).where(of_ce > 0, 0.0).sum()
+        return loss, kl, ce
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad, grad_weight = ctx.saved_tensors
-        scale = of_loss * ctx.largest
-        grad = None if grad is None else (grad * scale).to(ctx.dtype)
-        return grad, None if grad_weight is None else grad_weight * scale, *[None] * 8
+        """Scales in place: a second gradient of head matrices beside all activations may not fit. So it runs once."""
+        grad, grad_weight = (None if x is None else x.mul_(of_loss * ctx.unit) for x in ctx.saved_tensors)
+        return None if grad is None else grad.to(ctx.dtype), grad_weight, *[None] * 8
+
+
+def unit_of(*weights: Tensor) -> Tensor:
+    """A power of two, so that products with it are exact in 16 bits, no less than the largest of the weights [N]."""
+    least = weights[0].new_full((1,), torch.finfo(torch.float32).tiny)
+    return torch.cat((*weights, least)).amax().log2().ceil().exp2()
 
 
 def chunk_logits(given: list[Tensor], first: int, step: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from .blockwise import blocks_of, groups
 from .losses import LOGITS_HELD, LOGITS_HELD_ELSEWHERE
 from .objectives import NEW
 from .plan import AttentionShape, ConversionPlan, LayerCost
+from .runtime.fused_select import TILE
 from .runtime.modeling import kernelize_model
 from .runtime.spec import KernelSpec, SpecError, choose
 
@@ -215,7 +216,9 @@ def attention_bytes(shape: AttentionShape, spec: KernelSpec | None, fused: bool,
         return 0.0
     features = (shape.heads + shape.kv_heads) * spec.feature_dim * (size if fused else 8) if spec.has_memory else 0
     if fused:
-        return features + 4 * shape.heads * (shape.head_dim + 2)
+        # the memory before each tile, and at the borders of its segments, of which there are at most as many
+        states = shape.kv_heads * spec.feature_dim * shape.head_dim * (size + 4) / TILE if spec.has_memory else 0
+        return features + states + 4 * shape.heads * (shape.head_dim + 2)
     reach = spec.positions + 64
     return features + 4 * SCORES_SAVED * shape.heads * reach + 16 * shape.heads * shape.head_dim
 

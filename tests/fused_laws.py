@@ -203,7 +203,8 @@ def gradients() -> None:
 def far_gradients() -> None:
     """The same beyond reach."""
     spec, rotation = FAR[0]
-    same_gradients(spec, [spec.reach + 40], rotation)
+    for given in (spec, spec.replace(sinks=0, slots=0)):
+        same_gradients(given, [spec.reach + 40], rotation)
 
 
 def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False) -> None:
@@ -446,6 +447,18 @@ def divergence() -> None:
     elsewhere = torch.nn.Linear(6, 19, bias=False)  # as ZeRO-3 leaves it between two calls of the module
     elsewhere.weight.data = torch.empty(0)
     assert fused_losses.head_weight(elsewhere) is None
+    weights = torch.tensor([0.3, 0.0, 1e-7])
+    assert 0.3 <= fused_losses.unit_of(weights) == fused_losses.unit_of(weights).bfloat16() < 0.6
+    nothing = (
+        torch.zeros(0, 6, requires_grad=True),
+        torch.zeros(0, 5),
+        torch.zeros(0).long(),
+        *(torch.zeros(0) > 0,) * 2,
+    )
+    heads = [torch.nn.Linear(width, 19, bias=False) for width in (6, 5)]
+    empty = losses.distillation(*nothing, *heads, DistilWeights(), 19)
+    assert empty.loss == 0
+    assert not torch.autograd.grad(empty.loss, heads[0].weight)[0].any()
     for V, temperature in ((19, 1.0), (19, 2.0), (70, 1.0), (16, 3.0)):
         heads = [torch.nn.Linear(width, V, bias=False) for width in (6, 5)]
         x, t = torch.randn(13, 6, generator=generator, requires_grad=True), torch.randn(13, 5, generator=generator)

@@ -356,7 +356,8 @@ class Far(NamedTuple):
 
 
 def turned(store: Store, kernel: Kernel) -> Far:
-    if kernel.rotation is None or not kernel.spec.reach:
+    held = kernel.spec.sinks or kernel.spec.slots  # else no key is so far back
+    if kernel.rotation is None or not kernel.spec.reach or not held:
         nothing = store.q.detach()[..., :0]  # else its gradient would be a full tensor of zeros
         return Far(nothing, nothing, None)
     (B, Hk, X, _), base = store.k.shape, store.bounds[:, 3:].long()

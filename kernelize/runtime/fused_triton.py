@@ -15,8 +15,8 @@ try:
 except ImportError:
     triton = tl = constexpr = None
 
-LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "shift", "first",
-           "capacity", "width", "chunks", "limit", "items", "per", "groups", "in_row", "in_step", "share",
+LENGTHS = ("W", "X", "T", "n", "length", "segments", "tiles", "lists", "blocks", "front", "splits", "first",
+           "capacity", "width", "chunks", "limit", "items", "groups", "in_row", "in_step", "share",
            "places")  # fmt: skip
 
 
