@@ -314,16 +314,16 @@ def distillation(
     with_ce = weights.ce > 0 or weights.answer > 0 or weights.beyond is not None
     tokens, heads = (student, teacher, labels, asked, beyond), (student_head, teacher_head)
     mine, theirs = map(head_weight, heads)
-    per, per_answer = (1.0, 1.0) if counts is None else (1 / counts).unbind()
+    of_all, of_answers = (1.0, 1.0) if counts is None else counts.unbind()
     of_beyond = weights.beyond or 0.0
     if teacher is None or mine is None or theirs is None:
         totals = _chunked_totals(tokens, heads, weights.temperature, with_ce, step)
         kl, ce, answer, past = totals
-        loss = (kl * weights.kl + ce * weights.ce + past * of_beyond) * per + answer * weights.answer * per_answer
+        loss = (kl * weights.kl + ce * weights.ce + past * of_beyond) / of_all + answer * weights.answer / of_answers
     else:
         counted = (labels != -100).float()
-        of_kl = counted * ~beyond * (weights.kl * per)
-        of_ce = counted * ((weights.ce + beyond * of_beyond) * per + asked * (weights.answer * per_answer))
+        of_kl = counted * ~beyond * (weights.kl / of_all)
+        of_ce = counted * ((weights.ce + beyond * of_beyond) / of_all + asked * (weights.answer / of_answers))
         loss, kl, ce = divergence(student, mine, teacher, theirs, labels, of_kl, of_ce, weights.temperature, step)
         kl, ce = (x.masked_fill(labels == -100, 0) for x in (kl, ce))
         totals = _totals(kl, ce if with_ce else torch.zeros_like(ce), asked, beyond)

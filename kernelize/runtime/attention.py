@@ -230,7 +230,7 @@ def attention_function(
     """
     attention: KernelAttention = module.kernelize  # type: ignore[assignment]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention.probe is None and kernelize_cache is None:  # here compiled code fuses it with what is before
+    if kernelize_cache is None and attention.probe is None:  # here compiled code fuses it with what is before
         query, key, value = autocast(query, key, value)
     y = attention(Seen(query, key, value, scaling, softcap, s_aux, kernelize_layout), kernelize_cache)
     return y.transpose(1, 2), None
