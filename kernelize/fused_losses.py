@@ -109,7 +109,7 @@ class DivergenceFunction(torch.autograd.Function):
         ctx.save_for_backward(*(grad if asked else None for asked, grad in zip(asks, (grad, grad_weight), strict=True)))
         ctx.unit, ctx.dtype = unit, student.dtype
         ctx.mark_non_differentiable(kl, ce)
-        loss = (of_kl * kl).where(of_kl > 0, 0.0).sum() + (of_ce * ce).where(of_ce > 0, 0.0).sum()
+        loss = sum((of * x).masked_fill(of == 0, 0).sum() for of, x in ((of_kl, kl), (of_ce, ce)))
         return loss, kl, ce
 
     @staticmethod
