@@ -18,8 +18,8 @@ from .runtime.modeling import KernelizedModelMixin, family_of, kernelized_layers
 # gradients of q, k and v come laid out as these are: torch 2.11 would else copy them into another layout
 TANGENTS = {"guess_tangent_strides_as_outputs": True}
 # a graph ends at the attention itself, not at every function that leads there: else the norm's result is written in
-# float32, read, cast and written again
-NESTED = {"nested_graph_breaks": True} if hasattr(torch._dynamo.config, "nested_graph_breaks") else {}
+# float32, read, cast and written again. Before 2.11 it was not tried
+NESTED = {"nested_graph_breaks": True} if torch.__version__ >= "2.11" else {}
 
 
 @contextmanager

@@ -227,7 +227,7 @@ def lifetimes() -> None:
         (1, "mixed", 16, 192), (5, "value", 2, 448), (12, "mixed", 4, 192), (40, "mixed", 2, 448),
         ((0, 40), "mixed", 2, 192),
     ):  # fmt: skip
-        fused_select.GROUP = group
+        fused_select.ALONE = fused_select.GROUP = group
         spec = KernelSpec(feature_dim=8, sinks=0, slots=1, policy=policy, block=8, window=1)
         spec = by_head(spec, given) if isinstance(given, tuple) else spec.replace(slots=given)
         slots = spec.slots
