@@ -219,14 +219,29 @@ def exact_kernel(
 
 
 @jit
-def grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """(probabilities, gradients of q·k) [rows, keys], from the normaliser and Δ = Σ g·out − gradient of lse."""
-    p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * scaling
+def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
+    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these;
+    Δ = Σ g·out − gradient of lse."""
+    ds = p * (dp - delta) * scaling
     if SOFTCAP:
         t = s * 0.6931471805599453 / softcap
         ds = ds * (1 - t * t)
-    return p, ds
+    return ds
+
+
+@jit
+def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """Gradients of q·k [rows, keys]."""
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
+    return grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+
+
+@jit
+def keys_seen(at, low, until):
+    """[keys, rows]: `seen_by` for who holds the keys."""
+    size = tl.maximum(until - low, 0)
+    return (at[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[:, None]
 
 
 @jit
@@ -270,7 +285,7 @@ def query_grad_kernel(
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
+        ds = grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:
             far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
@@ -280,7 +295,7 @@ def query_grad_kernel(
             step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
         )
         near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        _near_p, near_ds = grad_scores(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
@@ -291,7 +306,7 @@ def query_grad_kernel(
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                 held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            _held_p, held_ds = grad_scores(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
             if FAR:
                 far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
@@ -317,7 +332,8 @@ def add_key_grads(
 ):  # fmt: skip
     """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
 
-    FAR: far_k are those as they are seen from beyond the reach, `there` where they really stand.
+    Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
+    FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
     """
     at = tile * TILE + tl.arange(0, TILE)
     live = (at < W) & (tile >= 0)
@@ -328,18 +344,20 @@ def add_key_grads(
     g = tl.load(Grad + out[:, None] * D + d[None, :], mask=wide, other=0.0)
     delta = tl.load(Delta + out, mask=live, other=0.0)
     lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
-    s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    s = scaled_scores(k, q, scaling, softcap, SOFTCAP, PRECISION)
     if FAR:
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=wide, other=0.0)
-        away = (base + at)[:, None] - there[None, :] > limit
-        s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-    p, ds = grad_scores(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
-    grad_v = tl.dot(tl.trans(p).to(g.dtype), g, grad_v, input_precision=PRECISION)
+        away = (base + at)[None, :] - there[:, None] > limit
+        s = tl.where(away, scaled_scores(far_k, far_q, scaling, softcap, SOFTCAP, PRECISION), s)
+    p = tl.where(visible & live[None, :], tl.exp2(s - lse[None, :]), 0.0)
+    grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    ds = grad_scores(s, p, dp, delta[None, :], scaling, softcap, SOFTCAP)
     if FAR:
-        far_ds = tl.trans(tl.where(away, ds, 0.0)).to(q.dtype)
+        far_ds = tl.where(away, ds, 0.0).to(q.dtype)
         grad_far = tl.dot(far_ds, far_q, grad_far, input_precision=PRECISION)
         ds = tl.where(away, 0.0, ds)
-    grad_k = tl.dot(tl.trans(ds).to(q.dtype), q, grad_k, input_precision=PRECISION)
+    grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v, grad_far
 
 
@@ -368,7 +386,7 @@ def window_grad_kernel(
     for step in tl.range(REACH * G):
         tile = first + step // G
         _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = seen_by(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
+        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
             sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
@@ -413,7 +431,7 @@ def held_grad_kernel(
         held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
         until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
         index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
-    visible = seen_by(at, low, until * BLOCK)
+    visible = keys_seen(at, low, until * BLOCK)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
