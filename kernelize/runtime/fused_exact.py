@@ -231,15 +231,28 @@ def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
 
 @jit
 def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """Gradients of q·k [rows, keys]."""
+    """(probabilities, gradients of q·k) [rows, keys]."""
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    return grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+    return p, grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+
+
+@jit
+def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
+    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
+
+    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
+    this product is then free before and after.
+    """
+    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
+    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
+    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
+    tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
 
 
 @jit
 def keys_seen(at, low, until):
-    """[keys, rows]: `seen_by` for who holds the keys."""
+    """[keys, rows]: `seen_by` the other way round."""
     size = tl.maximum(until - low, 0)
     return (at[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[:, None]
 
@@ -247,19 +260,21 @@ def keys_seen(at, low, until):
 @jit
 def query_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
+    HeldK, HeldV, HeldKFar,
     smb, smh, smt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
+    """Gradients of a tile of queries; adds what they say about the sinks, since these are few and read by all."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
     d = tl.arange(0, DP)
     wide = (d < D)[None, :]
-    where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64)[:, None] * sqh + at.to(tl.int64)[:, None] * sqt
-    q = tl.load(Q + where_q + d[None, :], mask=live[:, None] & wide, other=0.0)
+    where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64) * sqt
+    q = tl.load(Q + where_q[:, None] + d[None, :], mask=live[:, None] & wide, other=0.0)
     out = (row * G + head).to(tl.int64) * W + at
     g = tl.load(Grad + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
     y = tl.load(Out + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
@@ -285,17 +300,22 @@ def query_grad_kernel(
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        ds = grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
+        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
+        own = row.to(tl.int64) * X * D
+        add_rows(HeldV + own, index, p, Grad, out * D, live, d, D, PRECISION)
         if FAR:
-            far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            far_ds = tl.where(away, ds, 0.0)
+            add_rows(HeldKFar + own, index, far_ds, QFar, out * D, live, d, D, PRECISION)
+            far_acc = tl.dot(far_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
+        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     for step in tl.range(REACH * TILE // CHUNK):
         near_k, near_v, near = window_chunk(
             step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
         )
         near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
@@ -306,7 +326,7 @@ def query_grad_kernel(
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                 held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
             if FAR:
                 far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
@@ -413,25 +433,14 @@ def held_grad_kernel(
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what a tile's queries say about a chunk of its holders and sinks."""
+    """Adds what a tile's queries say about a chunk of its holders."""
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
-    i = step * CHUNK + tl.arange(0, CHUNK)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    if SINKS:
-        sink = i - (width if SLOTS else 0)  # they stand behind the table's places
-        index = tl.where((sink >= 0) & (sink < SINKS) & (sink < X), sink, -1)
-        low = index - tl.load(Bounds + b * 4 + 3)
-    else:
-        index, low = tl.full([CHUNK], -1, tl.int32), tl.zeros([CHUNK], tl.int32)
-    until = tl.where(index >= 0, 1 << 24, 0)
-    if SLOTS:
-        held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
-        until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
-        index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
-    visible = keys_seen(at, low, until * BLOCK)
+    index = holders_at(step, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
+    visible = at[None, :] < held_until(index, Death + row.to(tl.int64) * X, BLOCK)[:, None]
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
@@ -528,37 +537,44 @@ class ExactFunction(torch.autograd.Function):
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
         added = grad if more_q is None else rows_first(more_q)  # what is missing is not read
         delta, grad_q, grad_far_q = torch.empty_like(lse), laid_out_as(q), torch.empty_like(far_q)
+        held = room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q,
+            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q, *held,
             *added.stride()[:3], *grad_q.stride()[:3], *scalars, MORE=more_q is not None, **sizes,
         )  # fmt: skip
-        grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta), more_v)
-        far = (None, None) if given.pos is None else (grad_far_q, grad_far_k.to(k.dtype))
+        grad_k, grad_v = key_grads(q, k, v, given, (*tensors, lse, grad, delta), held, more_v)
+        far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
 
 
+def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for the gradients of k, v and far_k, float32, of those that are sinks or holders."""
+    some = given.spec.slots + given.spec.sinks > 0
+    held = torch.zeros(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)
+    return held[0], held[1], held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
+
+
 def key_grads(
-    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], more_v: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v and (in float32) far_k: those of holders and sinks, to which those through the window come."""
+    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], held: tuple[Tensor, Tensor, Tensor],
+    more_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
     rows, n = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE)
-    launch = launch_of("held_grad", q, 1, given)
-    programs = -(-(given.spec.slots + given.spec.sinks) // launch.chunk)
-    held = torch.zeros(2, *(k.shape if programs else (0,)), device=q.device, dtype=torch.float32)
-    grad_far_k = held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
-    if programs:
+    if given.spec.slots:
+        launch = launch_of("held_grad", q, 1, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, grad_far_k, *scalars, **sizes)
+        programs = -(-given.spec.slots // launch.chunk)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, *scalars, **sizes)
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
-        *tensors, *held, added, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3], *scalars,
-        HELD=programs > 0, MORE=more_v is not None, **sizes,
+        *tensors, *held[:2], added, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3], *scalars,
+        HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
     )  # fmt: skip
-    return grad_k, grad_v, grad_far_k
+    return grad_k, grad_v
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact) -> tuple[Tensor, ...]:
