@@ -220,8 +220,8 @@ def exact_kernel(
 
 @jit
 def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
-    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these;
-    Δ = Σ g·out − gradient of lse."""
+    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these; Δ as in
+    `Asked`."""
     ds = p * (dp - delta) * scaling
     if SOFTCAP:
         t = s * 0.6931471805599453 / softcap
@@ -259,15 +259,15 @@ def keys_seen(at, low, until):
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
-    HeldK, HeldV, HeldKFar,
-    smb, smh, smt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradQ, GradQFar, HeldK, HeldV, HeldKFar,
+    Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries; adds what they say about the sinks, since these are few and read by all."""
+    """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
+    by all, is added here, too."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
@@ -276,10 +276,14 @@ def query_grad_kernel(
     where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64) * sqt
     q = tl.load(Q + where_q[:, None] + d[None, :], mask=live[:, None] & wide, other=0.0)
     out = (row * G + head).to(tl.int64) * W + at
-    g = tl.load(Grad + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-    y = tl.load(Out + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-    delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) - tl.load(GradLse + out, mask=live, other=0.0)
-    tl.store(Delta + out, delta, mask=live)
+    where_g = b.to(tl.int64) * sgb + (h * G + head).to(tl.int64) * sgh + at.to(tl.int64) * sgt
+    g = tl.load(Grad + where_g[:, None] + d[None, :], mask=live[:, None] & wide, other=0.0)
+    if KNOWN:
+        delta = tl.load(Delta + out, mask=live, other=0.0)
+    else:
+        y = tl.load(Out + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
+        delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) - tl.load(GradLse + out, mask=live, other=0.0)
+        tl.store(Delta + out, delta, mask=live)
     lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
     base = tl.load(Bounds + b * 4 + 3)
     far_q, far_acc = q, tl.zeros([HP * TILE, DP], tl.float32)
@@ -302,7 +306,7 @@ def query_grad_kernel(
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
         p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
         own = row.to(tl.int64) * X * D
-        add_rows(HeldV + own, index, p, Grad, out * D, live, d, D, PRECISION)
+        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
         if FAR:
             far_ds = tl.where(away, ds, 0.0)
             add_rows(HeldKFar + own, index, far_ds, QFar, out * D, live, d, D, PRECISION)
@@ -338,7 +342,7 @@ def query_grad_kernel(
     if MORE:  # what q's other readers say
         more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
         acc += tl.load(More + more, mask=keep, other=0.0).to(tl.float32)
-    to = (b * sgb + head * sgh + at * sgt)[:, None] + d[None, :]
+    to = (b * gqb + head * gqh + at * gqt)[:, None] + d[None, :]
     tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
         tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
@@ -347,7 +351,7 @@ def query_grad_kernel(
 @jit
 def add_key_grads(
     grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-    sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
+    sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
     G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
@@ -361,7 +365,8 @@ def add_key_grads(
     where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64)[:, None] * sqt
     q = tl.load(Q + where_q + d[None, :], mask=wide, other=0.0)
     out = (row * G + head).to(tl.int64) * W + at
-    g = tl.load(Grad + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+    where_g = b.to(tl.int64) * sgb + (h * G + head).to(tl.int64) * sgh + at.to(tl.int64)[:, None] * sgt
+    g = tl.load(Grad + where_g + d[None, :], mask=wide, other=0.0)
     delta = tl.load(Delta + out, mask=live, other=0.0)
     lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
     s = scaled_scores(k, q, scaling, softcap, SOFTCAP, PRECISION)
@@ -383,8 +388,8 @@ def add_key_grads(
 
 @jit
 def window_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, HeldK, HeldV, More, GradK, GradV,
-    gkb, gkh, gkt, gvb, gvh, gvt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, HeldK, HeldV, More, GradK, GradV, Lse, Grad, Delta,
+    gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
@@ -409,7 +414,7 @@ def window_grad_kernel(
         visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
-            sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
         )  # fmt: skip
     at = (front + c).to(tl.int64)[:, None]
     to, mine = (row.to(tl.int64) * X + at) * D + d[None, :], (at >= 0) & (at < X) & (d < D)[None, :]
@@ -426,7 +431,7 @@ def window_grad_kernel(
 
 @jit
 def held_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, GradK, GradV, GradKFar, Lse, Grad, Delta, sgb, sgh, sgt,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
@@ -451,7 +456,7 @@ def held_grad_kernel(
     for head in tl.range(G):
         grad_k, grad_v, grad_far = add_key_grads(
             grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-            sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
         )  # fmt: skip
     to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
     mine = (index >= 0)[:, None] & (d < D)[None, :]
@@ -500,10 +505,25 @@ def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
     return launch if given.pos is None else launch._replace(stages=1, registers=None)
 
 
-class ExactFunction(torch.autograd.Function):
-    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v).
+class Asked(NamedTuple):
+    """What a call's readers want of it: with p = exp(score − lse), values get p·grad, scores p·(grad·v − delta).
 
-    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass.
+    That holds for the exact branch alone, where delta = grad·out − gradient of lse. It holds as well for its part in a
+    merged output y, with lse the normaliser of both branches and delta = grad·y: the share of the branch need not be
+    known, nor its own output.
+    """
+
+    lse: Tensor  # [B, H, W] float32
+    grad: Tensor  # [B, H, W, D], rows contiguous
+    delta: Tensor  # [B, H, W] float32
+
+
+class ExactFunction(torch.autograd.Function):
+    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v,
+    three more).
+
+    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass. Who
+    merges the branch gives as gradients of the three more, which hold nothing, an `Asked`.
     `far_q` and `far_k` are q and k turned to where they are seen from beyond reach, contiguous; without `given.pos`
     they are not looked at.
     """
@@ -511,7 +531,7 @@ class ExactFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
@@ -523,30 +543,45 @@ class ExactFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return out, lse, q.view_as(q), v.view_as(v)
+        merges = (x.new_empty(()).expand(x.shape) for x in (lse, out, lse))
+        return out, lse, q.view_as(q), v.view_as(v), *merges
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None,
+        *merged: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
         given: Exact = ctx.given
         (B, H, W, _), Hk = q.shape, k.shape[1]
         tensors = inputs(q, k, v, far_q, far_k, given)
-        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        added = grad if more_q is None else rows_first(more_q)  # what is missing is not read
-        delta, grad_q, grad_far_q = torch.empty_like(lse), laid_out_as(q), torch.empty_like(far_q)
-        held = room_for_held(k, given)
+        known = grad is None and grad_lse is None and merged[0] is not None
+        asked, grad_lse = (Asked(*merged), lse) if known else asked_alone(out, lse, grad, grad_lse, *merged)
+        added = asked.grad if more_q is None else rows_first(more_q)  # what is missing is not read
+        grad_q, grad_far_q, held = laid_out_as(q), torch.empty_like(far_q), room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q, *held,
-            *added.stride()[:3], *grad_q.stride()[:3], *scalars, MORE=more_q is not None, **sizes,
+            *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
+            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known, **sizes,
         )  # fmt: skip
-        grad_k, grad_v = key_grads(q, k, v, given, (*tensors, lse, grad, delta), held, more_v)
+        grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
         far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
+
+
+def asked_alone(
+    out: Tensor, lse: Tensor, grad: Tensor | None, grad_lse: Tensor | None, total: Any, grad_y: Any, delta: Any,
+) -> tuple[Asked, Tensor]:  # fmt: skip
+    """(what is asked of the branch alone, with room for its delta; the gradient of its lse), from gradients of out and
+    lse and, where somebody merges it as well, from what that asks."""
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+    grad = torch.zeros_like(out) if grad is None else rows_first(grad)
+    if grad_y is not None:
+        share = (lse - total).exp()
+        grad_lse = grad_lse + share * ((grad_y.float() * out.float()).sum(-1) - delta)
+        grad = (grad + share[..., None] * grad_y).to(out.dtype)
+    return Asked(lse, grad, torch.empty_like(lse)), grad_lse
 
 
 def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
@@ -557,22 +592,22 @@ def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def key_grads(
-    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], held: tuple[Tensor, Tensor, Tensor],
-    more_v: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], asked: Asked,
+    held: tuple[Tensor, Tensor, Tensor], more_v: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
-    rows, n = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE)
+    rows, n, strides = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE), asked.grad.stride()[:3]
     if given.spec.slots:
         launch = launch_of("held_grad", q, 1, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, *scalars, **sizes)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
-        *tensors, *held[:2], added, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3], *scalars,
-        HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
+        *tensors, *held[:2], added, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3], *strides,
+        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
     )  # fmt: skip
     return grad_k, grad_v
 
