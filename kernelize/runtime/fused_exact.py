@@ -387,6 +387,30 @@ def add_key_grads(
 
 
 @jit
+def ever_held(index, death, X, front, BLOCK: constexpr, BACK: constexpr, SINKS: constexpr, SLOTS: constexpr):
+    """Whether the indices of the store are those of sinks, of what came with a state, or of who ever held a slot."""
+    held = (index >= 0) & (index < tl.minimum(tl.maximum(front, SINKS), X))
+    if SLOTS:
+        here = (index >= front) & (index < X)
+        leaves = (index - front) // BLOCK + BACK + 1
+        held = held | (tl.load(death + index, mask=here, other=-1) > tl.where(here, leaves, 0))
+    return held
+
+
+@jit
+def clear_kernel(
+    Death, GradK, GradV, X, front,
+    D: constexpr, DP: constexpr, SIZE: constexpr, BLOCK: constexpr, BACK: constexpr, SINKS: constexpr, SLOTS: constexpr,
+):  # fmt: skip
+    """Zeros where gradients are added to, which are few tokens; nobody looks at the others."""
+    index, row, d = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1).to(tl.int64), tl.arange(0, DP)
+    held = ever_held(index, Death + row * X, X, front, BLOCK, BACK, SINKS, SLOTS)[:, None] & (d < D)[None, :]
+    to, nothing = (row * X + index)[:, None] * D + d[None, :], tl.zeros([SIZE, DP], tl.float32)
+    tl.store(GradK + to, nothing, mask=held)
+    tl.store(GradV + to, nothing, mask=held)
+
+
+@jit
 def window_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, HeldK, HeldV, More, GradK, GradV, Lse, Grad, Delta,
     gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
@@ -419,8 +443,9 @@ def window_grad_kernel(
     at = (front + c).to(tl.int64)[:, None]
     to, mine = (row.to(tl.int64) * X + at) * D + d[None, :], (at >= 0) & (at < X) & (d < D)[None, :]
     if HELD:
-        grad_k += tl.load(HeldK + to, mask=mine, other=0.0)
-        grad_v += tl.load(HeldV + to, mask=mine, other=0.0)
+        held = ever_held(front + c, death, X, front, BLOCK, BACK, SINKS, SLOTS)[:, None] & (d < D)[None, :]
+        grad_k += tl.load(HeldK + to, mask=held, other=0.0)
+        grad_v += tl.load(HeldV + to, mask=held, other=0.0)
     if MORE:
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
@@ -585,9 +610,15 @@ def asked_alone(
 
 
 def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for the gradients of k, v and far_k, float32, of those that are sinks or holders."""
-    some = given.spec.slots + given.spec.sinks > 0
-    held = torch.zeros(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)
+    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot."""
+    spec, (B, Hk, X, D) = given.spec, k.shape
+    some = spec.slots + spec.sinks > 0
+    held = torch.empty(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)
+    if some:
+        clear_kernel[(-(-X // TILE), B * Hk)](
+            given.death, *held, X, given.front, D=D, DP=power_of_two(D), SIZE=TILE, BLOCK=spec.block, BACK=spec.back,
+            SINKS=spec.sinks, SLOTS=spec.slots > 0,
+        )  # fmt: skip
     return held[0], held[1], held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
 
 
