@@ -429,6 +429,7 @@ TRAINING = {
     ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 3}],
     ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},
                                          {"chunk": 16384, "warps": 8}],
+    ("fused_memory", "key_grads"): [{"chunk": 4096}, {"stages": 1}, {"stages": 3}, {"warps": 8}],
     ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_map", "hedgehog"): [{"chunk": 128}, {"chunk": 128, "warps": 8}, {"stages": 1}],

@@ -33,6 +33,7 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
+    "key_grads": Launch(heads=1, chunk=8192, warps=4, stages=2),  # of memories up to that, in place of the next two
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
 }
@@ -566,71 +567,55 @@ def late_weights(block, first, here, now, clock, TILE: constexpr, BLOCK: constex
 
 
 @jit
-def phi_k_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradPhi, GradClock,
+def key_grads_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradPhi, GradClock, GradV,
     Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
-    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, PRECISION: constexpr,
+    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DB: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(k), for FB of its features."""
+    """Gradients of phi(k), and of v. A program that does but one of them takes FB of its features, or DB channels."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
+    f, d = tl.arange(0, FB), tl.arange(0, DB)
+    if not OF_V:
+        f += part * FB
+    if not OF_PHI:
+        d += part * DB
     at = tile * TILE + tl.arange(0, TILE)
     block = at // BLOCK
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, norm = sum_at(
+    memory, norm = sum_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
+    memory = memory.to(phi.dtype)
+    if OF_PHI:
+        g_phi = (tl.dot(v, tl.trans(memory), input_precision=PRECISION) + norm[None, :]) * late[:, None]
+    if OF_V:
+        g_v = tl.dot(phi, memory, input_precision=PRECISION) * late[:, None]
     weight = late_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, DECAY)
-    total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
     for g in range(G):
         phi_q, grad, unit, delta = queries(
             PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
         )
-        a = (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]) * unit[None, :] * weight
-        total = tl.dot(a.to(phi.dtype), phi_q, total, input_precision=PRECISION)
-    out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
-    wide = here[:, None] & (f < F)[None, :]
-    tl.store(out, total.to(GradPhi.dtype.element_ty), mask=wide)
-    if DECAY:
-        mine = tl.load(Phi + (row * X + index)[:, None] * F + f[None, :], mask=wide, other=0.0).to(tl.float32)
-        tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * total, 1), mask=here)
-
-
-@jit
-def value_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradV,
-    Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
-    G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Gradient of v, for DV of its channels."""
-    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, h = row // kv_heads, row % kv_heads
-    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    at = tile * TILE + tl.arange(0, TILE)
-    block = at // BLOCK
-    index, here, phi, _v, clock = entries(
-        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
-    )
-    now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, _norm = sum_at(
-        Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
-    )
-    weight = late_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, DECAY)
-    total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
-    for g in range(G):
-        phi_q, grad, unit, _delta = queries(
-            PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
-        )
-        a = tl.dot(phi, tl.trans(phi_q), input_precision=PRECISION) * unit[None, :] * weight
-        total = tl.dot(a.to(grad.dtype), grad, total, input_precision=PRECISION)
-    out = GradV + (row * X + index)[:, None] * D + d[None, :]
-    tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
+        share = unit[None, :] * weight
+        if OF_V:
+            a = tl.dot(phi, tl.trans(phi_q), input_precision=PRECISION) * share
+            g_v = tl.dot(a.to(grad.dtype), grad, g_v, input_precision=PRECISION)
+        if OF_PHI:
+            a = (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]) * share
+            g_phi = tl.dot(a.to(phi.dtype), phi_q, g_phi, input_precision=PRECISION)
+    if OF_PHI:
+        where, wide = (row * X + index)[:, None] * F + f[None, :], here[:, None] & (f < F)[None, :]
+        tl.store(GradPhi + where, g_phi.to(GradPhi.dtype.element_ty), mask=wide)
+        if DECAY:
+            mine = tl.load(Phi + where, mask=wide, other=0.0).to(tl.float32)
+            tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * g_phi, 1), mask=here)
+    if OF_V:
+        out = GradV + (row * X + index)[:, None] * D + d[None, :]
+        tl.store(out, g_v.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
 
 
 @jit
@@ -988,15 +973,21 @@ def key_grads(
     g_phi = torch.zeros_like(phi_k)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
     given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back)
-    launch = launch_of("phi_k_grad", phi_q)
-    FB, parts = split(F, D, launch.chunk)
+    FP, DP, most = power_of_two(F), power_of_two(D), launch_of("key_grads", phi_q).chunk
+    together = FP * DP <= most
+    FB, parts = (FP, 1) if together else split(F, D, launch_of("phi_k_grad", phi_q).chunk)
     g_clock = torch.zeros(parts, B, Hk, X if order.decays else 0, device=v.device, dtype=torch.float32)
-    phi_k_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_phi, g_clock, *asked, gate, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options
-    )
-    launch = launch_of("value_grad", phi_q)
-    DV, parts = split(D, F, launch.chunk)
-    value_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_v, *asked, gate, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch.options
-    )
+
+    def run(name: str, parts: int, FB: int, DB: int, of_phi: bool, of_v: bool) -> None:
+        key_grads_kernel[(order.n, parts, B * Hk)](
+            *given, g_phi, g_clock, g_v, *asked, gate, *scalars, **sizes, FB=FB, DB=DB, OF_PHI=of_phi, OF_V=of_v,
+            **launch_of(name, phi_q).options,
+        )  # fmt: skip
+
+    if together:
+        run("key_grads", 1, FP, DP, of_phi=True, of_v=True)
+    else:
+        run("phi_k_grad", parts, FB, DP, of_phi=True, of_v=False)
+        DB, parts = split(D, F, launch_of("value_grad", phi_q).chunk)
+        run("value_grad", parts, FP, DB, of_phi=False, of_v=True)
     return g_phi, g_v, summed(g_clock)
