@@ -455,13 +455,14 @@ class Trial(NamedTuple):
     @contextmanager
     def applied(self):
         tables = vars(import_module(f"kernelize.runtime.{self.module}"))
-        table = tables["SMALL" if TUNED[self.what][1][-1][-1] <= 64 and "SMALL" in tables else "LAUNCH"]
-        before = table[self.name]
-        table[self.name] = before._replace(**self.change)
+        rows = [(tables[x], tables[x][self.name]) for x in ("LAUNCH", "SMALL", "MEDIUM") if x in tables]
+        for table, before in rows:  # one of them is the one that is looked at
+            table[self.name] = before._replace(**self.change)
         try:
             yield
         finally:
-            table[self.name] = before
+            for table, before in rows:
+                table[self.name] = before
 
 
 def tune(what: str, only: str, workers: int, keep) -> None:

@@ -974,7 +974,7 @@ def key_grads(
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
     given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back)
     FP, DP, most = power_of_two(F), power_of_two(D), launch_of("key_grads", phi_q).chunk
-    together = FP * DP <= most
+    together = most >= FP * DP and FP <= DP  # else it takes more shared memory than any other kernel
     FB, parts = (FP, 1) if together else split(F, D, launch_of("phi_k_grad", phi_q).chunk)
     g_clock = torch.zeros(parts, B, Hk, X if order.decays else 0, device=v.device, dtype=torch.float32)
 
