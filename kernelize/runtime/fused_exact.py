@@ -432,14 +432,6 @@ def window_grad_kernel(
     index = tl.where((c >= lo) & (c < hi), front + c, -1)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
-    for step in tl.range(REACH * G):
-        tile = first + step // G
-        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
-        grad_k, grad_v, _ = add_key_grads(
-            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
-        )  # fmt: skip
     at = (front + c).to(tl.int64)[:, None]
     to, mine = (row.to(tl.int64) * X + at) * D + d[None, :], (at >= 0) & (at < X) & (d < D)[None, :]
     if HELD:
@@ -448,6 +440,14 @@ def window_grad_kernel(
         grad_v += tl.load(HeldV + to, mask=held, other=0.0)
     if MORE:
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
+    for step in tl.range(REACH * G):
+        tile = first + step // G
+        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
+        grad_k, grad_v, _ = add_key_grads(
+            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
+        )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
     tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
