@@ -420,15 +420,14 @@ TRAINING = {
         {"stages": 3}, {"stages": 1}, {"chunk": 64, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
         {"heads": 1, "stages": 3, "registers": 168}, {"heads": 2, "warps": 2, **FREE}, {"heads": 4, "warps": 2, **FREE},
     ],
-    ("fused_exact", "window_grad"): [{"registers": 128}, {"warps": 4}, {"stages": 1}, {"stages": 3},
-                                     {"stages": 1, "registers": 128}],
-    ("fused_exact", "held_grad"): [
-        {"chunk": 64, "stages": 2, **FREE}, {"chunk": 64, "stages": 1}, {"chunk": 64, "warps": 4, **FREE},
-        {"stages": 1}, {"warps": 4, **FREE}, {"warps": 4, "registers": 168},
-    ],
+    ("fused_exact", "window_grad"): [{"stages": 1}, {"stages": 2}, {"stages": 3}, {"warps": 8},
+                                     {"warps": 8, "stages": 2}],
+    ("fused_exact", "held_grad"): [{"chunk": 128, "warps": 8}, {"chunk": 128, "warps": 8, "stages": 1}, {"stages": 1},
+                                   {"chunk": 32}, {"chunk": 32, "stages": 3}],
     ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 3}],
     ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},
                                          {"chunk": 16384, "warps": 8}],
+    ("fused_memory", "key_grads"): [{"chunk": 4096}, {"stages": 1}, {"stages": 3}, {"warps": 8}],
     ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_map", "hedgehog"): [{"chunk": 128}, {"chunk": 128, "warps": 8}, {"stages": 1}],
@@ -454,13 +453,14 @@ class Trial(NamedTuple):
     @contextmanager
     def applied(self):
         tables = vars(import_module(f"kernelize.runtime.{self.module}"))
-        table = tables["SMALL" if TUNED[self.what][1][-1][-1] <= 64 and "SMALL" in tables else "LAUNCH"]
-        before = table[self.name]
-        table[self.name] = before._replace(**self.change)
+        rows = [(tables[x], tables[x][self.name]) for x in ("LAUNCH", "SMALL", "MEDIUM") if x in tables]
+        for table, before in rows:  # one of them is the one that is looked at
+            table[self.name] = before._replace(**self.change)
         try:
             yield
         finally:
-            table[self.name] = before
+            for table, before in rows:
+                table[self.name] = before
 
 
 def tune(what: str, only: str, workers: int, keep) -> None:

@@ -163,14 +163,18 @@ def far() -> None:
 
 
 def derivatives(
-    implementation, spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False
-) -> dict[str, torch.Tensor]:
-    """Gradients of something that depends on every branch and on the state at the end; `alone`: on y, as models do."""
+    implementation, spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False,
+    logits: bool = True,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Gradients of something that depends on every branch and on the state at the end; `alone`: on y, as models do.
+
+    Without sink `logits` both branches are one softmax, and so is their backward.
+    """
     attention, generator = contract.layer(spec, FULL, SIZES), torch.Generator().manual_seed(5)
     leaves = dict(
         zip("qkv", (x.requires_grad_() for x in contract.tokens(1, sum(lengths), FULL, sizes=SIZES)), strict=True)
     )
-    sink = torch.linspace(-1, 2, SIZES[0]).requires_grad_()
+    sink = torch.linspace(-1, 2, SIZES[0]).requires_grad_() if logits else None
     kernel, state, loss = attention.kernel(0.5, softcap=4.0, sink_logits=sink), None, torch.zeros(())
     kernel = kernel._replace(rotation=rotation)
     given = [x.transpose(1, 2).contiguous().transpose(1, 2) if alone else x for x in leaves.values()]
@@ -186,15 +190,21 @@ def derivatives(
     if not alone:
         loss = loss + (state.memory * torch.randn(state.memory.shape, generator=generator)).sum() + state.decay.sum()
     loss.backward()
-    return {n: p.grad for n, p in [*leaves.items(), *attention.named_parameters(), ("sink", sink)]}
+    given = [*leaves.items(), *attention.named_parameters(), *([("sink", sink)] if logits else [])]
+    return {name: x.grad for name, x in given}
 
 
 def gradients() -> None:
     """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
+    torch.use_deterministic_algorithms(True)  # what no kernel has written is NaN
     fused_memory.PROGRAMS = 4  # segments of more than one tile
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
     same_gradients(SPECS[0], [90], alone=True)
+    same_gradients(SPECS[0], [80, 50], alone=True, logits=False)
+    same_gradients(SPECS[1], [70, 60], logits=False)
+    fused_memory.WIDE = fused_memory.WIDE._replace(chunk=256)  # several programs for the features of a tile
+    same_gradients(SPECS[2].replace(feature_dim=40), [90], alone=True, logits=False)
     out, _ = fused.attend(*contract.tokens(1, 90, FULL, sizes=SIZES), kernel_of(SPECS[2]))
     assert out.y.requires_grad
     assert not out.exact.requires_grad  # of the maps alone: the exact branch has no backward
@@ -205,11 +215,14 @@ def far_gradients() -> None:
     spec, rotation = FAR[0]
     for given in (spec, spec.replace(sinks=0, slots=0)):
         same_gradients(given, [spec.reach + 40], rotation)
+    same_gradients(spec, [spec.reach + 40], rotation, alone=True, logits=False)
 
 
-def same_gradients(spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False) -> None:
-    expected = derivatives(chunked, spec, lengths, rotation, alone)
-    for name, got in derivatives(fused, spec, lengths, rotation, alone).items():
+def same_gradients(
+    spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False, logits: bool = True
+) -> None:
+    expected = derivatives(chunked, spec, lengths, rotation, alone, logits)
+    for name, got in derivatives(fused, spec, lengths, rotation, alone, logits).items():
         what = f"{contract.name_of(spec)}: gradient of {name}"
         assert_same(got, expected[name], what, GRADIENT_TOLERANCE)
 

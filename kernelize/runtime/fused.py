@@ -45,7 +45,7 @@ WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need mo
 # bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
 # training, compiled for sm_90 with 128 features (256 where heads are 256)
 SHARED = {
-    (2, 64): (57_344, 81_920), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
+    (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
 }  # fmt: skip
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
@@ -115,7 +115,7 @@ def attend(
 ) -> tuple[AttentionOutput, State]:
     """q [B, H, T, D], k and v [B, Hk, T, D], valid [B, T] bool -> (AttentionOutput over T, state after T).
 
-    Without `branches`, and outside of training, all but the output's `y` may be empty. Without `keep` the
+    Without `branches` all but the output's `y` may be empty. Without `keep` the
     state is not computed: the one before the call comes back.
     """
     # what is added up over a sequence stays float32; Triton launches on the current device
@@ -147,31 +147,32 @@ def read_branches(
     clock_end: Tensor, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output with its parts, the memory at the end)."""
-    exact, lse, q, v = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
+    exact, lse, q, v, *merges = ExactFunction.apply(store.q, store.k, store.v, far.q, far.k, given)
     store = store._replace(q=q, v=v)  # what the memory says about them is added in the exact branch's backward
-    exact, lse = add_sink_logits(exact, lse, kernel)
-    exact = exact.to(store.q.dtype)
+    if kernel.sink_logits is not None:
+        exact, lse = add_sink_logits(exact, lse, kernel)
+        exact, merges = exact.to(store.q.dtype), [None] * 3
     if not kernel.spec.has_memory:
         empty = torch.zeros_like(exact), torch.full_like(lse, -torch.inf)
         return AttentionOutput(exact, exact, lse, *empty), store.state.memory
-    return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, branches)
+    return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, merges, branches)
 
 
 def read_memory(
     store: Store, kernel: Kernel, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor,
-    exact: Tensor, lse: Tensor, branches: bool,
+    exact: Tensor, lse: Tensor, merges: list, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output of both branches merged, the memory at the end)."""
     assert kernel.log_gate is not None
     order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
-    given = phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, gate, order
+    given = phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, gate
     if fits(kernel.map_q) and not torch.is_grad_enabled():
         y, memory, memory_lse, total = read_mapped(
-            store.q, plain(kernel.map_q), factor_of(kernel.scaling**0.5), *given, branches
+            store.q, plain(kernel.map_q), factor_of(kernel.scaling**0.5), *given, order, branches
         )
     else:
-        phi_q, branches = query_features(store, kernel), branches or torch.is_grad_enabled()
-        y, memory, memory_lse, total = MemoryFunction.apply(phi_q, *given, branches)
+        phi_q = query_features(store, kernel)
+        y, memory, memory_lse, total = MemoryFunction.apply(phi_q, *given, *merges, order, branches)
     return AttentionOutput(y, exact, lse, memory, memory_lse), total
 
 

@@ -219,37 +219,71 @@ def exact_kernel(
 
 
 @jit
-def grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """(probabilities, gradients of q·k) [rows, keys], from the normaliser and Δ = Σ g·out − gradient of lse."""
-    p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * scaling
+def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
+    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these; Δ as in
+    `Asked`."""
+    ds = p * (dp - delta) * scaling
     if SOFTCAP:
         t = s * 0.6931471805599453 / softcap
         ds = ds * (1 - t * t)
-    return p, ds
+    return ds
+
+
+@jit
+def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """(probabilities, gradients of q·k) [rows, keys]."""
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
+    return p, grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+
+
+@jit
+def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
+    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
+
+    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
+    this product is then free before and after.
+    """
+    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
+    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
+    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
+    tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
+
+
+@jit
+def keys_seen(at, low, until):
+    """[keys, rows]: `seen_by` the other way round."""
+    size = tl.maximum(until - low, 0)
+    return (at[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)[:, None]
 
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, Lse, Grad, GradLse, Delta, More, GradQ, GradQFar,
-    smb, smh, smt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradQ, GradQFar, HeldK, HeldV, HeldKFar,
+    Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
+    """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
+    by all, is added here, too."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
     d = tl.arange(0, DP)
     wide = (d < D)[None, :]
-    where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64)[:, None] * sqh + at.to(tl.int64)[:, None] * sqt
-    q = tl.load(Q + where_q + d[None, :], mask=live[:, None] & wide, other=0.0)
+    where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64) * sqt
+    q = tl.load(Q + where_q[:, None] + d[None, :], mask=live[:, None] & wide, other=0.0)
     out = (row * G + head).to(tl.int64) * W + at
-    g = tl.load(Grad + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-    y = tl.load(Out + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
-    delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) - tl.load(GradLse + out, mask=live, other=0.0)
-    tl.store(Delta + out, delta, mask=live)
+    where_g = b.to(tl.int64) * sgb + (h * G + head).to(tl.int64) * sgh + at.to(tl.int64) * sgt
+    g = tl.load(Grad + where_g[:, None] + d[None, :], mask=live[:, None] & wide, other=0.0)
+    if KNOWN:
+        delta = tl.load(Delta + out, mask=live, other=0.0)
+    else:
+        y = tl.load(Out + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
+        delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) - tl.load(GradLse + out, mask=live, other=0.0)
+        tl.store(Delta + out, delta, mask=live)
     lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
     base = tl.load(Bounds + b * 4 + 3)
     far_q, far_acc = q, tl.zeros([HP * TILE, DP], tl.float32)
@@ -270,17 +304,22 @@ def query_grad_kernel(
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        _, ds = grad_scores(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP, PRECISION)
+        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
+        own = row.to(tl.int64) * X * D
+        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
         if FAR:
-            far_acc = tl.dot(tl.where(away, ds, 0.0).to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            far_ds = tl.where(away, ds, 0.0)
+            add_rows(HeldKFar + own, index, far_ds, QFar, out * D, live, d, D, PRECISION)
+            far_acc = tl.dot(far_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
+        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     for step in tl.range(REACH * TILE // CHUNK):
         near_k, near_v, near = window_chunk(
             step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
         )
         near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        _near_p, near_ds = grad_scores(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
@@ -291,7 +330,7 @@ def query_grad_kernel(
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                 held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            _held_p, held_ds = grad_scores(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
             if FAR:
                 far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
@@ -303,7 +342,7 @@ def query_grad_kernel(
     if MORE:  # what q's other readers say
         more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
         acc += tl.load(More + more, mask=keep, other=0.0).to(tl.float32)
-    to = (b * sgb + head * sgh + at * sgt)[:, None] + d[None, :]
+    to = (b * gqb + head * gqh + at * gqt)[:, None] + d[None, :]
     tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
         tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
@@ -312,12 +351,13 @@ def query_grad_kernel(
 @jit
 def add_key_grads(
     grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-    sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
+    sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
     G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
 
-    FAR: far_k are those as they are seen from beyond the reach, `there` where they really stand.
+    Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
+    FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
     """
     at = tile * TILE + tl.arange(0, TILE)
     live = (at < W) & (tile >= 0)
@@ -325,28 +365,55 @@ def add_key_grads(
     where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64)[:, None] * sqt
     q = tl.load(Q + where_q + d[None, :], mask=wide, other=0.0)
     out = (row * G + head).to(tl.int64) * W + at
-    g = tl.load(Grad + out[:, None] * D + d[None, :], mask=wide, other=0.0)
+    where_g = b.to(tl.int64) * sgb + (h * G + head).to(tl.int64) * sgh + at.to(tl.int64)[:, None] * sgt
+    g = tl.load(Grad + where_g + d[None, :], mask=wide, other=0.0)
     delta = tl.load(Delta + out, mask=live, other=0.0)
     lse = tl.load(Lse + out, mask=live, other=0.0) * 1.4426950408889634
-    s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    s = scaled_scores(k, q, scaling, softcap, SOFTCAP, PRECISION)
     if FAR:
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=wide, other=0.0)
-        away = (base + at)[:, None] - there[None, :] > limit
-        s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-    p, ds = grad_scores(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
-    grad_v = tl.dot(tl.trans(p).to(g.dtype), g, grad_v, input_precision=PRECISION)
+        away = (base + at)[None, :] - there[:, None] > limit
+        s = tl.where(away, scaled_scores(far_k, far_q, scaling, softcap, SOFTCAP, PRECISION), s)
+    p = tl.where(visible & live[None, :], tl.exp2(s - lse[None, :]), 0.0)
+    grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    ds = grad_scores(s, p, dp, delta[None, :], scaling, softcap, SOFTCAP)
     if FAR:
-        far_ds = tl.trans(tl.where(away, ds, 0.0)).to(q.dtype)
+        far_ds = tl.where(away, ds, 0.0).to(q.dtype)
         grad_far = tl.dot(far_ds, far_q, grad_far, input_precision=PRECISION)
         ds = tl.where(away, 0.0, ds)
-    grad_k = tl.dot(tl.trans(ds).to(q.dtype), q, grad_k, input_precision=PRECISION)
+    grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v, grad_far
 
 
 @jit
+def ever_held(index, death, X, front, BLOCK: constexpr, BACK: constexpr, SINKS: constexpr, SLOTS: constexpr):
+    """Whether the indices of the store are those of sinks, of what came with a state, or of who ever held a slot."""
+    held = (index >= 0) & (index < tl.minimum(tl.maximum(front, SINKS), X))
+    if SLOTS:
+        here = (index >= front) & (index < X)
+        leaves = (index - front) // BLOCK + BACK + 1
+        held = held | (tl.load(death + index, mask=here, other=-1) > tl.where(here, leaves, 0))
+    return held
+
+
+@jit
+def clear_kernel(
+    Death, GradK, GradV, X, front,
+    D: constexpr, DP: constexpr, SIZE: constexpr, BLOCK: constexpr, BACK: constexpr, SINKS: constexpr, SLOTS: constexpr,
+):  # fmt: skip
+    """Zeros where gradients are added to, which are few tokens; nobody looks at the others."""
+    index, row, d = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1).to(tl.int64), tl.arange(0, DP)
+    held = ever_held(index, Death + row * X, X, front, BLOCK, BACK, SINKS, SLOTS)[:, None] & (d < D)[None, :]
+    to, nothing = (row * X + index)[:, None] * D + d[None, :], tl.zeros([SIZE, DP], tl.float32)
+    tl.store(GradK + to, nothing, mask=held)
+    tl.store(GradV + to, nothing, mask=held)
+
+
+@jit
 def window_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, HeldK, HeldV, More, GradK, GradV,
-    gkb, gkh, gkt, gvb, gvh, gvt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, HeldK, HeldV, More, GradK, GradV, Lse, Grad, Delta,
+    gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
@@ -365,21 +432,22 @@ def window_grad_kernel(
     index = tl.where((c >= lo) & (c < hi), front + c, -1)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
-    for step in tl.range(REACH * G):
-        tile = first + step // G
-        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = seen_by(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
-        grad_k, grad_v, _ = add_key_grads(
-            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
-            sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
-        )  # fmt: skip
     at = (front + c).to(tl.int64)[:, None]
     to, mine = (row.to(tl.int64) * X + at) * D + d[None, :], (at >= 0) & (at < X) & (d < D)[None, :]
     if HELD:
-        grad_k += tl.load(HeldK + to, mask=mine, other=0.0)
-        grad_v += tl.load(HeldV + to, mask=mine, other=0.0)
+        held = ever_held(front + c, death, X, front, BLOCK, BACK, SINKS, SLOTS)[:, None] & (d < D)[None, :]
+        grad_k += tl.load(HeldK + to, mask=held, other=0.0)
+        grad_v += tl.load(HeldV + to, mask=held, other=0.0)
     if MORE:
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
+    for step in tl.range(REACH * G):
+        tile = first + step // G
+        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
+        grad_k, grad_v, _ = add_key_grads(
+            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
+        )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
     tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
@@ -388,32 +456,21 @@ def window_grad_kernel(
 
 @jit
 def held_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Lse, Grad, Delta, GradK, GradV, GradKFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, GradK, GradV, GradKFar, Lse, Grad, Delta, sgb, sgh, sgt,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what a tile's queries say about a chunk of its holders and sinks."""
+    """Adds what a tile's queries say about a chunk of its holders."""
     tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
-    i = step * CHUNK + tl.arange(0, CHUNK)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    if SINKS:
-        sink = i - (width if SLOTS else 0)  # they stand behind the table's places
-        index = tl.where((sink >= 0) & (sink < SINKS) & (sink < X), sink, -1)
-        low = index - tl.load(Bounds + b * 4 + 3)
-    else:
-        index, low = tl.full([CHUNK], -1, tl.int32), tl.zeros([CHUNK], tl.int32)
-    until = tl.where(index >= 0, 1 << 24, 0)
-    if SLOTS:
-        held = tl.load(Table + (row.to(tl.int64) * n + tile) * width + i, mask=i < width, other=-1)
-        until = tl.load(Death + row.to(tl.int64) * X + held, mask=held >= 0, other=until)
-        index, low = tl.where(held >= 0, held, index), tl.where(held >= 0, -1073741824, low)
-    visible = seen_by(at, low, until * BLOCK)
+    index = holders_at(step, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
+    visible = at[None, :] < held_until(index, Death + row.to(tl.int64) * X, BLOCK)[:, None]
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
@@ -424,7 +481,7 @@ def held_grad_kernel(
     for head in tl.range(G):
         grad_k, grad_v, grad_far = add_key_grads(
             grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-            sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
         )  # fmt: skip
     to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
     mine = (index >= 0)[:, None] & (d < D)[None, :]
@@ -473,10 +530,25 @@ def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
     return launch if given.pos is None else launch._replace(stages=1, registers=None)
 
 
-class ExactFunction(torch.autograd.Function):
-    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v).
+class Asked(NamedTuple):
+    """What a call's readers want of it: with p = exp(score − lse), values get p·grad, scores p·(grad·v − delta).
 
-    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass.
+    That holds for the exact branch alone, where delta = grad·out − gradient of lse. It holds as well for its part in a
+    merged output y, with lse the normaliser of both branches and delta = grad·y: the share of the branch need not be
+    known, nor its own output.
+    """
+
+    lse: Tensor  # [B, H, W] float32
+    grad: Tensor  # [B, H, W, D], rows contiguous
+    delta: Tensor  # [B, H, W] float32
+
+
+class ExactFunction(torch.autograd.Function):
+    """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v,
+    three more).
+
+    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass. Who
+    merges the branch gives as gradients of the three more, which hold nothing, an `Asked`.
     `far_q` and `far_k` are q and k turned to where they are seen from beyond reach, contiguous; without `given.pos`
     they are not looked at.
     """
@@ -484,7 +556,7 @@ class ExactFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         (B, H, W, D), Hk = q.shape, k.shape[1]
         out = torch.empty(B, H, W, D, device=q.device, dtype=q.dtype)
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
@@ -496,51 +568,79 @@ class ExactFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return out, lse, q.view_as(q), v.view_as(v)
+        merges = (x.new_empty(()).expand(x.shape) for x in (lse, out, lse))
+        return out, lse, q.view_as(q), v.view_as(v), *merges
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None,
+        *merged: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
         given: Exact = ctx.given
         (B, H, W, _), Hk = q.shape, k.shape[1]
         tensors = inputs(q, k, v, far_q, far_k, given)
-        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        added = grad if more_q is None else rows_first(more_q)  # what is missing is not read
-        delta, grad_q, grad_far_q = torch.empty_like(lse), laid_out_as(q), torch.empty_like(far_q)
+        known = grad is None and grad_lse is None and merged[0] is not None
+        asked, grad_lse = (Asked(*merged), lse) if known else asked_alone(out, lse, grad, grad_lse, *merged)
+        added = asked.grad if more_q is None else rows_first(more_q)  # what is missing is not read
+        grad_q, grad_far_q, held = laid_out_as(q), torch.empty_like(far_q), room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, lse, grad, grad_lse, delta, added, grad_q, grad_far_q,
-            *added.stride()[:3], *grad_q.stride()[:3], *scalars, MORE=more_q is not None, **sizes,
+            *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
+            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known, **sizes,
         )  # fmt: skip
-        grad_k, grad_v, grad_far_k = key_grads(q, k, v, given, (*tensors, lse, grad, delta), more_v)
-        far = (None, None) if given.pos is None else (grad_far_q, grad_far_k.to(k.dtype))
+        grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
+        far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
 
 
+def asked_alone(
+    out: Tensor, lse: Tensor, grad: Tensor | None, grad_lse: Tensor | None, total: Any, grad_y: Any, delta: Any,
+) -> tuple[Asked, Tensor]:  # fmt: skip
+    """(what is asked of the branch alone, with room for its delta; the gradient of its lse), from gradients of out and
+    lse and, where somebody merges it as well, from what that asks."""
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+    grad = torch.zeros_like(out) if grad is None else rows_first(grad)
+    if grad_y is not None:
+        share = (lse - total).exp()
+        grad_lse = grad_lse + share * ((grad_y.float() * out.float()).sum(-1) - delta)
+        grad = (grad + share[..., None] * grad_y).to(out.dtype)
+    return Asked(lse, grad, torch.empty_like(lse)), grad_lse
+
+
+def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot."""
+    spec, (B, Hk, X, D) = given.spec, k.shape
+    some = spec.slots + spec.sinks > 0
+    held = torch.empty(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)
+    if some:
+        clear_kernel[(-(-X // TILE), B * Hk)](
+            given.death, *held, X, given.front, D=D, DP=power_of_two(D), SIZE=TILE, BLOCK=spec.block, BACK=spec.back,
+            SINKS=spec.sinks, SLOTS=spec.slots > 0,
+        )  # fmt: skip
+    return held[0], held[1], held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
+
+
 def key_grads(
-    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], more_v: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v and (in float32) far_k: those of holders and sinks, to which those through the window come."""
-    rows, n = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE)
-    launch = launch_of("held_grad", q, 1, given)
-    programs = -(-(given.spec.slots + given.spec.sinks) // launch.chunk)
-    held = torch.zeros(2, *(k.shape if programs else (0,)), device=q.device, dtype=torch.float32)
-    grad_far_k = held[0, ..., :0] if given.pos is None else torch.zeros_like(held[0])
-    if programs:
+    q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], asked: Asked,
+    held: tuple[Tensor, Tensor, Tensor], more_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
+    rows, n, strides = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE), asked.grad.stride()[:3]
+    if given.spec.slots:
+        launch = launch_of("held_grad", q, 1, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, grad_far_k, *scalars, **sizes)
+        programs = -(-given.spec.slots // launch.chunk)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
-        *tensors, *held, added, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3], *scalars,
-        HELD=programs > 0, MORE=more_v is not None, **sizes,
+        *tensors, *held[:2], added, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3], *strides,
+        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
     )  # fmt: skip
-    return grad_k, grad_v, grad_far_k
+    return grad_k, grad_v
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, far_q: Tensor, far_k: Tensor, given: Exact) -> tuple[Tensor, ...]:

@@ -19,6 +19,8 @@ LAUNCH = {  # chunk: tokens a step
     "hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
 }
 SMALL = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=3)}  # matrices of up to 2048 entries
+# and of up to 4096: so many registers that three programs fit, each with its next tokens on their way
+MEDIUM = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=2, registers=168)}
 LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
@@ -101,7 +103,8 @@ def hedgehog_grad_kernel(
 
 
 def launch_of(name: str, sizes: dict[str, int]) -> Launch:
-    return (SMALL if sizes["DP"] * sizes["CP"] <= 2048 else LAUNCH)[name]
+    entries = sizes["DP"] * sizes["CP"]
+    return (SMALL if entries <= 2048 else MEDIUM if entries <= 4096 else LAUNCH)[name]
 
 
 class HedgehogFunction(torch.autograd.Function):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fused_exact import Asked
 from .fused_map import hedgehog_of, matrix_of
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
@@ -32,6 +33,7 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
+    "key_grads": Launch(heads=1, chunk=8192, warps=4, stages=2),  # of memories up to that, in place of the next two
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
 }
@@ -297,8 +299,8 @@ def recall_kernel(
 
 @jit
 def memory_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate,
+    Y, Branch, BranchLse, Total, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -326,24 +328,30 @@ def memory_kernel(
         z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
         to = (b * W + at) * (kv_heads * G) + h * G + g
         gate = tl.load(Gate + h * G + g)
-        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, to, live, d, part, D, BRANCHES)
+        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, Total, out, to, live, d, part, D, BRANCHES, True)
 
 
 @jit
-def merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, to, live, d, part, D: constexpr, BRANCHES: constexpr):
+def merge(
+    total, z, exact, gate, Lse, Y, Branch, BranchLse, Total, out, to, live, d, part,
+    D: constexpr, BRANCHES: constexpr, TOTAL: constexpr,
+):  # fmt: skip
     """Stores what the rows `out` read as the rows `to` of y, from the memory's numerator [rows, channels d], its
-    normaliser and the exact branch."""
+    normaliser and the exact branch. TOTAL: also the normaliser of both."""
     wide = live[:, None] & (d < D)[None, :]
     filled = z > 1.1754943508222875e-38
     safe = tl.where(filled, z, 1.0)
     memory = total * tl.where(filled, 1.0 / safe, 0.0)[:, None]
     lse = tl.where(filled, tl.log(safe) + gate, float("-inf"))
-    share = tl.sigmoid(tl.load(Lse + out, mask=live, other=0.0) - lse)[:, None]
-    y = memory + share * (exact.to(tl.float32) - memory)
+    own = tl.load(Lse + out, mask=live, other=0.0)
+    y = memory + tl.sigmoid(own - lse)[:, None] * (exact.to(tl.float32) - memory)
     tl.store(Y + to[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
     if BRANCHES:
         tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
         tl.store(BranchLse + out, lse, mask=live & (part == 0))
+    if TOTAL:
+        both = tl.maximum(own, lse) + tl.log(1.0 + tl.exp(-tl.abs(own - lse)))
+        tl.store(Total + out, both, mask=live & (part == 0))
 
 
 @jit
@@ -388,7 +396,7 @@ def mapped_memory_kernel(
         known = up.to(tl.float32) * norm_up[None, :] + down.to(tl.float32) * norm_down[None, :]
         z = tl.sum(a, 1) + tl.sum(known, 1) * far
         gate = tl.load(Gate + h * G + g)
-        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, out, out, live, d, part, D, BRANCHES)
+        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, Lse, out, out, live, d, part, D, BRANCHES, False)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -396,13 +404,11 @@ def mapped_memory_kernel(
 
 @jit
 def merge_grad_kernel(
-    Grad, GradBranch, GradBranchLse, Exact, Lse, Branch, BranchLse, Gate, GradExact, GradLse, Down, Row, GradGate,
+    Grad, GradBranch, GradBranchLse, Exact, Lse, Branch, BranchLse, GradExact, GradLse, Total, Down, Delta,
     sgb, sgh, sgt, W, heads, D: constexpr, DP: constexpr, TILE: constexpr, BRANCH: constexpr, BRANCH_LSE: constexpr,
 ):  # fmt: skip
-    """Through y = w exact + (1 − w) memory: gradients of exact and its lse, of the memory (Down), two numbers a row.
-
-    With N, n the memory's numerator and normaliser, dN = Down / n and dn = c / n; Row holds 1/n and c.
-    """
+    """Through y = w exact + (1 − w) memory, for each branch on its own: gradients of exact and its lse, and what is
+    `Asked` of the memory."""
     row = tl.program_id(1).to(tl.int64)
     at, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, DP)
     out, live = row * W + at, at < W
@@ -421,24 +427,28 @@ def merge_grad_kernel(
         down += tl.load(GradBranch + where, mask=wide, other=0.0).to(tl.float32)
     if BRANCH_LSE:
         g_lse += tl.load(GradBranchLse + out, mask=live, other=0.0)
-    g_lse, down = tl.where(filled, g_lse, 0.0), tl.where(filled[:, None], down, 0.0)
     tl.store(GradExact + where, (share[:, None] * g).to(GradExact.dtype.element_ty), mask=wide)
     tl.store(GradLse + out, turn, mask=live)
-    tl.store(Down + where, down.to(Down.dtype.element_ty), mask=wide)
-    inverse = tl.where(filled, tl.exp(tl.load(Gate + row % heads) - tl.where(filled, lse, 0.0)), 0.0)
-    tl.store(Row + out * 2, inverse, mask=live)
-    tl.store(Row + out * 2 + 1, g_lse - tl.sum(down * memory, 1), mask=live)
-    tl.store(GradGate + row * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(live, g_lse, 0.0), 0))
+    tl.store(Total + out, tl.where(filled, lse, float("inf")), mask=live)  # nothing is asked of what is empty
+    tl.store(Down + where, tl.where(filled[:, None], down, 0.0).to(Down.dtype.element_ty), mask=wide)
+    tl.store(Delta + out, tl.where(filled, tl.sum(down * memory, 1) - g_lse, 0.0), mask=live)
+
+
+@jit
+def unit_of(gate, total):
+    """The probability of a product of features that is 1. The bound is above 1 / the least normaliser that counts, so
+    that it holds back only rows whose memory is empty: nothing comes of them, but must not be of infinity either."""
+    return tl.exp(tl.minimum(gate - total, 87.5))
 
 
 @jit
 def phi_q_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhiQ, GradClock,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Y, GradPhiQ, GradClock, GradGate,
+    Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, PRECISION: constexpr,
+    DECAY: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(q), for FB of its features."""
+    """Gradient of phi(q), for FB of its features, and what it says about clocks and gate; delta where not KNOWN."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
@@ -453,42 +463,55 @@ def phi_q_grad_kernel(
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     for g in range(G):
-        out = (row * G + g) * W + at
-        down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-        inverse = tl.load(Row + out * 2, mask=live, other=0.0)
-        c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
-        a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
-        total = (tl.dot(down, tl.trans(low), input_precision=PRECISION) + c[:, None] * norm[None, :]) * far[:, None]
-        total += tl.dot(a.to(phi.dtype), phi, input_precision=PRECISION)
-        total = total * inverse[:, None]
+        out, head = (row * G + g) * W + at, h * G + g
+        wide = live[:, None] & (d < D)[None, :]
+        where_g = b * sgb + head * sgh + at.to(tl.int64) * sgt
+        grad = tl.load(Grad + where_g[:, None] + d[None, :], mask=wide, other=0.0)
+        if KNOWN:
+            delta = tl.load(Delta + out, mask=live, other=0.0)
+        else:
+            y = tl.load(Y + ((b * W + at) * (kv_heads * G) + head)[:, None] * D + d[None, :], mask=wide, other=0.0)
+            delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+            tl.store(Delta + out, delta, mask=live & (part == 0))
+        unit = unit_of(tl.load(Gate + head), tl.load(Total + out, mask=live, other=0.0))
+        grad = grad.to(phi.dtype)
+        a = (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * weight
+        total = tl.dot(grad, tl.trans(low), input_precision=PRECISION) - delta[:, None] * norm[None, :]
+        total = tl.dot(a.to(phi.dtype), phi, total * far[:, None], input_precision=PRECISION) * unit[:, None]
         where = out[:, None] * F + f[None, :]
         wide = live[:, None] & (f < F)[None, :]
         tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=wide)
+        turn = tl.sum(tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32) * total, 1)
+        of_part = (part * tl.num_programs(2) + row) * G + g
+        tl.store(GradGate + of_part * n + tile, tl.sum(turn, 0))
         if DECAY:
-            phi_q = tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32)
-            tl.store(GradClock + part * tl.num_programs(2) * G * W + out, tl.sum(phi_q * total, 1), mask=live)
+            tl.store(GradClock + of_part * W + at, turn, mask=live)
 
 
 @jit
-def queries(PhiQ, Down, Row, row, g, at, W, f, d, G: constexpr, F: constexpr, D: constexpr):
-    """(phi(q) divided by the normaliser, Down, c) of one head's tile."""
+def queries(
+    PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, head, g, at, W, f, d,
+    G: constexpr, F: constexpr, D: constexpr,
+):  # fmt: skip
+    """(phi(q), what is asked: gradient, unit, delta) of one head's tile."""
     out, live = (row * G + g) * W + at, at < W
     phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
-    down = tl.load(Down + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-    inverse = tl.load(Row + out * 2, mask=live, other=0.0)
-    c = tl.load(Row + out * 2 + 1, mask=live, other=0.0)
-    return (phi_q * inverse[:, None]).to(phi_q.dtype), down, c
+    where_g = b * sgb + head * sgh + at.to(tl.int64) * sgt
+    grad = tl.load(Grad + where_g[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    unit = unit_of(tl.load(Gate + head), tl.load(Total + out, mask=live, other=0.0))
+    return phi_q, grad.to(phi_q.dtype), unit, tl.load(Delta + out, mask=live, other=0.0)
 
 
 @jit
 def reverse_states_kernel(
-    PhiQ, ClockEnd, Down, Row, Local, LocalNorm, Gain, GainNorm,
-    W, n, segments, tiles,
+    PhiQ, ClockEnd, Local, LocalNorm, Gain, GainNorm, Total, Grad, Delta, Gate, sgb, sgh, sgt,
+    W, n, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
     DECAY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """The gradient of the memory after every tile, as if nothing followed the segment, and at the segment's start."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     wide = (f < F)[:, None] & (d < D)[None, :]
     acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
@@ -507,11 +530,12 @@ def reverse_states_kernel(
             acc, norm = acc * tl.exp(after - before), norm * tl.exp(after - before)
             far = tl.exp(tl.minimum(tl.load(ClockEnd + row * blocks + at // BLOCK) - before, 0.0))
         for g in range(G):
-            phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
-            if DECAY:
-                phi_q = (phi_q * far[:, None]).to(phi_q.dtype)
-            acc += tl.dot(tl.trans(phi_q), down, input_precision=PRECISION)
-            norm += tl.sum(phi_q.to(tl.float32) * c[:, None], 0)
+            phi_q, grad, unit, delta = queries(
+                PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
+            )
+            phi_q = (phi_q * (far * unit)[:, None]).to(phi_q.dtype)
+            acc += tl.dot(tl.trans(phi_q), grad, input_precision=PRECISION)
+            norm -= tl.sum(phi_q.to(tl.float32) * delta[:, None], 0)
     out = (row * segments + segment) * F + f
     tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
     tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
@@ -532,67 +556,66 @@ def clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE: constexpr, P
 
 
 @jit
-def phi_k_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradPhi, GradClock,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
-    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, PRECISION: constexpr,
+def late_weights(block, first, here, now, clock, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr):
+    """`near_weights` the other way round, [TILE, rows]: an operand of the next product as they come."""
+    theirs = first + tl.arange(0, TILE) // BLOCK
+    seen = (theirs[:, None] <= block[None, :]) & here[:, None]
+    if DECAY:
+        return tl.where(seen, tl.exp(tl.minimum(now[None, :] - clock[:, None], 0.0)), 0.0)
+    else:
+        return tl.where(seen, 1.0, 0.0)
+
+
+@jit
+def key_grads_kernel(
+    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradPhi, GradClock, GradV,
+    Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DB: constexpr, TILE: constexpr, BLOCK: constexpr,
+    DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(k), for FB of its features."""
+    """Gradients of phi(k), and of v. A program that does but one of them takes FB of its features, or DB channels."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
+    f, d = tl.arange(0, FB), tl.arange(0, DB)
+    if not OF_V:
+        f += part * FB
+    if not OF_PHI:
+        d += part * DB
     at = tile * TILE + tl.arange(0, TILE)
     block = at // BLOCK
     index, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
     now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, norm = sum_at(
+    memory, norm = sum_at(
         Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
     )
-    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
-    total = (tl.dot(v, tl.trans(acc.to(v.dtype)), input_precision=PRECISION) + norm[None, :]) * late[:, None]
+    memory = memory.to(phi.dtype)
+    if OF_PHI:
+        g_phi = (tl.dot(v, tl.trans(memory), input_precision=PRECISION) + norm[None, :]) * late[:, None]
+    if OF_V:
+        g_v = tl.dot(phi, memory, input_precision=PRECISION) * late[:, None]
+    weight = late_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, DECAY)
     for g in range(G):
-        phi_q, down, c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
-        a = (tl.dot(down, tl.trans(v), input_precision=PRECISION) + c[:, None]) * weight
-        total += tl.dot(tl.trans(a).to(phi.dtype), phi_q, input_precision=PRECISION)
-    out = GradPhi + (row * X + index)[:, None] * F + f[None, :]
-    wide = here[:, None] & (f < F)[None, :]
-    tl.store(out, total.to(GradPhi.dtype.element_ty), mask=wide)
-    if DECAY:
-        mine = tl.load(Phi + (row * X + index)[:, None] * F + f[None, :], mask=wide, other=0.0).to(tl.float32)
-        tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * total, 1), mask=here)
-
-
-@jit
-def value_grad_kernel(
-    Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Down, Row, GradV,
-    svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
-    G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Gradient of v, for DV of its channels."""
-    tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, h = row // kv_heads, row % kv_heads
-    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    at = tile * TILE + tl.arange(0, TILE)
-    block = at // BLOCK
-    index, here, phi, _v, clock = entries(
-        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
-    )
-    now, late, shrink = clocks_after(ClockEnd, clock, row, tile, block, n, tiles, TILE, TILE // BLOCK, DECAY)
-    acc, _norm = sum_at(
-        Local, LocalNorm, Start, StartNorm, row, tile, tile // tiles + 1, n, segments, shrink, f, d, F, D
-    )
-    weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
-    total = tl.dot(phi, acc.to(phi.dtype), input_precision=PRECISION) * late[:, None]
-    for g in range(G):
-        phi_q, down, _c = queries(PhiQ, Down, Row, row, g, at, W, f, d, G, F, D)
-        a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
-        total += tl.dot(tl.trans(a).to(down.dtype), down, input_precision=PRECISION)
-    out = GradV + (row * X + index)[:, None] * D + d[None, :]
-    tl.store(out, total.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
+        phi_q, grad, unit, delta = queries(
+            PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
+        )
+        share = unit[None, :] * weight
+        if OF_V:
+            a = tl.dot(phi, tl.trans(phi_q), input_precision=PRECISION) * share
+            g_v = tl.dot(a.to(grad.dtype), grad, g_v, input_precision=PRECISION)
+        if OF_PHI:
+            a = (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]) * share
+            g_phi = tl.dot(a.to(phi.dtype), phi_q, g_phi, input_precision=PRECISION)
+    if OF_PHI:
+        where, wide = (row * X + index)[:, None] * F + f[None, :], here[:, None] & (f < F)[None, :]
+        tl.store(GradPhi + where, g_phi.to(GradPhi.dtype.element_ty), mask=wide)
+        if DECAY:
+            mine = tl.load(Phi + where, mask=wide, other=0.0).to(tl.float32)
+            tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * g_phi, 1), mask=here)
+    if OF_V:
+        out = GradV + (row * X + index)[:, None] * D + d[None, :]
+        tl.store(out, g_v.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
 
 
 @jit
@@ -769,7 +792,8 @@ class MemoryFunction(torch.autograd.Function):
     """Reads the memory and merges it with the exact branch.
 
     phi_q [B, H, W, F], phi_k [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory
-    [B, Hk, F, D + 1], exact [B, H, W, D], lse [B, H, W], gate [H] (its log) ->
+    [B, Hk, F, D + 1], exact [B, H, W, D], lse [B, H, W], gate [H] (its log), the last three outputs of `ExactFunction`
+    or Nones where exact and lse are not as they came from it ->
     (y, memory's branch [B, H, W, D], its lse [B, H, W], the memory at the end). Without `branches` the second and
     third are empty.
     """
@@ -777,40 +801,51 @@ class MemoryFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
-        exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
+        exact: Tensor, lse: Tensor, gate: Tensor, total: Tensor | None, grad: Tensor | None, delta: Tensor | None,
+        order: Order, branches: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
         states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=False)
         launch = launch_of("memory", phi_q)
         DV, parts = split(D, F, launch.chunk)
+        ctx.apart = total is None
+        branches = branches or (ctx.apart and any(ctx.needs_input_grad))
         branch, branch_lse = unwritten(exact, lse, branches)
-        y = exact.new_empty(B, W, H, D)  # as the layer's last product reads it
+        y, both = exact.new_empty(B, W, H, D), torch.empty_like(lse)  # as the layer's last product reads it
         memory_kernel[(order.n, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse,
+            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse, both,
             *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
             BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
-        merged = exact, lse, gate, branch, branch_lse
-        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, *states, *merged)
+        y = y.transpose(1, 2)
+        merged = y, both, exact, lse, branch, branch_lse
+        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, gate, *states, *merged)
         ctx.order = order
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return y.transpose(1, 2), branch, branch_lse, end
+        return y, branch, branch_lse, end
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None, grad_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        phi_q, phi_k, v, clock, clock_end, memory, *saved = ctx.saved_tensors
-        order, states, merged = ctx.order, States(*saved[:4]), saved[4:]
+        phi_q, phi_k, v, clock, clock_end, memory, gate, *saved = ctx.saved_tensors
+        order, states, (y, total, *apart) = ctx.order, States(*saved[:4]), saved[4:]
+        grad = torch.zeros_like(y) if grad is None else rows_first(grad)
         grad_end = torch.zeros_like(memory) if grad_end is None else grad_end
-        exact, lse, down, row, g_gate = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *merged)
+        known = ctx.apart or grad_branch is not None or grad_lse is not None
+        of_exact: Any = (None, None)
+        merged: Any = (None, None, None)
+        if known:
+            *of_exact, asked = merge_grad(phi_q.dtype, grad, grad_branch, grad_lse, *apart)
+        else:  # the gradients of both branches are those of one softmax
+            merged = asked = Asked(total, grad, torch.empty_like(total))
         given = (order, phi_q, phi_k, v, clock, clock_end)
-        g_phi_q, turn = phi_q_grad(*given, states, down, row)
-        back, g_memory = reverse_states(*given, down, row, grad_end)
-        g_phi_k, g_v, g_clock = key_grads(*given, back, down, row)
+        g_phi_q, turn, g_gate = phi_q_grad(*given, states, y, asked, gate, known)
+        back, g_memory = reverse_states(*given, asked, gate, grad_end)
+        g_phi_k, g_v, g_clock = key_grads(*given, back, asked, gate)
         clocks = (g_clock, clock_end_grad(order, g_clock, turn, states, back)) if order.decays else (None, None)
-        return g_phi_q, g_phi_k, g_v, *clocks, g_memory, exact, lse, g_gate.sum((0, 2)), None, None
+        return g_phi_q, g_phi_k, g_v, *clocks, g_memory, *of_exact, g_gate, *merged, None, None
 
 
 def read_mapped(
@@ -844,32 +879,20 @@ def clock_end_grad(order: Order, g_clock: Tensor, turn: Tensor, states: States, 
 
 
 def merge_grad(
-    dtype: torch.dtype, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None,
-    exact: Tensor, lse: Tensor, gate: Tensor, branch: Tensor, branch_lse: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of (exact, lse), then down [B, H, W, D] of `dtype`, row [B, H, W, 2] and the gate's [B, H, parts]."""
+    dtype: torch.dtype, grad: Tensor, grad_branch: Tensor | None, grad_lse: Tensor | None,
+    exact: Tensor, lse: Tensor, branch: Tensor, branch_lse: Tensor,
+) -> tuple[Tensor, Tensor, Asked]:  # fmt: skip
+    """Gradients of (exact, lse), and what is asked of the memory on its own, in `dtype`."""
     (B, H, W, D), programs = exact.shape, -(-exact.shape[2] // MERGED)
-    g_exact, g_lse, g_gate = torch.empty_like(exact), torch.empty_like(lse), lse.new_empty(B, H, programs)
+    g_exact, g_lse = torch.empty_like(exact), torch.empty_like(lse)
     down = torch.empty(B, H, W, D, device=exact.device, dtype=dtype)
-    row = torch.empty(B, H, W, 2, device=exact.device, dtype=torch.float32)
-    grad = torch.zeros_like(exact) if grad is None else rows_first(grad)
+    asked = Asked(torch.empty_like(lse), down, torch.empty_like(lse))
     given = [lse if x is None else x.contiguous() for x in (grad_branch, grad_lse)]  # what is missing is not read
     merge_grad_kernel[(programs, B * H)](
-        grad, *given, exact, lse, branch, branch_lse, gate, g_exact, g_lse, down, row, g_gate, *grad.stride()[:3],
+        grad, *given, exact, lse, branch, branch_lse, g_exact, g_lse, *asked, *grad.stride()[:3],
         W, H, D=D, DP=power_of_two(D), TILE=MERGED, BRANCH=grad_branch is not None, BRANCH_LSE=grad_lse is not None,
     )  # fmt: skip
-    return g_exact, g_lse, down, row, g_gate
-
-
-def sizes_of(order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor) -> tuple[list, dict]:
-    """The backward kernels' common arguments."""
-    (_, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-    scalars = [*v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk]
-    sizes = {
-        "G": H // Hk, "F": F, "D": D, "TILE": TILE, "BLOCK": order.block, "DECAY": order.decays,
-        "PRECISION": precision(phi_q.dtype),
-    }  # fmt: skip
-    return scalars, sizes
+    return g_exact, g_lse, asked
 
 
 def summed(parts: Tensor) -> Tensor:
@@ -877,39 +900,64 @@ def summed(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
+def sizes_of(order: Order, phi_q: Tensor, v: Tensor, asked: Asked) -> tuple[list, dict]:
+    """The backward kernels' common arguments."""
+    (_, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
+    scalars = [
+        *asked.grad.stride()[:3],
+        *v.stride()[:3],
+        W,
+        X,
+        order.n,
+        order.tokens.shape[1],
+        order.segments,
+        order.tiles,
+        Hk,
+    ]
+    sizes = {
+        "G": H // Hk, "F": F, "D": D, "TILE": TILE, "BLOCK": order.block, "DECAY": order.decays,
+        "PRECISION": precision(phi_q.dtype),
+    }  # fmt: skip
+    return scalars, sizes
+
+
 def phi_q_grad(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    states: States, down: Tensor, row: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(gradient of phi_q, and each query's part [B, H, W] of that of its block's clock)."""
+    states: States, y: Tensor, asked: Asked, gate: Tensor, known: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradient of phi_q, each query's part [B, H, W] of that of its block's clock, the gate's [H]).
+
+    Unless it is `known`, writes the delta of what is asked, of y.
+    """
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
     launch = launch_of("phi_q_grad", phi_q)
     FB, parts = split(F, D, launch.chunk)
-    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
+    scalars, sizes = sizes_of(order, phi_q, v, asked)
     out = torch.empty_like(phi_q)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
+    g_gate = turn.new_empty(parts, B, H, order.n)
     phi_q_grad_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, down, row, out, turn,
-        *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options,
+        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, y, out, turn, g_gate, *asked, gate,
+        *scalars, **sizes, FB=FB, DP=power_of_two(D), KNOWN=known, **launch.options,
     )  # fmt: skip
-    return out, summed(turn)
+    return out, summed(turn), g_gate.sum((0, 1, 3))
 
 
 def reverse_states(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    down: Tensor, row: Tensor, end: Tensor,
+    asked: Asked, gate: Tensor, end: Tensor,
 ) -> tuple[States, Tensor]:  # fmt: skip
     """The gradient of the memory after every tile, and before the first token; `end` is that of the last memory."""
     (B, _, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
     launch = launch_of("reverse_states", phi_q)
     DV, parts = split(D, F, launch.chunk)
-    _, sizes = sizes_of(order, phi_q, phi_k, v)
+    _, sizes = sizes_of(order, phi_q, v, asked)
     local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi_q.dtype)
     norm = torch.empty(B * Hk, order.n, F, device=v.device, dtype=torch.float32)
     gain, gain_norm = norm.new_empty(B * Hk, order.segments, F, D), norm.new_empty(B * Hk, order.segments, F)
     reverse_states_kernel[(order.segments, parts, B * Hk)](
-        phi_q, clock_end, down, row, local, norm, gain, gain_norm, W, order.n, order.segments, order.tiles,
-        **sizes, FP=power_of_two(F), DV=DV, **launch.options,
+        phi_q, clock_end, local, norm, gain, gain_norm, *asked, gate, *asked.grad.stride()[:3],
+        W, order.n, order.segments, order.tiles, Hk, **sizes, FP=power_of_two(F), DV=DV, **launch.options,
     )  # fmt: skip
     start, start_norm, begin = walk(end, gain, gain_norm, clock_end, order, back=True)
     return States(local, norm, start, start_norm), begin
@@ -917,23 +965,29 @@ def reverse_states(
 
 def key_grads(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    back: States, down: Tensor, row: Tensor,
+    back: States, asked: Asked, gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of phi_k [B, Hk, X, F], v [B, Hk, X, D] and clock [B, Hk, X], zero for tokens not in the memory."""
     F, (B, Hk, X, D) = phi_q.shape[-1], v.shape
-    scalars, sizes = sizes_of(order, phi_q, phi_k, v)
+    scalars, sizes = sizes_of(order, phi_q, v, asked)
     g_phi = torch.zeros_like(phi_k)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
-    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back, down, row)
-    launch = launch_of("phi_k_grad", phi_q)
-    FB, parts = split(F, D, launch.chunk)
+    given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back)
+    FP, DP, most = power_of_two(F), power_of_two(D), launch_of("key_grads", phi_q).chunk
+    together = most >= FP * DP and FP <= DP  # else it takes more shared memory than any other kernel
+    FB, parts = (FP, 1) if together else split(F, D, launch_of("phi_k_grad", phi_q).chunk)
     g_clock = torch.zeros(parts, B, Hk, X if order.decays else 0, device=v.device, dtype=torch.float32)
-    phi_k_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_phi, g_clock, *scalars, **sizes, FB=FB, DP=power_of_two(D), **launch.options
-    )
-    launch = launch_of("value_grad", phi_q)
-    DV, parts = split(D, F, launch.chunk)
-    value_grad_kernel[(order.n, parts, B * Hk)](
-        *given, g_v, *scalars, **sizes, FP=power_of_two(F), DV=DV, **launch.options
-    )
+
+    def run(name: str, parts: int, FB: int, DB: int, of_phi: bool, of_v: bool) -> None:
+        key_grads_kernel[(order.n, parts, B * Hk)](
+            *given, g_phi, g_clock, g_v, *asked, gate, *scalars, **sizes, FB=FB, DB=DB, OF_PHI=of_phi, OF_V=of_v,
+            **launch_of(name, phi_q).options,
+        )  # fmt: skip
+
+    if together:
+        run("key_grads", 1, FP, DP, of_phi=True, of_v=True)
+    else:
+        run("phi_k_grad", parts, FB, DP, of_phi=True, of_v=False)
+        DB, parts = split(D, F, launch_of("value_grad", phi_q).chunk)
+        run("value_grad", parts, FP, DB, of_phi=False, of_v=True)
     return g_phi, g_v, summed(g_clock)
