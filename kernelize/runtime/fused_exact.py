@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_select import TILE, capped, scaled_scores, seen_by
+from .fused_select import TILE, scaled_scores, scores_on, seen_by, unit_of
 from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, precision, rows_first, tl
 from .spec import KernelSpec
 
@@ -118,15 +118,6 @@ def rows_at(pointer, index, stride, d, D: constexpr):
 
 
 @jit
-def scores_on(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """Scores [rows, keys], in units of scaling where nothing caps them."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        s = capped(s * scaling, softcap)
-    return s
-
-
-@jit
 def far_keys(KFar, Pos, row, X, index, at, base, limit, d, D: constexpr):
     """(keys turned to position 0, which rows see them from beyond the reach)."""
     there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
@@ -137,9 +128,7 @@ def far_keys(KFar, Pos, row, X, index, at, base, limit, d, D: constexpr):
 @jit
 def absorb(s, v, visible, m, l, acc, scaling, SOFTCAP: constexpr, PRECISION: constexpr):
     """One step of an online softmax over `scores_on`; scaling > 0."""
-    unit = 1.4426950408889634
-    if not SOFTCAP:
-        unit = scaling * 1.4426950408889634
+    unit = unit_of(scaling, SOFTCAP)
     s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1) * unit)
     p = tl.exp2(s * unit - new[:, None])
