@@ -393,10 +393,8 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
 FREE = {"registers": None}
 FORWARD = {
     ("fused_exact", "exact"): [
-        {"chunk": 64}, {"chunk": 64, "stages": 2}, {"chunk": 64, "stages": 1, **FREE}, {"stages": 2}, {"stages": 1},
-        {"heads": 4, **FREE}, {"heads": 4, "warps": 2, "stages": 2, **FREE}, {"heads": 2, "warps": 2, **FREE},
-        {"heads": 2, "warps": 2, "chunk": 64, "stages": 2, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
-        {"heads": 1, "chunk": 64, "stages": 2}, {"heads": 1, "chunk": 128, "stages": 1, "registers": 255},
+        {"tile": 64, "heads": 2, "warps": 4}, {"warps": 1, **FREE}, FREE, {"stages": 2},
+        {"tile": 64, "heads": 2, "warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4, "registers": 168},
     ],
     ("fused_select", "mass"): [FREE, {"registers": 160}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
                                {"warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4}],

@@ -30,6 +30,7 @@ from kernelize.recipe import DistilWeights, TransferWeights
 from kernelize.runtime import (
     chunked,
     fused,
+    fused_exact,
     fused_memory,
     fused_select,
     fused_step,
@@ -143,10 +144,17 @@ def prefill() -> None:
         same_state(state, after, contract.name_of(spec))
 
 
-@torch.no_grad()
 def short_tiles() -> None:
-    """The same by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
-    fused_select.WIDE = fused_select.LAUNCH["mass"]
+    """All by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
+    fused_select.WIDE = fused_select.LAUNCH
+    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]}
+    in_short_tiles()
+    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]._replace(heads=2)}
+    same_gradients(SPECS[0], [90, 20])
+
+
+@torch.no_grad()
+def in_short_tiles() -> None:
     small = {**SMALL, "policy": "attention"}
     for fields, sizes, heads, lengths in (
         ({"block": 16, "window": 64}, (4, 1, 8), {}, [150, 41]),

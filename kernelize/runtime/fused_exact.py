@@ -18,7 +18,7 @@ from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, pre
 from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
-    "exact": Launch(heads=2, chunk=32, warps=4, stages=1, registers=128),
+    "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32),
     "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
@@ -29,7 +29,7 @@ SMALL = LAUNCH | {  # of up to 64
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 # all others; with eight warps exact_kernel reads beyond its shared memory (Triton 3.6, sm_90, compute-sanitizer)
-WIDE = Launch(heads=1, chunk=64, warps=4, stages=1)
+WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
 
 
 @jit
@@ -143,7 +143,7 @@ def exact_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
     SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -161,7 +161,8 @@ def exact_kernel(
         far_q = tl.load(QFar + far + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
+    table, death = Table + (of_part + tile // PARTS) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
@@ -427,7 +428,7 @@ class Exact(NamedTuple):
     """What the exact branch needs beside q, k and v; no gradients."""
 
     spec: KernelSpec
-    table: Tensor  # [R, n, slots] int32
+    table: Tensor  # [parts, R, n, slots] int32; the backward reads those of whole tiles, which are the first
     death: Tensor  # [R, X] int32
     bounds: Tensor  # [B, 4] int32
     front: int
@@ -439,27 +440,34 @@ class Exact(NamedTuple):
 def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> tuple[list, dict]:
     """The kernels' common arguments: strides and scalars, and their compile-time constants."""
     spec, (_, H, W, D), (_, Hk, X, _) = given.spec, q.shape, k.shape
-    reach = -(-spec.back * spec.block // TILE) + 1
     scalars = [given.scaling, given.softcap or 0.0, W, X, given.front, -(-W // TILE), Hk, max(spec.slots, 1)]
     scalars.append(spec.reach)
     sizes = {
-        "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": launch.chunk,
-        "BLOCK": spec.block, "BACK": spec.back, "REACH": reach, "SINKS": spec.sinks, "SP": power_of_two(spec.sinks),
-        "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // launch.chunk),
-        "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None, "PRECISION": precision(q.dtype),
-        **launch.options,
+        "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": launch.tile, "CHUNK": launch.chunk,
+        "BLOCK": spec.block, "BACK": spec.back, "REACH": launch.reach(spec.back * spec.block),
+        "SINKS": spec.sinks, "SP": power_of_two(spec.sinks), "SLOTS": spec.slots > 0,
+        "chunks": -(-spec.slots // launch.chunk), "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None,
+        "PRECISION": precision(q.dtype), **launch.options,
     }  # fmt: skip
     return [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scalars], sizes
 
 
 def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
     """How the kernel is launched for such queries and `group` heads a key head."""
-    if q.shape[-1] > 128 or q.dtype == torch.float32:
-        return WIDE
-    launch = (SMALL if q.shape[-1] <= 64 else LAUNCH)[name]
-    heads = min(power_of_two(group, 1), launch.heads)
-    launch = launch._replace(heads=heads, warps=launch.warps * heads)
-    return launch if given.pos is None else launch._replace(stages=1, registers=None)
+    return launch_for(name, q, group, given.spec, given.pos is not None)
+
+
+def launch_for(name: str, q: Tensor, group: int, spec: KernelSpec, far: bool) -> Launch:
+    """The same before there is more than a spec; `far`: whether keys may be further back than its reach."""
+    wide = q.shape[-1] > 128 or q.dtype == torch.float32
+    table = WIDE if wide else SMALL if q.shape[-1] <= 64 else LAUNCH
+    launch = table[name].of_group(group, spec.block, spec.back * spec.block)
+    return launch._replace(stages=1, registers=None) if far else launch
+
+
+def parts_of_tile(q: Tensor, k: Tensor, spec: KernelSpec, far: bool) -> int:
+    """Slot tables a tile that the forward reads."""
+    return TILE // launch_for("exact", q, q.shape[1] // k.shape[1], spec, far).tile
 
 
 class ExactFunction(torch.autograd.Function):
@@ -479,8 +487,8 @@ class ExactFunction(torch.autograd.Function):
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
         launch = launch_of("exact", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        exact_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, **sizes
+        exact_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
+            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, PARTS=TILE // launch.tile, **sizes
         )
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given

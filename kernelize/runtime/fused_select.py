@@ -31,7 +31,7 @@ LAUNCH = {
     "mass": Launch(heads=4, chunk=64, warps=1, stages=2, registers=128, tile=32)
 }  # warps for one head, of 16-bit keys
 SMALL = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128)}  # of up to 64 channels
-WIDE = Launch(heads=1, chunk=64, warps=4, stages=2)
+WIDE = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2)}
 
 
 # --- attention received -------------------------------------------------------------------------------------
@@ -363,9 +363,9 @@ def death_kernel(
 def place_kernel(
     Applicants, Lists, Here, Rejected, Table,
     length, lists, n, room, first, width,
-    L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
+    L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr, PARTS: constexpr,
 ):  # fmt: skip
-    """Of one tile: who holds a place at its first block, and whom each of its blocks rejects."""
+    """Of one tile: who holds a place at the first block of each of its parts, and whom each of its blocks rejects."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     segment, begin = tile * TILE // L, tile * (TILE // BLOCK)
     i, x = tl.arange(0, CP), segment * L + tl.arange(0, L)
@@ -373,13 +373,15 @@ def place_kernel(
     mine = tl.load(Applicants + row * length + x, mask=x < length, other=-1)
     here = Here + (row * (lists - 1) + segment) * (CP + L)
     death_h, death_x = tl.load(here + i), tl.load(here + CP + tl.arange(0, L))
-    holds_h, holds_x = (death_h > begin).to(tl.int32), ((death_x > begin) & (x // BLOCK <= begin)).to(tl.int32)
-    table = Table + (row * n + tile) * width + first
-    total = tl.sum(holds_h, 0)
-    tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
-    tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
-    total += tl.sum(holds_x, 0)
-    tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
+    for part in range(PARTS):
+        block = begin + part * (TILE // PARTS // BLOCK)
+        holds_h, holds_x = (death_h > block).to(tl.int32), ((death_x > block) & (x // BLOCK <= block)).to(tl.int32)
+        table = Table + ((part * tl.num_programs(1) + row) * n + tile) * width + first
+        total = tl.sum(holds_h, 0)
+        tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
+        tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
+        total += tl.sum(holds_x, 0)
+        tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
     for j in range(TILE // BLOCK):
         dies_h, dies_x = (death_h == begin + j).to(tl.int32), (death_x == begin + j).to(tl.int32)
         out = Rejected + row * length + (begin + j) * BLOCK
@@ -395,7 +397,7 @@ class Lives(NamedTuple):
     """What the competition for the slots gave; indices point into the store, −1 is no token."""
 
     death: Tensor  # [R, X] int32: the block from which no share holds a token any more, `blocks` if none
-    table: Tensor  # [R, n, slots] int32: who holds a slot at the first block of a tile
+    table: Tensor  # [parts, R, n, slots] int32: who holds a slot at the first block of each part of a tile
     order: Tensor  # [R, n·tile] int32: the tokens in the order of their deaths, those of block b from b·block on
     holders: Tensor  # [R, slots] int32: who holds a slot at the end
 
@@ -473,7 +475,7 @@ def compete(
     R, length = applicants.shape
     keys, best = segment_best(applicants, score, first, room, lives.death, length // spec.block)
     lists = prefixes(best, room.own)
-    (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
+    (_, count, CP), (parts, _, n, width) = lists.shape, lives.table.shape
     rejected = torch.empty_like(applicants)
     here = applicants.new_empty(R, count - 1, CP + SEGMENT)
     death_kernel[((count - 1) * ((CP + SEGMENT) // JUDGED), R)](
@@ -484,13 +486,13 @@ def compete(
     place_kernel[(n, R)](
         applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
-        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
+        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE, PARTS=parts,
     )  # fmt: skip
     return rejected
 
 
-def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: Tensor) -> Lives:
-    """Who holds a slot when.
+def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: Tensor, parts: int = 1) -> Lives:
+    """Who holds a slot when, with slot tables for so many parts of a tile.
 
     applicants [R, n·tile] int32 are the tokens by the block at which they leave the window, scores a share [R, X], old
     [R, slots] int32 the holders at the start (no columns: none). A spec by KV head is the `spread` one.
@@ -499,7 +501,7 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     X, blocks = scores[0].shape[1] if scores else 1, length // spec.block
     lives = Lives(
         applicants.new_empty(R, X),
-        applicants.new_empty(R, length // TILE, spec.slots),
+        applicants.new_empty(parts, R, length // TILE, spec.slots),
         applicants,
         applicants.new_empty(R, spec.slots),
     )
@@ -524,12 +526,13 @@ def received(
     """
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
     G, window = H // Hk, spec.back * spec.block
-    launch = WIDE if q.dtype == torch.float32 else (SMALL if D <= 64 else LAUNCH)["mass"]
-    launch = launch.of_group(G, spec.block, window)
+    table = WIDE if q.dtype == torch.float32 else SMALL if D <= 64 else LAUNCH
+    launch = table["mass"].of_group(G, spec.block, window)
     tile, HP, reach = launch.tile, launch.heads, launch.reach(window)
     n, parts, earlier = -(-W // tile), -(-G // HP), (reach - 1) * tile
     keys = min(earlier & -earlier, launch.chunk) or launch.chunk  # a power of two that divides them
-    if keys < earlier or D > 128:  # fewer registers spill
+    scores = HP * tile * (tile + keys) // (32 * launch.warps)  # of a thread
+    if scores > 96 or keys < earlier or D > 128:  # fewer registers spill
         launch = launch._replace(registers=None)
     out = torch.empty(B, Hk, parts, n, reach, tile, device=q.device, dtype=torch.float32)
     mass_kernel[(n, B * Hk * parts)](

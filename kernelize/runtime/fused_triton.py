@@ -71,26 +71,23 @@ class Launch(NamedTuple):
     registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
     tile: int = LONG  # tokens, of each of its heads
 
-    def of_group(self, group: int, block: int, window: int, others: int = 0) -> Launch:
-        """For `group` heads a key head, blocks, and queries that look back so far, and at so many other keys.
+    def of_group(self, group: int, block: int, window: int) -> Launch:
+        """For `group` heads a key head, for blocks, and for queries that look back so far.
 
         `warps` are then all of them. Short tiles look at fewer keys; long ones, of as many heads less, are for small
         groups, whose rows would not fill a program, and for those that padding makes cost more.
         """
         times = LONG // self.tile
-        long = self
-        if times > 1:  # what its threads hold is something else
-            heads, warps = max(self.heads // times, 1), self.warps * times
-            long = self._replace(heads=heads, warps=warps, tile=LONG, registers=None)
+        long = self._replace(heads=max(self.heads // times, 1), warps=self.warps * times, tile=LONG)
         few = power_of_two(group, 1)
         short = block <= self.tile and few >= self.heads
-        best = self if short and self.work(group, window, others) < long.work(group, window, others) else long
+        best = self if short and self.work(group, window) < long.work(group, window) else long
         heads = min(few, best.heads)
         return best._replace(heads=heads, warps=best.warps * heads)
 
-    def work(self, group: int, window: int, others: int) -> int:
-        """Scores for each token of a group."""
-        return -(-group // self.heads) * self.heads * (self.reach(window) * self.tile + others)
+    def work(self, group: int, window: int) -> int:
+        """Scores through the window for each token of a group."""
+        return -(-group // self.heads) * self.heads * self.reach(window) * self.tile
 
     def reach(self, window: int) -> int:
         """Tiles of keys that a tile sees: its own, and those that begin no more than a window before it."""
