@@ -393,8 +393,9 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
 FREE = {"registers": None}
 FORWARD = {
     ("fused_exact", "exact"): [
-        {"tile": 64, "heads": 2, "warps": 4}, {"warps": 1, **FREE}, FREE, {"stages": 2},
-        {"tile": 64, "heads": 2, "warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4, "registers": 168},
+        {"near": 0}, {"near": 64}, {"near": 64, "registers": 168}, {"tile": 64, "heads": 2, "warps": 4, "near": 0},
+        {"tile": 64, "heads": 2, "warps": 4, "near": 64}, {"warps": 1, **FREE}, {"near": 0, "stages": 2},
+        {"near": 0, "chunk": 32},
     ],
     ("fused_select", "mass"): [FREE, {"registers": 160}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
                                {"warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4}],

@@ -18,7 +18,7 @@ from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, pre
 from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
-    "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32),
+    "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
     "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
@@ -67,6 +67,37 @@ def window_chunk(
     k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
     until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
     return k, v, seen_by(at, c, until)
+
+
+@jit
+def earlier_chunk(
+    first, key, value, tile, death, lo, hi, front, skt, svt, d,
+    D: constexpr, SLOTS: constexpr, REACH: constexpr, KEYS: constexpr, TILE: constexpr, BLOCK: constexpr,
+    BACK: constexpr,
+):  # fmt: skip
+    """(keys, values, coordinate from which they are not seen) of the window at `first`, before the tile."""
+    i, start = tl.arange(0, KEYS), (front + first).to(tl.int64)
+    c = first + i
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    return k, v, near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+
+
+@jit
+def own_chunk(
+    first, key, value, at, tile, death, lo, hi, front, skt, svt, d,
+    D: constexpr, SLOTS: constexpr, REACH: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """(keys, values, which rows see them) of the tile itself, which is at `first`."""
+    i, start = tl.arange(0, TILE), (front + first).to(tl.int64)
+    c = first + i
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    if (BACK + 1) * BLOCK >= TILE:  # none leaves the window within the tile
+        return k, v, at[:, None] >= tl.where(here, c, 1 << 30)[None, :]
+    else:
+        until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        return k, v, seen_by(at, c, until)
 
 
 @jit
@@ -143,9 +174,10 @@ def exact_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, PARTS: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, TOGETHER: constexpr,
+    SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
+    EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
@@ -167,24 +199,45 @@ def exact_kernel(
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
-    m = tl.full([HP * TILE], -1e30, tl.float32)
-    l = tl.zeros([HP * TILE], tl.float32)
-    acc = tl.zeros([HP * TILE, DP], tl.float32)
+    # own keys, sinks and, where they are one chunk, the window's earlier keys: asked for together, one softmax
+    unit, first = unit_of(scaling, SOFTCAP), tile * TILE
+    k, own_v, own = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
+                              BLOCK, BACK)  # fmt: skip
+    own_s = tl.where(own, scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION), float("-inf"))
+    m = tl.maximum(tl.max(own_s, 1) * unit, -1e30)
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
-        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        k, sink_v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
         s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
             if beyond:
                 far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
                 s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
-    for step in tl.range(REACH * TILE // CHUNK):
-        near_k, near_v, near = window_chunk(
-            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        near_s = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
+        sink_s = tl.where(visible, s, float("-inf"))
+        m = tl.maximum(m, tl.max(sink_s, 1) * unit)
+    if TOGETHER:
+        k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D, SLOTS,
+                                         REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        near_s = tl.where(at[:, None] < past[None, :], near_s, float("-inf"))
+        m = tl.maximum(m, tl.max(near_s, 1) * unit)
+    p = tl.exp2(own_s * unit - m[:, None])
+    l = tl.sum(p, 1)
+    acc = tl.dot(p.to(own_v.dtype), own_v, input_precision=PRECISION)
+    if SINKS:
+        p = tl.exp2(sink_s * unit - m[:, None])
+        l += tl.sum(p, 1)
+        acc = tl.dot(p.to(sink_v.dtype), sink_v, acc, input_precision=PRECISION)
+    if TOGETHER:
+        p = tl.exp2(near_s * unit - m[:, None])
+        l += tl.sum(p, 1)
+        acc = tl.dot(p.to(near_v.dtype), near_v, acc, input_precision=PRECISION)
+    else:
+        for step in tl.range(EARLIER // NEAR):
+            near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
+                                                  skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+            near_s, near = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
+            m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
             following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
@@ -462,7 +515,15 @@ def launch_for(name: str, q: Tensor, group: int, spec: KernelSpec, far: bool) ->
     wide = q.shape[-1] > 128 or q.dtype == torch.float32
     table = WIDE if wide else SMALL if q.shape[-1] <= 64 else LAUNCH
     launch = table[name].of_group(group, spec.block, spec.back * spec.block)
-    return launch._replace(stages=1, registers=None) if far else launch
+    return launch._replace(stages=1, registers=None, near=0) if far else launch
+
+
+def near_sizes(spec: KernelSpec, launch: Launch) -> dict[str, Any]:
+    """How the window before a tile is read: by so many keys, a power of two that divides them, or at once."""
+    earlier = (launch.reach(spec.back * spec.block) - 1) * launch.tile
+    most = earlier & -earlier
+    together = 0 < earlier == most <= launch.near
+    return {"NEAR": most if together else min(most, launch.chunk) or launch.chunk, "TOGETHER": together}
 
 
 def parts_of_tile(q: Tensor, k: Tensor, spec: KernelSpec, far: bool) -> int:
@@ -488,8 +549,9 @@ class ExactFunction(torch.autograd.Function):
         launch = launch_of("exact", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         exact_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
-            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, PARTS=TILE // launch.tile, **sizes
-        )
+            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars,
+            PARTS=TILE // launch.tile, **near_sizes(given.spec, launch), **sizes,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at

@@ -70,6 +70,7 @@ class Launch(NamedTuple):
     stages: int  # chunks that are on their way at once
     registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
     tile: int = LONG  # tokens, of each of its heads
+    near: int = 0  # keys of the window before the tile, at most, that the exact branch reads together with the tile's
 
     def of_group(self, group: int, block: int, window: int) -> Launch:
         """For `group` heads a key head, for blocks, and for queries that look back so far.
