@@ -397,7 +397,7 @@ FORWARD = {
         {"tile": 64, "heads": 2, "warps": 4, "near": 64}, {"warps": 1, **FREE}, {"near": 0, "stages": 2},
         {"near": 0, "chunk": 32},
     ],
-    ("fused_select", "mass"): [FREE, {"registers": 160}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
+    ("fused_select", "mass"): [FREE, {"registers": 128}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
                                {"warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4}],
     ("fused_memory", "states"): [FREE, {"chunk": 4096}, {"chunk": 16384, "warps": 8, "registers": 128},
                                  {"stages": 2}, {"stages": 4}],

@@ -201,14 +201,20 @@ def exact_kernel(
         until = held_until(held, death, BLOCK)
     # own keys, sinks and, where they are one chunk, the window's earlier keys: asked for together, one softmax
     unit, first = unit_of(scaling, SOFTCAP), tile * TILE
-    k, own_v, own = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
-                              BLOCK, BACK)  # fmt: skip
-    own_s = tl.where(own, scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION), float("-inf"))
-    m = tl.maximum(tl.max(own_s, 1) * unit, -1e30)
+    own_k, own_v, own = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
+                                  BLOCK, BACK)  # fmt: skip
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
-        k, sink_v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
-        s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        sink_k, sink_v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    if TOGETHER:
+        k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D, SLOTS,
+                                        REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        near_s = tl.where(at[:, None] < past[None, :], near_s, float("-inf"))
+    own_s = tl.where(own, scores_on(q, own_k, scaling, softcap, SOFTCAP, PRECISION), float("-inf"))
+    m = tl.maximum(tl.max(own_s, 1) * unit, -1e30)
+    if SINKS:
+        s = scores_on(q, sink_k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
             if beyond:
                 far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
@@ -216,10 +222,6 @@ def exact_kernel(
         sink_s = tl.where(visible, s, float("-inf"))
         m = tl.maximum(m, tl.max(sink_s, 1) * unit)
     if TOGETHER:
-        k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D, SLOTS,
-                                         REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
-        near_s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        near_s = tl.where(at[:, None] < past[None, :], near_s, float("-inf"))
         m = tl.maximum(m, tl.max(near_s, 1) * unit)
     p = tl.exp2(own_s * unit - m[:, None])
     l = tl.sum(p, 1)

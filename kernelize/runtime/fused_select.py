@@ -28,7 +28,7 @@ FOLDED = 512  # keys of one program that adds up their mass
 JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
 LAUNCH = {
-    "mass": Launch(heads=4, chunk=64, warps=1, stages=2, registers=128, tile=32)
+    "mass": Launch(heads=4, chunk=64, warps=1, stages=2, registers=168, tile=32)
 }  # warps for one head, of 16-bit keys
 SMALL = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128)}  # of up to 64 channels
 WIDE = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2)}
@@ -91,11 +91,10 @@ def keys_from(first, key, lo, hi, front, skt, d, D: constexpr, KEYS: constexpr):
 
 @jit
 def earlier_scores(
-    q, key, lo, hi, first, at, front, skt, d, scaling, softcap,
-    D: constexpr, BLOCK: constexpr, BACK: constexpr, KEYS: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+    q, k, here, first, at, scaling, softcap,
+    BLOCK: constexpr, BACK: constexpr, KEYS: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Scores on keys before the tile, which is after all of them: −inf where the window is past them."""
-    _, here, k = keys_from(first, key, lo, hi, front, skt, d, D, KEYS)
     until = tl.where(here, first + (tl.arange(0, KEYS) // BLOCK + 1 + BACK) * BLOCK, 0)
     s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
     return tl.where(at[:, None] < until[None, :], s, float("-inf"))
@@ -103,11 +102,10 @@ def earlier_scores(
 
 @jit
 def own_scores(
-    q, key, lo, hi, first, at, front, skt, d, scaling, softcap,
-    D: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+    q, k, c, here, first, at, scaling, softcap,
+    TILE: constexpr, BLOCK: constexpr, BACK: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """(coordinate of the next block, scores that are −inf where not seen) of the tile's own keys."""
-    c, here, k = keys_from(first, key, lo, hi, front, skt, d, D, TILE)
     after = first + (tl.arange(0, TILE) // BLOCK + 1) * BLOCK
     s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
     if (BACK + 1) * BLOCK >= TILE:  # no window ends within the tile
@@ -143,6 +141,10 @@ def mass_kernel(
     q = tl.load(Q + where_q + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     counts = live & (at >= fresh) & (at < hi)
+    start = (tile + 1 - REACH) * TILE
+    c, here, own_k = keys_from(tile * TILE, key, lo, hi, front, skt, d, D, TILE)
+    if EARLIER == KEYS:  # all that is read is asked for at once
+        _, near, near_k = keys_from(start, key, lo, hi, front, skt, d, D, KEYS)
 
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
@@ -162,14 +164,12 @@ def mass_kernel(
         m = tl.maximum(m, tl.max(first, 1))
         l = tl.sum(tl.exp2(first - m[:, None]), 1)
     unit = unit_of(scaling, SOFTCAP)
-    after, own = own_scores(q, key, lo, hi, tile * TILE, at, front, skt, d, scaling, softcap,
-                            D, TILE, BLOCK, BACK, SOFTCAP, PRECISION)  # fmt: skip
+    after, own = own_scores(q, own_k, c, here, tile * TILE, at, scaling, softcap, TILE, BLOCK, BACK, SOFTCAP, PRECISION)
     later = at[:, None] >= after[None, :]
-    start, pieces = (tile + 1 - REACH) * TILE, Out + (row.to(tl.int64) * n + tile) * REACH * TILE
+    pieces = Out + (row.to(tl.int64) * n + tile) * REACH * TILE
     new = tl.maximum(m, tl.max(own, 1) * unit)
     if EARLIER == KEYS:  # nothing is scored twice
-        s = earlier_scores(q, key, lo, hi, start, at, front, skt, d, scaling, softcap,
-                           D, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+        s = earlier_scores(q, near_k, near, start, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
         new = tl.maximum(new, tl.max(s, 1) * unit)
         p, own = tl.exp2(s * unit - new[:, None]), tl.exp2(own * unit - new[:, None])
         l = l * tl.exp2(m - new) + tl.sum(p, 1) + tl.sum(own, 1)
@@ -180,16 +180,18 @@ def mass_kernel(
         l = l * tl.exp2(m - new) + tl.sum(tl.exp2(own * unit - new[:, None]), 1)
         m = new
         for step in range(EARLIER // KEYS):
-            s = earlier_scores(q, key, lo, hi, start + step * KEYS, at, front, skt, d, scaling, softcap,
-                               D, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+            x = start + step * KEYS
+            _, near, k = keys_from(x, key, lo, hi, front, skt, d, D, KEYS)
+            s = earlier_scores(q, k, near, x, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
             new = tl.maximum(m, tl.max(s, 1) * unit)
             l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s * unit - new[:, None]), 1)
             m = new
         lse = tl.where(counts, m + tl.log2(tl.maximum(l, 1e-30)), float("inf"))[:, None]
         tl.store(pieces + EARLIER + tl.arange(0, TILE), tl.sum(tl.where(later, tl.exp2(own * unit - lse), 0.0), 0))
         for step in range(EARLIER // KEYS):
-            s = earlier_scores(q, key, lo, hi, start + step * KEYS, at, front, skt, d, scaling, softcap,
-                               D, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)  # fmt: skip
+            x = start + step * KEYS
+            _, near, k = keys_from(x, key, lo, hi, front, skt, d, D, KEYS)
+            s = earlier_scores(q, k, near, x, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
             tl.store(pieces + step * KEYS + tl.arange(0, KEYS), tl.sum(tl.exp2(s * unit - lse), 0))
 
 
