@@ -79,7 +79,9 @@ class Launch(NamedTuple):
         groups, whose rows would not fill a program, and for those that padding makes cost more.
         """
         times = LONG // self.tile
-        long = self._replace(heads=max(self.heads // times, 1), warps=self.warps * times, tile=LONG)
+        long = self
+        if times > 1:  # whose own keys leave no room for earlier ones
+            long = self._replace(heads=max(self.heads // times, 1), warps=self.warps * times, tile=LONG, near=0)
         few = power_of_two(group, 1)
         short = block <= self.tile and few >= self.heads
         best = self if short and self.work(group, window) < long.work(group, window) else long
