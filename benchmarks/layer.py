@@ -393,13 +393,12 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
 FREE = {"registers": None}
 FORWARD = {
     ("fused_exact", "exact"): [
-        {"chunk": 64}, {"chunk": 64, "stages": 2}, {"chunk": 64, "stages": 1, **FREE}, {"stages": 2}, {"stages": 1},
-        {"heads": 4, **FREE}, {"heads": 4, "warps": 2, "stages": 2, **FREE}, {"heads": 2, "warps": 2, **FREE},
-        {"heads": 2, "warps": 2, "chunk": 64, "stages": 2, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
-        {"heads": 1, "chunk": 64, "stages": 2}, {"heads": 1, "chunk": 128, "stages": 1, "registers": 255},
+        {"near": 0}, {"near": 64}, {"near": 64, "registers": 168}, {"tile": 64, "heads": 2, "warps": 4, "near": 0},
+        {"tile": 64, "heads": 2, "warps": 4, "near": 64}, {"warps": 1, **FREE}, {"near": 0, "stages": 2},
+        {"near": 0, "chunk": 32},
     ],
-    ("fused_select", "mass"): [FREE, {"registers": 96}, {"chunk": 64}, {"heads": 1}, {"heads": 4, **FREE},
-                               {"heads": 2, "warps": 2, **FREE}],
+    ("fused_select", "mass"): [FREE, {"registers": 128}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
+                               {"warps": 2, **FREE}, {"tile": 64, "heads": 1, "warps": 4}],
     ("fused_memory", "states"): [FREE, {"chunk": 4096}, {"chunk": 16384, "warps": 8, "registers": 128},
                                  {"stages": 2}, {"stages": 4}],
 }  # fmt: skip

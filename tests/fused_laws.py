@@ -30,6 +30,7 @@ from kernelize.recipe import DistilWeights, TransferWeights
 from kernelize.runtime import (
     chunked,
     fused,
+    fused_exact,
     fused_memory,
     fused_select,
     fused_step,
@@ -141,6 +142,34 @@ def prefill() -> None:
             assert_same(out.y, expected.y, f"{contract.name_of(spec)} {sizes}")
             got.append(out.y)
         same_state(state, after, contract.name_of(spec))
+
+
+def short_tiles() -> None:
+    """All by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
+    fused_select.WIDE = fused_select.LAUNCH
+    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]}
+    in_short_tiles()
+    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]._replace(heads=2)}
+    same_gradients(SPECS[0], [90, 20])
+
+
+@torch.no_grad()
+def in_short_tiles() -> None:
+    small = {**SMALL, "policy": "attention"}
+    for fields, sizes, heads, lengths in (
+        ({"block": 16, "window": 64}, (4, 1, 8), {}, [150, 41]),
+        ({"block": 16, "window": 80}, (8, 2, 8), {"softcap": 3.0}, [131]),
+        ({"block": 1, "window": 30}, (3, 1, 8), {}, [70, 3]),
+        ({"block": 32, "window": 1, "sinks": 0, "slots": 40}, (4, 1, 8), {}, [170]),
+    ):
+        spec, state, after = KernelSpec(**{**small, **fields}), None, None
+        kernel = contract.layer(spec, FULL, sizes).kernel(0.5, **heads)
+        tokens = (x.split(lengths, 2) for x in contract.tokens(1, sum(lengths), FULL, sizes=sizes))
+        for piece in zip(*tokens, strict=True):
+            out, state = fused.attend(*piece, kernel, state)
+            expected, after = chunked.attend(*piece, kernel, after)
+            same_output(out, expected, f"{fields} {sizes}")
+        same_state(state, after, f"{fields} {sizes}")
 
 
 def far() -> None:
@@ -578,7 +607,7 @@ def capturable() -> None:
 LAWS = (
     forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
-    heads, divergence, capturable,
+    heads, divergence, capturable, short_tiles,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .chunked import Grid, align
-from .fused_exact import Exact, ExactFunction
+from .fused_exact import Exact, ExactFunction, parts_of_tile
 from .fused_map import factor_of, fits, mapped, plain
 from .fused_memory import ClockFunction, MemoryFunction, order_of, read_mapped, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
@@ -434,7 +434,8 @@ def select(
         pos = store.pos if kernel.watch is None else leaving_pos(store, applicants)
     new = scores_from(kernel, found, store.k, store.v, pos)
     scores = [with_holders(x, share, store, spec).flatten(0, 1).contiguous() for share, x in enumerate(new)]
-    return lifetimes(spec, applicants, scores, old_slots(store, spec)), Scores(scores, found.get("attention"))
+    parts = parts_of_tile(store.q, store.k, spec, far.pos is not None)
+    return lifetimes(spec, applicants, scores, old_slots(store, spec), parts), Scores(scores, found.get("attention"))
 
 
 def leaving_pos(store: Store, applicants: Tensor) -> Tensor:

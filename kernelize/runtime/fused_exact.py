@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_select import TILE, capped, scaled_scores, seen_by
+from .fused_select import TILE, scaled_scores, scores_on, seen_by, unit_of
 from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, precision, rows_first, tl
 from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
-    "exact": Launch(heads=2, chunk=32, warps=4, stages=1, registers=128),
+    "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
     "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
@@ -29,7 +29,7 @@ SMALL = LAUNCH | {  # of up to 64
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 # all others; with eight warps exact_kernel reads beyond its shared memory (Triton 3.6, sm_90, compute-sanitizer)
-WIDE = Launch(heads=1, chunk=64, warps=4, stages=1)
+WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
 
 
 @jit
@@ -67,6 +67,37 @@ def window_chunk(
     k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
     until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
     return k, v, seen_by(at, c, until)
+
+
+@jit
+def earlier_chunk(
+    first, key, value, tile, death, lo, hi, front, skt, svt, d,
+    D: constexpr, SLOTS: constexpr, REACH: constexpr, KEYS: constexpr, TILE: constexpr, BLOCK: constexpr,
+    BACK: constexpr,
+):  # fmt: skip
+    """(keys, values, coordinate from which they are not seen) of the window at `first`, before the tile."""
+    i, start = tl.arange(0, KEYS), (front + first).to(tl.int64)
+    c = first + i
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    return k, v, near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+
+
+@jit
+def own_chunk(
+    first, key, value, at, tile, death, lo, hi, front, skt, svt, d,
+    D: constexpr, SLOTS: constexpr, REACH: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
+):  # fmt: skip
+    """(keys, values, which rows see them) of the tile itself, which is at `first`."""
+    i, start = tl.arange(0, TILE), (front + first).to(tl.int64)
+    c = first + i
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    if (BACK + 1) * BLOCK >= TILE:  # none leaves the window within the tile
+        return k, v, at[:, None] >= tl.where(here, c, 1 << 30)[None, :]
+    else:
+        until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        return k, v, seen_by(at, c, until)
 
 
 @jit
@@ -118,15 +149,6 @@ def rows_at(pointer, index, stride, d, D: constexpr):
 
 
 @jit
-def scores_on(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """Scores [rows, keys], in units of scaling where nothing caps them."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        s = capped(s * scaling, softcap)
-    return s
-
-
-@jit
 def far_keys(KFar, Pos, row, X, index, at, base, limit, d, D: constexpr):
     """(keys turned to position 0, which rows see them from beyond the reach)."""
     there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
@@ -137,9 +159,7 @@ def far_keys(KFar, Pos, row, X, index, at, base, limit, d, D: constexpr):
 @jit
 def absorb(s, v, visible, m, l, acc, scaling, SOFTCAP: constexpr, PRECISION: constexpr):
     """One step of an online softmax over `scores_on`; scaling > 0."""
-    unit = 1.4426950408889634
-    if not SOFTCAP:
-        unit = scaling * 1.4426950408889634
+    unit = unit_of(scaling, SOFTCAP)
     s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1) * unit)
     p = tl.exp2(s * unit - new[:, None])
@@ -154,9 +174,10 @@ def exact_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, TOGETHER: constexpr,
+    SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
+    EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
@@ -172,29 +193,53 @@ def exact_kernel(
         far_q = tl.load(QFar + far + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
+    table, death = Table + (of_part + tile // PARTS) * width, Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
-    m = tl.full([HP * TILE], -1e30, tl.float32)
-    l = tl.zeros([HP * TILE], tl.float32)
-    acc = tl.zeros([HP * TILE, DP], tl.float32)
+    # own keys, sinks and, where they are one chunk, the window's earlier keys: asked for together, one softmax
+    unit, first = unit_of(scaling, SOFTCAP), tile * TILE
+    own_k, own_v, own = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
+                                  BLOCK, BACK)  # fmt: skip
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
-        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
-        s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        sink_k, sink_v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    if TOGETHER:
+        k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D, SLOTS,
+                                        REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        near_s = tl.where(at[:, None] < past[None, :], near_s, float("-inf"))
+    own_s = tl.where(own, scores_on(q, own_k, scaling, softcap, SOFTCAP, PRECISION), float("-inf"))
+    m = tl.maximum(tl.max(own_s, 1) * unit, -1e30)
+    if SINKS:
+        s = scores_on(q, sink_k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:  # noqa: SIM102  this is known when the kernel is compiled, the next when it runs
             if beyond:
                 far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
                 s = tl.where(away, scores_on(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        m, l, acc = absorb(s, v, visible, m, l, acc, scaling, SOFTCAP, PRECISION)
-    for step in tl.range(REACH * TILE // CHUNK):
-        near_k, near_v, near = window_chunk(
-            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        near_s = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
+        sink_s = tl.where(visible, s, float("-inf"))
+        m = tl.maximum(m, tl.max(sink_s, 1) * unit)
+    if TOGETHER:
+        m = tl.maximum(m, tl.max(near_s, 1) * unit)
+    p = tl.exp2(own_s * unit - m[:, None])
+    l = tl.sum(p, 1)
+    acc = tl.dot(p.to(own_v.dtype), own_v, input_precision=PRECISION)
+    if SINKS:
+        p = tl.exp2(sink_s * unit - m[:, None])
+        l += tl.sum(p, 1)
+        acc = tl.dot(p.to(sink_v.dtype), sink_v, acc, input_precision=PRECISION)
+    if TOGETHER:
+        p = tl.exp2(near_s * unit - m[:, None])
+        l += tl.sum(p, 1)
+        acc = tl.dot(p.to(near_v.dtype), near_v, acc, input_precision=PRECISION)
+    else:
+        for step in tl.range(EARLIER // NEAR):
+            near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
+                                                  skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+            near_s, near = scores_on(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
+            m, l, acc = absorb(near_s, near_v, near, m, l, acc, scaling, SOFTCAP, PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
             following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
@@ -495,7 +540,7 @@ class Exact(NamedTuple):
     """What the exact branch needs beside q, k and v; no gradients."""
 
     spec: KernelSpec
-    table: Tensor  # [R, n, slots] int32
+    table: Tensor  # [parts, R, n, slots] int32; the backward reads those of whole tiles, which are the first
     death: Tensor  # [R, X] int32
     bounds: Tensor  # [B, 4] int32
     front: int
@@ -507,27 +552,42 @@ class Exact(NamedTuple):
 def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> tuple[list, dict]:
     """The kernels' common arguments: strides and scalars, and their compile-time constants."""
     spec, (_, H, W, D), (_, Hk, X, _) = given.spec, q.shape, k.shape
-    reach = -(-spec.back * spec.block // TILE) + 1
     scalars = [given.scaling, given.softcap or 0.0, W, X, given.front, -(-W // TILE), Hk, max(spec.slots, 1)]
     scalars.append(spec.reach)
     sizes = {
-        "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": TILE, "CHUNK": launch.chunk,
-        "BLOCK": spec.block, "BACK": spec.back, "REACH": reach, "SINKS": spec.sinks, "SP": power_of_two(spec.sinks),
-        "SLOTS": spec.slots > 0, "chunks": -(-spec.slots // launch.chunk),
-        "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None, "PRECISION": precision(q.dtype),
-        **launch.options,
+        "G": H // Hk, "HP": launch.heads, "D": D, "DP": power_of_two(D), "TILE": launch.tile, "CHUNK": launch.chunk,
+        "BLOCK": spec.block, "BACK": spec.back, "REACH": launch.reach(spec.back * spec.block),
+        "SINKS": spec.sinks, "SP": power_of_two(spec.sinks), "SLOTS": spec.slots > 0,
+        "chunks": -(-spec.slots // launch.chunk), "SOFTCAP": given.softcap is not None, "FAR": given.pos is not None,
+        "PRECISION": precision(q.dtype), **launch.options,
     }  # fmt: skip
     return [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *scalars], sizes
 
 
 def launch_of(name: str, q: Tensor, group: int, given: Exact) -> Launch:
     """How the kernel is launched for such queries and `group` heads a key head."""
-    if q.shape[-1] > 128 or q.dtype == torch.float32:
-        return WIDE
-    launch = (SMALL if q.shape[-1] <= 64 else LAUNCH)[name]
-    heads = min(power_of_two(group, 1), launch.heads)
-    launch = launch._replace(heads=heads, warps=launch.warps * heads)
-    return launch if given.pos is None else launch._replace(stages=1, registers=None)
+    return launch_for(name, q, group, given.spec, given.pos is not None)
+
+
+def launch_for(name: str, q: Tensor, group: int, spec: KernelSpec, far: bool) -> Launch:
+    """The same before there is more than a spec; `far`: whether keys may be further back than its reach."""
+    wide = q.shape[-1] > 128 or q.dtype == torch.float32
+    table = WIDE if wide else SMALL if q.shape[-1] <= 64 else LAUNCH
+    launch = table[name].of_group(group, spec.block, spec.back * spec.block)
+    return launch._replace(stages=1, registers=None, near=0) if far else launch
+
+
+def near_sizes(spec: KernelSpec, launch: Launch) -> dict[str, Any]:
+    """How the window before a tile is read: by so many keys, a power of two that divides them, or at once."""
+    earlier = (launch.reach(spec.back * spec.block) - 1) * launch.tile
+    most = earlier & -earlier
+    together = 0 < earlier == most <= launch.near
+    return {"NEAR": most if together else min(most, launch.chunk) or launch.chunk, "TOGETHER": together}
+
+
+def parts_of_tile(q: Tensor, k: Tensor, spec: KernelSpec, far: bool) -> int:
+    """Slot tables a tile that the forward reads."""
+    return TILE // launch_for("exact", q, q.shape[1] // k.shape[1], spec, far).tile
 
 
 class Asked(NamedTuple):
@@ -562,9 +622,10 @@ class ExactFunction(torch.autograd.Function):
         lse = torch.empty(B, H, W, device=q.device, dtype=torch.float32)
         launch = launch_of("exact", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        exact_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
-            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars, **sizes
-        )
+        exact_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
+            *inputs(q, k, v, far_q, far_k, given), out, lse, *scalars,
+            PARTS=TILE // launch.tile, **near_sizes(given.spec, launch), **sizes,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, far_q, far_k, out, lse)
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at

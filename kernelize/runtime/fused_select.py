@@ -27,9 +27,11 @@ GROUP = 8  # and of more, in groups, the groups, and each list again
 FOLDED = 512  # keys of one program that adds up their mass
 JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
-LAUNCH = {"mass": Launch(heads=2, chunk=128, warps=2, stages=2)}  # warps for one head, of 16-bit keys
-SMALL = {"mass": Launch(heads=1, chunk=128, warps=4, stages=2, registers=128)}  # of up to 64 channels
-WIDE = Launch(heads=1, chunk=128, warps=4, stages=2)
+LAUNCH = {
+    "mass": Launch(heads=4, chunk=64, warps=1, stages=2, registers=168, tile=32)
+}  # warps for one head, of 16-bit keys
+SMALL = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128)}  # of up to 64 channels
+WIDE = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2)}
 
 
 # --- attention received -------------------------------------------------------------------------------------
@@ -52,6 +54,24 @@ def scaled_scores(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constex
 
 
 @jit
+def scores_on(q, k, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """Scores [rows, keys], in units of scaling where nothing caps them."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        s = capped(s * scaling, softcap)
+    return s
+
+
+@jit
+def unit_of(scaling, SOFTCAP: constexpr):
+    """What scores_on are to be multiplied by, to be in units of log 2."""
+    if SOFTCAP:
+        return 1.4426950408889634
+    else:
+        return scaling * 1.4426950408889634
+
+
+@jit
 def seen_by(at, low, until):
     """[rows, keys]: low <= at < until, as one comparison."""
     size = tl.maximum(until - low, 0)
@@ -59,21 +79,40 @@ def seen_by(at, low, until):
 
 
 @jit
-def window_scores(
-    q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
-    D: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, REACH: constexpr, KEYS: constexpr,
-    SOFTCAP: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """(coordinate of the next block, scores that are −inf out of the window) of KEYS keys of the reach."""
-    first, i = (tile + 1 - REACH) * TILE + step * KEYS, tl.arange(0, KEYS)
+def keys_from(first, key, lo, hi, front, skt, d, D: constexpr, KEYS: constexpr):
+    """(coordinates from `first` on, whether there are such keys, these keys)."""
+    i = tl.arange(0, KEYS)
     c = first + i
     here = (c >= lo) & (c < hi)
     start = key + (front + first).to(tl.int64) * skt
     k = tl.load(start + (i[:, None] * skt + d[None, :]), mask=here[:, None] & (d < D)[None, :], other=0.0)
-    s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-    after = first + (i // BLOCK + 1) * BLOCK
-    until = tl.where(here, after + BACK * BLOCK, c)
-    return after, tl.where(seen_by(at, c, until), s, float("-inf"))
+    return c, here, k
+
+
+@jit
+def earlier_scores(
+    q, k, here, first, at, scaling, softcap,
+    BLOCK: constexpr, BACK: constexpr, KEYS: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Scores on keys before the tile, which is after all of them: −inf where the window is past them."""
+    until = tl.where(here, first + (tl.arange(0, KEYS) // BLOCK + 1 + BACK) * BLOCK, 0)
+    s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    return tl.where(at[:, None] < until[None, :], s, float("-inf"))
+
+
+@jit
+def own_scores(
+    q, k, c, here, first, at, scaling, softcap,
+    TILE: constexpr, BLOCK: constexpr, BACK: constexpr, SOFTCAP: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """(coordinate of the next block, scores that are −inf where not seen) of the tile's own keys."""
+    after = first + (tl.arange(0, TILE) // BLOCK + 1) * BLOCK
+    s = scores_on(q, k, scaling, softcap, SOFTCAP, PRECISION)
+    if (BACK + 1) * BLOCK >= TILE:  # no window ends within the tile
+        seen = at[:, None] >= tl.where(here, c, 1 << 30)[None, :]
+    else:
+        seen = seen_by(at, c, tl.where(here, after + BACK * BLOCK, c))
+    return after, tl.where(seen, s, float("-inf"))
 
 
 @jit
@@ -87,6 +126,7 @@ def mass_kernel(
 ):  # fmt: skip
     """Probability that a tile's queries of later blocks give to the keys in reach, under sinks and window alone."""
     tile, row = tl.program_id(0), tl.program_id(1)
+    EARLIER: constexpr = (REACH - 1) * TILE
     GROUPS: constexpr = (G + HP - 1) // HP
     part = row % GROUPS
     b, h = row // GROUPS // kv_heads, row // GROUPS % kv_heads
@@ -101,6 +141,10 @@ def mass_kernel(
     q = tl.load(Q + where_q + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     counts = live & (at >= fresh) & (at < hi)
+    start = (tile + 1 - REACH) * TILE
+    c, here, own_k = keys_from(tile * TILE, key, lo, hi, front, skt, d, D, TILE)
+    if EARLIER == KEYS:  # all that is read is asked for at once
+        _, near, near_k = keys_from(start, key, lo, hi, front, skt, d, D, KEYS)
 
     m = tl.full([HP * TILE], -1e30, tl.float32)
     l = tl.zeros([HP * TILE], tl.float32)
@@ -119,29 +163,36 @@ def mass_kernel(
         first = tl.where((i < SINKS)[None, :] & (i[None, :] <= (base + at)[:, None]), first, float("-inf"))
         m = tl.maximum(m, tl.max(first, 1))
         l = tl.sum(tl.exp2(first - m[:, None]), 1)
-    if REACH * TILE == KEYS:  # one score matrix: the second pass has it already
-        after, s = window_scores(q, key, lo, hi, tile, 0, at, front, skt, d, scaling, softcap,
-                                   D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
-        new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        l = l * tl.exp2(m - new) + tl.sum(p, 1)
-        p *= tl.where(counts, 1 / tl.maximum(l, 1e-30), 0.0)[:, None]
-        p = tl.sum(tl.where(at[:, None] >= after[None, :], p, 0.0), 0)
-        tl.store(Out + (row.to(tl.int64) * n + tile) * REACH * TILE + tl.arange(0, KEYS), p)
+    unit = unit_of(scaling, SOFTCAP)
+    after, own = own_scores(q, own_k, c, here, tile * TILE, at, scaling, softcap, TILE, BLOCK, BACK, SOFTCAP, PRECISION)
+    later = at[:, None] >= after[None, :]
+    pieces = Out + (row.to(tl.int64) * n + tile) * REACH * TILE
+    new = tl.maximum(m, tl.max(own, 1) * unit)
+    if EARLIER == KEYS:  # nothing is scored twice
+        s = earlier_scores(q, near_k, near, start, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
+        new = tl.maximum(new, tl.max(s, 1) * unit)
+        p, own = tl.exp2(s * unit - new[:, None]), tl.exp2(own * unit - new[:, None])
+        l = l * tl.exp2(m - new) + tl.sum(p, 1) + tl.sum(own, 1)
+        part_of = tl.where(counts, 1 / tl.maximum(l, 1e-30), 0.0)[:, None]
+        tl.store(pieces + tl.arange(0, KEYS), tl.sum(p * part_of, 0))
+        tl.store(pieces + EARLIER + tl.arange(0, TILE), tl.sum(tl.where(later, own, 0.0) * part_of, 0))
     else:
-        for step in range(REACH * TILE // KEYS):
-            after, s = window_scores(q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
-                                       D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
-            new = tl.maximum(m, tl.max(s, 1))
-            l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+        l = l * tl.exp2(m - new) + tl.sum(tl.exp2(own * unit - new[:, None]), 1)
+        m = new
+        for step in range(EARLIER // KEYS):
+            x = start + step * KEYS
+            _, near, k = keys_from(x, key, lo, hi, front, skt, d, D, KEYS)
+            s = earlier_scores(q, k, near, x, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
+            new = tl.maximum(m, tl.max(s, 1) * unit)
+            l = l * tl.exp2(m - new) + tl.sum(tl.exp2(s * unit - new[:, None]), 1)
             m = new
-        lse = tl.where(counts, m + tl.log2(tl.maximum(l, 1e-30)), float("inf"))
-        for step in range(REACH * TILE // KEYS):
-            after, s = window_scores(q, key, lo, hi, tile, step, at, front, skt, d, scaling, softcap,
-                                       D, TILE, BLOCK, BACK, REACH, KEYS, SOFTCAP, PRECISION)  # fmt: skip
-            p = tl.sum(tl.where(at[:, None] >= after[None, :], tl.exp2(s - lse[:, None]), 0.0), 0)
-            place = (row.to(tl.int64) * n + tile) * REACH * TILE + step * KEYS + tl.arange(0, KEYS)
-            tl.store(Out + place, p)
+        lse = tl.where(counts, m + tl.log2(tl.maximum(l, 1e-30)), float("inf"))[:, None]
+        tl.store(pieces + EARLIER + tl.arange(0, TILE), tl.sum(tl.where(later, tl.exp2(own * unit - lse), 0.0), 0))
+        for step in range(EARLIER // KEYS):
+            x = start + step * KEYS
+            _, near, k = keys_from(x, key, lo, hi, front, skt, d, D, KEYS)
+            s = earlier_scores(q, k, near, x, at, scaling, softcap, BLOCK, BACK, KEYS, SOFTCAP, PRECISION)
+            tl.store(pieces + step * KEYS + tl.arange(0, KEYS), tl.sum(tl.exp2(s * unit - lse), 0))
 
 
 @jit
@@ -314,9 +365,9 @@ def death_kernel(
 def place_kernel(
     Applicants, Lists, Here, Rejected, Table,
     length, lists, n, room, first, width,
-    L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr,
+    L: constexpr, CP: constexpr, BLOCK: constexpr, TILE: constexpr, PARTS: constexpr,
 ):  # fmt: skip
-    """Of one tile: who holds a place at its first block, and whom each of its blocks rejects."""
+    """Of one tile: who holds a place at the first block of each of its parts, and whom each of its blocks rejects."""
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     segment, begin = tile * TILE // L, tile * (TILE // BLOCK)
     i, x = tl.arange(0, CP), segment * L + tl.arange(0, L)
@@ -324,13 +375,15 @@ def place_kernel(
     mine = tl.load(Applicants + row * length + x, mask=x < length, other=-1)
     here = Here + (row * (lists - 1) + segment) * (CP + L)
     death_h, death_x = tl.load(here + i), tl.load(here + CP + tl.arange(0, L))
-    holds_h, holds_x = (death_h > begin).to(tl.int32), ((death_x > begin) & (x // BLOCK <= begin)).to(tl.int32)
-    table = Table + (row * n + tile) * width + first
-    total = tl.sum(holds_h, 0)
-    tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
-    tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
-    total += tl.sum(holds_x, 0)
-    tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
+    for part in range(PARTS):
+        block = begin + part * (TILE // PARTS // BLOCK)
+        holds_h, holds_x = (death_h > block).to(tl.int32), ((death_x > block) & (x // BLOCK <= block)).to(tl.int32)
+        table = Table + ((part * tl.num_programs(1) + row) * n + tile) * width + first
+        total = tl.sum(holds_h, 0)
+        tl.store(table + tl.cumsum(holds_h, 0) - 1, holder, mask=holds_h > 0)
+        tl.store(table + tl.cumsum(holds_x, 0) - 1 + total, mine, mask=holds_x > 0)
+        total += tl.sum(holds_x, 0)
+        tl.store(table + i, tl.full([CP], -1, tl.int32), mask=(i >= total) & (i < room))
     for j in range(TILE // BLOCK):
         dies_h, dies_x = (death_h == begin + j).to(tl.int32), (death_x == begin + j).to(tl.int32)
         out = Rejected + row * length + (begin + j) * BLOCK
@@ -346,7 +399,7 @@ class Lives(NamedTuple):
     """What the competition for the slots gave; indices point into the store, −1 is no token."""
 
     death: Tensor  # [R, X] int32: the block from which no share holds a token any more, `blocks` if none
-    table: Tensor  # [R, n, slots] int32: who holds a slot at the first block of a tile
+    table: Tensor  # [parts, R, n, slots] int32: who holds a slot at the first block of each part of a tile
     order: Tensor  # [R, n·tile] int32: the tokens in the order of their deaths, those of block b from b·block on
     holders: Tensor  # [R, slots] int32: who holds a slot at the end
 
@@ -424,7 +477,7 @@ def compete(
     R, length = applicants.shape
     keys, best = segment_best(applicants, score, first, room, lives.death, length // spec.block)
     lists = prefixes(best, room.own)
-    (_, count, CP), (n, width) = lists.shape, lives.table.shape[1:]
+    (_, count, CP), (parts, _, n, width) = lists.shape, lives.table.shape
     rejected = torch.empty_like(applicants)
     here = applicants.new_empty(R, count - 1, CP + SEGMENT)
     death_kernel[((count - 1) * ((CP + SEGMENT) // JUDGED), R)](
@@ -435,13 +488,13 @@ def compete(
     place_kernel[(n, R)](
         applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
-        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE,
+        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE, PARTS=parts,
     )  # fmt: skip
     return rejected
 
 
-def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: Tensor) -> Lives:
-    """Who holds a slot when.
+def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: Tensor, parts: int = 1) -> Lives:
+    """Who holds a slot when, with slot tables for so many parts of a tile.
 
     applicants [R, n·tile] int32 are the tokens by the block at which they leave the window, scores a share [R, X], old
     [R, slots] int32 the holders at the start (no columns: none). A spec by KV head is the `spread` one.
@@ -450,7 +503,7 @@ def lifetimes(spec: KernelSpec, applicants: Tensor, scores: list[Tensor], old: T
     X, blocks = scores[0].shape[1] if scores else 1, length // spec.block
     lives = Lives(
         applicants.new_empty(R, X),
-        applicants.new_empty(R, length // TILE, spec.slots),
+        applicants.new_empty(parts, R, length // TILE, spec.slots),
         applicants,
         applicants.new_empty(R, spec.slots),
     )
@@ -474,20 +527,23 @@ def received(
     `far` are both as sinks are seen from beyond reach, contiguous; None where nothing is so far back.
     """
     spec, (B, H, W, D), (_, Hk, X, _) = kernel.spec, q.shape, k.shape
-    G, n = H // Hk, -(-W // TILE)
-    launch = WIDE if q.dtype == torch.float32 else (SMALL if D <= 64 else LAUNCH)["mass"]
-    HP = min(power_of_two(G, 1), launch.heads)
-    launch = launch._replace(warps=launch.warps * HP)
-    parts, reach = -(-G // HP), -(-spec.back * spec.block // TILE) + 1
-    out = torch.empty(B, Hk, parts, n, reach, TILE, device=q.device, dtype=torch.float32)
+    G, window = H // Hk, spec.back * spec.block
+    table = WIDE if q.dtype == torch.float32 else SMALL if D <= 64 else LAUNCH
+    launch = table["mass"].of_group(G, spec.block, window)
+    tile, HP, reach = launch.tile, launch.heads, launch.reach(window)
+    n, parts, earlier = -(-W // tile), -(-G // HP), (reach - 1) * tile
+    keys = min(earlier & -earlier, launch.chunk) or launch.chunk  # a power of two that divides them
+    scores = HP * tile * (tile + keys) // (32 * launch.warps)  # of a thread
+    if scores > 96 or keys < earlier or D > 128:  # fewer registers spill
+        launch = launch._replace(registers=None)
+    out = torch.empty(B, Hk, parts, n, reach, tile, device=q.device, dtype=torch.float32)
     mass_kernel[(n, B * Hk * parts)](
         q, k, bounds, *(far or (q, k)), out, *q.stride()[:3], *k.stride()[:3],
         kernel.scaling, kernel.softcap or 0.0, W, X, front, n, Hk, spec.reach,
-        G=G, HP=HP, D=D, DP=power_of_two(D), TILE=TILE, BLOCK=spec.block, BACK=spec.back, REACH=reach,
-        KEYS=TILE if reach % 2 else min(2 * TILE, launch.chunk),
-        SINKS=spec.sinks, SP=power_of_two(spec.sinks), SOFTCAP=kernel.softcap is not None,
+        G=G, HP=HP, D=D, DP=power_of_two(D), TILE=tile, BLOCK=spec.block, BACK=spec.back, REACH=reach,
+        KEYS=keys, SINKS=spec.sinks, SP=power_of_two(spec.sinks), SOFTCAP=kernel.softcap is not None,
         FAR=far is not None, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
     mass = torch.empty(B, Hk, X, device=q.device, dtype=torch.float32)
-    fold_kernel[(-(-X // FOLDED), B * Hk)](out, mass, X, front, n, parts=parts, REACH=reach, TILE=TILE, SIZE=FOLDED)
+    fold_kernel[(-(-X // FOLDED), B * Hk)](out, mass, X, front, n, parts=parts, REACH=reach, TILE=tile, SIZE=FOLDED)
     return mass

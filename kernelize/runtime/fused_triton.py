@@ -58,6 +58,9 @@ def laid_out_as(x: Tensor) -> Tensor:
     return rows_first(torch.empty_like(x))
 
 
+LONG = 64  # tokens of a tile, and the most of a block
+
+
 class Launch(NamedTuple):
     """How a kernel is launched; `benchmarks/layer.py tune` tries others."""
 
@@ -66,6 +69,32 @@ class Launch(NamedTuple):
     warps: int
     stages: int  # chunks that are on their way at once
     registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
+    tile: int = LONG  # tokens, of each of its heads
+    near: int = 0  # keys of the window before the tile, at most, that the exact branch reads together with the tile's
+
+    def of_group(self, group: int, block: int, window: int) -> Launch:
+        """For `group` heads a key head, for blocks, and for queries that look back so far.
+
+        `warps` are then all of them. Short tiles look at fewer keys; long ones, of as many heads less, are for small
+        groups, whose rows would not fill a program, and for those that padding makes cost more.
+        """
+        times = LONG // self.tile
+        long = self
+        if times > 1:  # whose own keys leave no room for earlier ones
+            long = self._replace(heads=max(self.heads // times, 1), warps=self.warps * times, tile=LONG, near=0)
+        few = power_of_two(group, 1)
+        short = block <= self.tile and few >= self.heads
+        best = self if short and self.work(group, window) < long.work(group, window) else long
+        heads = min(few, best.heads)
+        return best._replace(heads=heads, warps=best.warps * heads)
+
+    def work(self, group: int, window: int) -> int:
+        """Scores through the window for each token of a group."""
+        return -(-group // self.heads) * self.heads * self.reach(window) * self.tile
+
+    def reach(self, window: int) -> int:
+        """Tiles of keys that a tile sees: its own, and those that begin no more than a window before it."""
+        return -(-window // self.tile) + 1
 
     @property
     def options(self) -> dict[str, Any]:
