@@ -353,9 +353,9 @@ def query_grad_kernel(
         own = row.to(tl.int64) * X * D
         add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
         if FAR:
-            far_ds = tl.where(away, ds, 0.0)
-            add_rows(HeldKFar + own, index, far_ds, QFar, out * D, live, d, D, PRECISION)
-            far_acc = tl.dot(far_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
+            add_rows(HeldKFar + own, index, away_ds, QFar, out * D, live, d, D, PRECISION)
+            far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
         add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
