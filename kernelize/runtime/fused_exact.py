@@ -19,7 +19,7 @@ from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
-    "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
+    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=2, registers=128, tile=32),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
@@ -52,21 +52,6 @@ def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexp
         return index, tl.load(death + index, mask=here, other=0)
     else:
         return index, tl.where(here, leaves, 0)
-
-
-@jit
-def window_chunk(
-    step, key, value, at, tile, death, lo, hi, front, skt, svt, d,
-    D: constexpr, SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr, BLOCK: constexpr,
-    BACK: constexpr,
-):  # fmt: skip
-    """(keys, values, which rows see them) of one chunk of the window, which stands together in the store."""
-    first, i = (tile + 1 - REACH) * TILE + step * CHUNK, tl.arange(0, CHUNK)
-    c, start = first + i, (front + first).to(tl.int64)
-    here = (c >= lo) & (c < hi)
-    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
-    until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-    return k, v, seen_by(at, c, until)
 
 
 @jit
@@ -117,6 +102,13 @@ def near_until(c, here, tile, death, front, SLOTS: constexpr, TILE: constexpr, B
 def near_rows(pointer, i, here, stride, d, D: constexpr):
     """Rows [keys, D] that stand together, zero where there is none."""
     return tl.load(pointer + (i[:, None] * stride + d[None, :]), mask=here[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def table_at(Table, tile, row, n, width, PARTS: constexpr):
+    """The slots at the first block of a tile, PARTS of which share a place in each of as many tables."""
+    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
+    return Table + (of_part + tile // PARTS) * width
 
 
 @jit
@@ -193,8 +185,7 @@ def exact_kernel(
         far_q = tl.load(QFar + far + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
-    table, death = Table + (of_part + tile // PARTS) * width, Death + row.to(tl.int64) * X
+    table, death = table_at(Table, tile, row, n, width, PARTS), Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
@@ -283,15 +274,11 @@ def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr
 
 
 @jit
-def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
-    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
-
-    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
-    this product is then free before and after.
-    """
-    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
-    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
-    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
+def add_rows(pointer, index, p, x, d, D: constexpr, PRECISION: constexpr):
+    """Adds pᵀ x, with p [rows, keys] and x [rows, D], to the rows of the store at the indices; as xᵀ p, which takes x
+    from shared memory as it stands there."""
+    total = tl.dot(tl.trans(x), p.to(x.dtype), input_precision=PRECISION)
+    to, mine = index.to(tl.int64)[None, :] * D + d[:, None], (index >= 0)[None, :] & (d < D)[:, None]
     tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
 
 
@@ -308,11 +295,17 @@ def query_grad_kernel(
     Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, TOGETHER: constexpr,
+    SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr,
+    KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
-    by all, is added here, too."""
+    by all, is added here, too.
+
+    The window's earlier keys are read at once only where a thread has 168 registers: with 128 ptxas then waits for every
+    single matrix instruction of the kernel.
+    """
+    EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
@@ -336,36 +329,49 @@ def query_grad_kernel(
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    table, death = table_at(Table, tile, row, n, width, PARTS), Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
-    acc = tl.zeros([HP * TILE, DP], tl.float32)
+    first, acc = tile * TILE, tl.zeros([HP * TILE, DP], tl.float32)
+    if TOGETHER:
+        near_k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D,
+                                             SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
+        near = at[:, None] < past[None, :]
+        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
+    own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
+                                   BLOCK, BACK)  # fmt: skip
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
         k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    own_s = scaled_scores(q, own_k, scaling, softcap, SOFTCAP, PRECISION)
+    _own_p, own_ds = grad_rows(own_s, own_v, g, lse, delta, mine, scaling, softcap, SOFTCAP, PRECISION)
+    acc = tl.dot(own_ds.to(own_k.dtype), own_k, acc, input_precision=PRECISION)
+    if SINKS:
         s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
         p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
         own = row.to(tl.int64) * X * D
-        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
+        add_rows(HeldV + own, index, p, g, d, D, PRECISION)
         if FAR:
             away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
-            add_rows(HeldKFar + own, index, away_ds, QFar, out * D, live, d, D, PRECISION)
+            add_rows(HeldKFar + own, index, away_ds, far_q, d, D, PRECISION)
             far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
-        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
+        add_rows(HeldK + own, index, ds, q, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    for step in tl.range(REACH * TILE // CHUNK):
-        near_k, near_v, near = window_chunk(
-            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
-        acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
+    if not TOGETHER:
+        for step in tl.range(EARLIER // NEAR):
+            near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
+                                                 skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+            near_s, near = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
+            _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+            acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
             following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
@@ -540,7 +546,7 @@ class Exact(NamedTuple):
     """What the exact branch needs beside q, k and v; no gradients."""
 
     spec: KernelSpec
-    table: Tensor  # [parts, R, n, slots] int32; the backward reads those of whole tiles, which are the first
+    table: Tensor  # [parts, R, n, slots] int32; those of whole tiles are the first
     death: Tensor  # [R, X] int32
     bounds: Tensor  # [B, 4] int32
     front: int
@@ -586,8 +592,9 @@ def near_sizes(spec: KernelSpec, launch: Launch) -> dict[str, Any]:
 
 
 def parts_of_tile(q: Tensor, k: Tensor, spec: KernelSpec, far: bool) -> int:
-    """Slot tables a tile that the forward reads."""
-    return TILE // launch_for("exact", q, q.shape[1] // k.shape[1], spec, far).tile
+    """Slot tables a tile: as many as the kernel with the shortest tiles reads; one with whole tiles reads the first."""
+    group = q.shape[1] // k.shape[1]
+    return TILE // min(launch_for(name, q, group, spec, far).tile for name in ("exact", "query_grad"))
 
 
 class Asked(NamedTuple):
@@ -647,9 +654,10 @@ class ExactFunction(torch.autograd.Function):
         grad_q, grad_far_q, held = laid_out_as(q), torch.empty_like(far_q), room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
+        query_grad_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
             *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
-            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known, **sizes,
+            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known,
+            PARTS=TILE // launch.tile, **near_sizes(given.spec, launch), **sizes,
         )  # fmt: skip
         grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
         far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
