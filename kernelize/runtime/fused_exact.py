@@ -302,8 +302,8 @@ def query_grad_kernel(
     """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
     by all, is added here, too.
 
-    The window's earlier keys are read at once only where a thread has 168 registers: with 128 ptxas then waits for every
-    single matrix instruction of the kernel.
+    The window's earlier keys are better read at once only where a thread has 168 registers: with 128 ptxas then waits
+    for every single matrix instruction of the kernel.
     """
     EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -342,8 +342,8 @@ def query_grad_kernel(
         near = at[:, None] < past[None, :]
         _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
-    own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, TILE,
-                                   BLOCK, BACK)  # fmt: skip
+    own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH,
+                                   TILE, BLOCK, BACK)  # fmt: skip
     if SINKS:
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
         k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
