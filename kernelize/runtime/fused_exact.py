@@ -255,10 +255,10 @@ def exact_kernel(
 
 
 @jit
-def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
-    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these; Δ as in
-    `Asked`."""
-    ds = p * (dp - delta) * scaling
+def grad_scores(s, p, dp, delta, softcap, SOFTCAP: constexpr):
+    """Gradients of q·k in units of scaling, as [rows, keys] or [keys, rows], from scores, probabilities and the
+    gradients of these; Δ as in `Asked`."""
+    ds = p * (dp - delta)
     if SOFTCAP:
         t = s * 0.6931471805599453 / softcap
         ds = ds * (1 - t * t)
@@ -266,11 +266,11 @@ def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
 
 
 @jit
-def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """(probabilities, gradients of q·k) [rows, keys]."""
+def grad_rows(s, v, g, lse, delta, visible, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """(probabilities, gradients of q·k in units of scaling) [rows, keys]."""
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    return p, grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+    return p, grad_scores(s, p, dp, delta[:, None], softcap, SOFTCAP)
 
 
 @jit
@@ -340,7 +340,7 @@ def query_grad_kernel(
                                              SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
         near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
         near = at[:, None] < past[None, :]
-        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH,
                                    TILE, BLOCK, BACK)  # fmt: skip
@@ -348,14 +348,14 @@ def query_grad_kernel(
         index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
         k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     own_s = scaled_scores(q, own_k, scaling, softcap, SOFTCAP, PRECISION)
-    _own_p, own_ds = grad_rows(own_s, own_v, g, lse, delta, mine, scaling, softcap, SOFTCAP, PRECISION)
+    _own_p, own_ds = grad_rows(own_s, own_v, g, lse, delta, mine, softcap, SOFTCAP, PRECISION)
     acc = tl.dot(own_ds.to(own_k.dtype), own_k, acc, input_precision=PRECISION)
     if SINKS:
         s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
+        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], softcap, SOFTCAP, PRECISION)
         own = row.to(tl.int64) * X * D
         add_rows(HeldV + own, index, p, g, d, D, PRECISION)
         if FAR:
@@ -370,7 +370,7 @@ def query_grad_kernel(
             near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
                                                  skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
             near_s, near = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
-            _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+            _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, softcap, SOFTCAP, PRECISION)
             acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
@@ -381,14 +381,14 @@ def query_grad_kernel(
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                 held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, softcap, SOFTCAP, PRECISION)
             if FAR:
                 far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
                 held_ds = tl.where(farther, 0.0, held_ds)
             acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
             held, until = following, held_until(following, death, BLOCK)
-    keep = live[:, None] & wide
+    keep, acc = live[:, None] & wide, acc * scaling
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
     if MORE:  # what q's other readers say
         more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
@@ -396,7 +396,7 @@ def query_grad_kernel(
     to = (b * gqb + head * gqh + at * gqt)[:, None] + d[None, :]
     tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
-        tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
+        tl.store(GradQFar + out[:, None] * D + d[None, :], (far_acc * scaling).to(GradQ.dtype.element_ty), mask=keep)
 
 
 @jit
@@ -405,7 +405,7 @@ def add_key_grads(
     sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
     G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
+    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see, in units of scaling.
 
     Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
     FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
@@ -428,7 +428,7 @@ def add_key_grads(
     p = tl.where(visible & live[None, :], tl.exp2(s - lse[None, :]), 0.0)
     grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-    ds = grad_scores(s, p, dp, delta[None, :], scaling, softcap, SOFTCAP)
+    ds = grad_scores(s, p, dp, delta[None, :], softcap, SOFTCAP)
     if FAR:
         far_ds = tl.where(away, ds, 0.0).to(q.dtype)
         grad_far = tl.dot(far_ds, far_q, grad_far, input_precision=PRECISION)
@@ -501,7 +501,7 @@ def window_grad_kernel(
         )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
-    tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
+    tl.store(to_k, (grad_k * scaling).to(GradK.dtype.element_ty), mask=mine)
     tl.store(to_v, grad_v.to(GradV.dtype.element_ty), mask=mine)
 
 
@@ -660,7 +660,7 @@ class ExactFunction(torch.autograd.Function):
             PARTS=TILE // launch.tile, **near_sizes(given.spec, launch), **sizes,
         )  # fmt: skip
         grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
-        far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
+        far = (None, None) if given.pos is None else (grad_far_q, (held[2] * given.scaling).to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
 
 
@@ -679,7 +679,8 @@ def asked_alone(
 
 
 def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot."""
+    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot; those of k
+    and far_k are added up in units of scaling."""
     spec, (B, Hk, X, D) = given.spec, k.shape
     some = spec.slots + spec.sinks > 0
     held = torch.empty(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)
