@@ -416,8 +416,8 @@ MEMORY = {
 }  # fmt: skip
 TRAINING = {
     ("fused_exact", "query_grad"): [
-        {"stages": 3}, {"stages": 1}, {"tile": 64, "heads": 2, "warps": 4, "near": 0}, {"heads": 2, "registers": 168},
-        {"heads": 2, "registers": 168, "near": 64}, {"heads": 2, "registers": 168, "near": 64, "stages": 1},
+        {"stages": 2}, {"stages": 1}, {"tile": 64, "heads": 2, "warps": 4}, {"heads": 2, "registers": 168},
+        {"tile": 64, "heads": 2, "warps": 4, "stages": 2}, {"heads": 2, "registers": 168, "stages": 2},
         {"tile": 64, "heads": 1, "warps": 4, "chunk": 64, "registers": 168},
         {"tile": 64, "heads": 1, "warps": 4, "stages": 3, "registers": 168},
     ],

@@ -153,7 +153,7 @@ def short_tiles() -> None:
     forward, backward = forward._replace(heads=2), backward._replace(heads=2)
     long = backward._replace(heads=1, tile=fused_triton.LONG)
     for pair, spec, lengths in (
-        ((forward, long), SPECS[0], [90, 20]), ((forward, backward._replace(near=64)), SPECS[0], [70, 20]),
+        ((forward, long), SPECS[0], [90, 20]), ((forward, backward), SPECS[0], [70, 20]),
         ((long, backward), SPECS[2], [100]),
     ):  # fmt: skip
         fused_exact.WIDE = fused_exact.WIDE | dict(zip(("exact", "query_grad"), pair, strict=True))

@@ -19,7 +19,7 @@ from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
-    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=2, registers=128, tile=32),
+    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=3, registers=128, tile=32),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
@@ -295,15 +295,14 @@ def query_grad_kernel(
     Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, TOGETHER: constexpr,
-    SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr,
-    KNOWN: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, SINKS: constexpr, SP: constexpr,
+    SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
     by all, is added here, too.
 
-    The window's earlier keys are better read at once only where a thread has 168 registers: with 128 ptxas then waits
-    for every single matrix instruction of the kernel.
+    The loops come first: what a product before them reads would hold shared memory beside their chunks, and there
+    would be no room for two programs a multiprocessor that ask for chunks two ahead.
     """
     EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -335,13 +334,28 @@ def query_grad_kernel(
         held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
     first, acc = tile * TILE, tl.zeros([HP * TILE, DP], tl.float32)
-    if TOGETHER:
-        near_k, near_v, past = earlier_chunk(first - NEAR, key, value, tile, death, lo, hi, front, skt, svt, d, D,
-                                             SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
-        near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        near = at[:, None] < past[None, :]
+    for step in tl.range(EARLIER // NEAR):
+        near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
+                                             skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s, near = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
         _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
+    if SLOTS:
+        for step in tl.range(chunks):
+            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
+            held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
+            holds = at[:, None] < until[None, :]
+            held_s = scaled_scores(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
+            if FAR:
+                turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
+                held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
+            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, softcap, SOFTCAP, PRECISION)
+            if FAR:
+                far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
+                far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
+                held_ds = tl.where(farther, 0.0, held_ds)
+            acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
+            held, until = following, held_until(following, death, BLOCK)
     own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH,
                                    TILE, BLOCK, BACK)  # fmt: skip
     if SINKS:
@@ -365,29 +379,6 @@ def query_grad_kernel(
             ds = tl.where(away, 0.0, ds)
         add_rows(HeldK + own, index, ds, q, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    if not TOGETHER:
-        for step in tl.range(EARLIER // NEAR):
-            near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
-                                                 skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
-            near_s, near = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
-            _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, softcap, SOFTCAP, PRECISION)
-            acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
-    if SLOTS:
-        for step in tl.range(chunks):
-            following = holders_at(step + 1, table, width, CHUNK)  # asked for now, it is there when the rows are to be
-            held_k, held_v = rows_at(key, held, skt, d, D), rows_at(value, held, svt, d, D)
-            holds = at[:, None] < until[None, :]
-            held_s = scaled_scores(q, held_k, scaling, softcap, SOFTCAP, PRECISION)
-            if FAR:
-                turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
-                held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, softcap, SOFTCAP, PRECISION)
-            if FAR:
-                far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
-                far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
-                held_ds = tl.where(farther, 0.0, held_ds)
-            acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
-            held, until = following, held_until(following, death, BLOCK)
     keep, acc = live[:, None] & wide, acc * scaling
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
     if MORE:  # what q's other readers say
@@ -657,7 +648,7 @@ class ExactFunction(torch.autograd.Function):
         query_grad_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
             *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
             *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known,
-            PARTS=TILE // launch.tile, **near_sizes(given.spec, launch), **sizes,
+            PARTS=TILE // launch.tile, NEAR=near_sizes(given.spec, launch)["NEAR"], **sizes,
         )  # fmt: skip
         grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
         far = (None, None) if given.pos is None else (grad_far_q, (held[2] * given.scaling).to(k.dtype))
