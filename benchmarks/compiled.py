@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernelize.runtime import fused
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec, mean_slots
+from kernelize.runtime.state import Rotation
 
 TARGET = GPUTarget("cuda", 90, 32)
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "alias"}
@@ -156,6 +157,8 @@ def layer_call(
     def call() -> None:
         with torch.set_grad_enabled(train):
             kernel = attention.kernel(D**-0.5)
+            if kernel.spec.reach:
+                kernel = kernel._replace(rotation=Rotation(torch.empty(D // 2, device="meta"), False))
             kernel = kernel._replace(spec=kernel.spec.spread) if kernel.spec.is_packed else kernel
             y = fused.attend_plainly(*leaves, kernel, None, None, branches=False, keep=keep)[0].y
         if train:

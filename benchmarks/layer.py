@@ -416,14 +416,17 @@ MEMORY = {
 }  # fmt: skip
 TRAINING = {
     ("fused_exact", "query_grad"): [
-        {"stages": 3}, {"stages": 1}, {"chunk": 64, **FREE}, {"heads": 1, "chunk": 64, "registers": 168},
-        {"heads": 1, "stages": 3, "registers": 168}, {"heads": 2, "warps": 2, **FREE}, {"heads": 4, "warps": 2, **FREE},
+        {"stages": 2}, {"stages": 1}, {"tile": 64, "heads": 2, "warps": 4}, {"heads": 2, "registers": 168},
+        {"tile": 64, "heads": 2, "warps": 4, "stages": 2}, {"heads": 2, "registers": 168, "stages": 2},
+        {"tile": 64, "heads": 1, "warps": 4, "chunk": 64, "registers": 168},
+        {"tile": 64, "heads": 1, "warps": 4, "stages": 3, "registers": 168},
     ],
     ("fused_exact", "window_grad"): [{"stages": 1}, {"stages": 2}, {"stages": 3}, {"warps": 8},
                                      {"warps": 8, "stages": 2}],
     ("fused_exact", "held_grad"): [{"chunk": 128, "warps": 8}, {"chunk": 128, "warps": 8, "stages": 1}, {"stages": 1},
                                    {"chunk": 32}, {"chunk": 32, "stages": 3}],
-    ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 3}],
+    ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 2}, {"stages": 3},
+                                     {"stages": 1, "registers": 168}],
     ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},
                                          {"chunk": 16384, "warps": 8}],
     ("fused_memory", "key_grads"): [{"chunk": 4096}, {"stages": 1}, {"stages": 3}, {"warps": 8}],

@@ -147,10 +147,18 @@ def prefill() -> None:
 def short_tiles() -> None:
     """All by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
     fused_select.WIDE = fused_select.LAUNCH
-    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]}
+    forward, backward = (fused_exact.LAUNCH[name] for name in ("exact", "query_grad"))
+    fused_exact.WIDE = fused_exact.WIDE | {"exact": forward}
     in_short_tiles()
-    fused_exact.WIDE = fused_exact.WIDE | {"exact": fused_exact.LAUNCH["exact"]._replace(heads=2)}
-    same_gradients(SPECS[0], [90, 20])
+    forward, backward = forward._replace(heads=2), backward._replace(heads=2)
+    long = backward._replace(heads=1, tile=fused_triton.LONG)
+    for pair, spec, lengths in (
+        ((forward, long), SPECS[0], [90, 20]), ((forward, backward), SPECS[0], [70, 20]),
+        ((long, backward), SPECS[2], [100]),
+    ):  # fmt: skip
+        fused_exact.WIDE = fused_exact.WIDE | dict(zip(("exact", "query_grad"), pair, strict=True))
+        same_gradients(spec, lengths)
+    same_gradients(FAR[0][0], [FAR[0][0].reach + 20], FAR[0][1])
 
 
 @torch.no_grad()

@@ -135,10 +135,13 @@ def test_a_step_fits_into_shared_memory(tmp_path, monkeypatch, shape, dtype, fie
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
-@pytest.mark.parametrize("policy", ["mixed", "attention+forecast"])
-def test_a_layer_compiles_for_a_gpu(tmp_path, monkeypatch, policy, train):
+@pytest.mark.parametrize(
+    "fields", [{"policy": "mixed"}, {"policy": "attention+forecast"}, {"policy": "attention", "reach": 300}],
+    ids=["mixed", "attention+forecast", "beyond reach"],
+)  # fmt: skip
+def test_a_layer_compiles_for_a_gpu(tmp_path, monkeypatch, fields, train):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = launches_of(layer_call({**SPEC, "policy": policy}, SHAPE, 512, train))[0]
+    launches = launches_of(layer_call({**SPEC, **fields}, SHAPE, 512, train))[0]
     assert warmed(launches, 0, 1) == len({(x.name, *sorted((k, v) for k, v in x.options.items() if isinstance(v, bool)))
                                           for x in launches})  # fmt: skip
 

@@ -19,7 +19,7 @@ from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
-    "query_grad": Launch(heads=2, chunk=32, warps=4, stages=2, registers=128),
+    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=3, registers=128, tile=32),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
@@ -52,21 +52,6 @@ def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexp
         return index, tl.load(death + index, mask=here, other=0)
     else:
         return index, tl.where(here, leaves, 0)
-
-
-@jit
-def window_chunk(
-    step, key, value, at, tile, death, lo, hi, front, skt, svt, d,
-    D: constexpr, SLOTS: constexpr, REACH: constexpr, CHUNK: constexpr, TILE: constexpr, BLOCK: constexpr,
-    BACK: constexpr,
-):  # fmt: skip
-    """(keys, values, which rows see them) of one chunk of the window, which stands together in the store."""
-    first, i = (tile + 1 - REACH) * TILE + step * CHUNK, tl.arange(0, CHUNK)
-    c, start = first + i, (front + first).to(tl.int64)
-    here = (c >= lo) & (c < hi)
-    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
-    until = near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-    return k, v, seen_by(at, c, until)
 
 
 @jit
@@ -117,6 +102,13 @@ def near_until(c, here, tile, death, front, SLOTS: constexpr, TILE: constexpr, B
 def near_rows(pointer, i, here, stride, d, D: constexpr):
     """Rows [keys, D] that stand together, zero where there is none."""
     return tl.load(pointer + (i[:, None] * stride + d[None, :]), mask=here[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def table_at(Table, tile, row, n, width, PARTS: constexpr):
+    """The slots at the first block of a tile, PARTS of which share a place in each of as many tables."""
+    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
+    return Table + (of_part + tile // PARTS) * width
 
 
 @jit
@@ -193,8 +185,7 @@ def exact_kernel(
         far_q = tl.load(QFar + far + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    of_part = (tile % PARTS * tl.num_programs(2) + row).to(tl.int64) * n
-    table, death = Table + (of_part + tile // PARTS) * width, Death + row.to(tl.int64) * X
+    table, death = table_at(Table, tile, row, n, width, PARTS), Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
@@ -264,10 +255,10 @@ def exact_kernel(
 
 
 @jit
-def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
-    """Gradients of q·k, as [rows, keys] or [keys, rows], from scores, probabilities and the gradients of these; Δ as in
-    `Asked`."""
-    ds = p * (dp - delta) * scaling
+def grad_scores(s, p, dp, delta, softcap, SOFTCAP: constexpr):
+    """Gradients of q·k in units of scaling, as [rows, keys] or [keys, rows], from scores, probabilities and the
+    gradients of these; Δ as in `Asked`."""
+    ds = p * (dp - delta)
     if SOFTCAP:
         t = s * 0.6931471805599453 / softcap
         ds = ds * (1 - t * t)
@@ -275,23 +266,19 @@ def grad_scores(s, p, dp, delta, scaling, softcap, SOFTCAP: constexpr):
 
 
 @jit
-def grad_rows(s, v, g, lse, delta, visible, scaling, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
-    """(probabilities, gradients of q·k) [rows, keys]."""
+def grad_rows(s, v, g, lse, delta, visible, softcap, SOFTCAP: constexpr, PRECISION: constexpr):
+    """(probabilities, gradients of q·k in units of scaling) [rows, keys]."""
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    return p, grad_scores(s, p, dp, delta[:, None], scaling, softcap, SOFTCAP)
+    return p, grad_scores(s, p, dp, delta[:, None], softcap, SOFTCAP)
 
 
 @jit
-def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
-    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
-
-    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
-    this product is then free before and after.
-    """
-    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
-    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
-    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
+def add_rows(pointer, index, p, x, d, D: constexpr, PRECISION: constexpr):
+    """Adds pᵀ x, with p [rows, keys] and x [rows, D], to the rows of the store at the indices; as xᵀ p, which takes x
+    from shared memory as it stands there."""
+    total = tl.dot(tl.trans(x), p.to(x.dtype), input_precision=PRECISION)
+    to, mine = index.to(tl.int64)[None, :] * D + d[:, None], (index >= 0)[None, :] & (d < D)[:, None]
     tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
 
 
@@ -308,11 +295,16 @@ def query_grad_kernel(
     Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, SINKS: constexpr, SP: constexpr,
+    SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
-    by all, is added here, too."""
+    by all, is added here, too.
+
+    The loops come first: what a product before them reads would hold shared memory beside their chunks, and there
+    would be no room for two programs a multiprocessor that ask for chunks two ahead.
+    """
+    EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     head, at, live = rows_of(tile, part, HP, G, TILE, W)
@@ -336,35 +328,17 @@ def query_grad_kernel(
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=live[:, None] & wide, other=0.0)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    table, death = Table + (row.to(tl.int64) * n + tile) * width, Death + row.to(tl.int64) * X
+    table, death = table_at(Table, tile, row, n, width, PARTS), Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     if SLOTS:
         held = holders_at(0, table, width, CHUNK)
         until = held_until(held, death, BLOCK)
-    acc = tl.zeros([HP * TILE, DP], tl.float32)
-    if SINKS:
-        index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
-        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
-        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
-        if FAR:
-            far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
-            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], scaling, softcap, SOFTCAP, PRECISION)
-        own = row.to(tl.int64) * X * D
-        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
-        if FAR:
-            away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
-            add_rows(HeldKFar + own, index, away_ds, QFar, out * D, live, d, D, PRECISION)
-            far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
-            ds = tl.where(away, 0.0, ds)
-        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    for step in tl.range(REACH * TILE // CHUNK):
-        near_k, near_v, near = window_chunk(
-            step, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH, CHUNK, TILE, BLOCK, BACK
-        )
-        near_s = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION)
-        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, scaling, softcap, SOFTCAP, PRECISION)
+    first, acc = tile * TILE, tl.zeros([HP * TILE, DP], tl.float32)
+    for step in tl.range(EARLIER // NEAR):
+        near_k, near_v, past = earlier_chunk(first - EARLIER + step * NEAR, key, value, tile, death, lo, hi, front,
+                                             skt, svt, d, D, SLOTS, REACH, NEAR, TILE, BLOCK, BACK)  # fmt: skip
+        near_s, near = scaled_scores(q, near_k, scaling, softcap, SOFTCAP, PRECISION), at[:, None] < past[None, :]
+        _near_p, near_ds = grad_rows(near_s, near_v, g, lse, delta, near, softcap, SOFTCAP, PRECISION)
         acc = tl.dot(near_ds.to(near_k.dtype), near_k, acc, input_precision=PRECISION)
     if SLOTS:
         for step in tl.range(chunks):
@@ -375,14 +349,37 @@ def query_grad_kernel(
             if FAR:
                 turned, farther = far_keys(KFar, Pos, row, X, held, at, base, limit, d, D)
                 held_s = tl.where(farther, scaled_scores(far_q, turned, scaling, softcap, SOFTCAP, PRECISION), held_s)
-            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, scaling, softcap, SOFTCAP, PRECISION)
+            _held_p, held_ds = grad_rows(held_s, held_v, g, lse, delta, holds, softcap, SOFTCAP, PRECISION)
             if FAR:
                 far_ds = tl.where(farther, held_ds, 0.0).to(held_k.dtype)
                 far_acc = tl.dot(far_ds, turned, far_acc, input_precision=PRECISION)
                 held_ds = tl.where(farther, 0.0, held_ds)
             acc = tl.dot(held_ds.to(held_k.dtype), held_k, acc, input_precision=PRECISION)
             held, until = following, held_until(following, death, BLOCK)
-    keep = live[:, None] & wide
+    own_k, own_v, mine = own_chunk(first, key, value, at, tile, death, lo, hi, front, skt, svt, d, D, SLOTS, REACH,
+                                   TILE, BLOCK, BACK)  # fmt: skip
+    if SINKS:
+        index, visible = sink_keys(b, at, Bounds, X, SINKS, SP)
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    own_s = scaled_scores(q, own_k, scaling, softcap, SOFTCAP, PRECISION)
+    _own_p, own_ds = grad_rows(own_s, own_v, g, lse, delta, mine, softcap, SOFTCAP, PRECISION)
+    acc = tl.dot(own_ds.to(own_k.dtype), own_k, acc, input_precision=PRECISION)
+    if SINKS:
+        s = scaled_scores(q, k, scaling, softcap, SOFTCAP, PRECISION)
+        if FAR:
+            far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
+            s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
+        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], softcap, SOFTCAP, PRECISION)
+        own = row.to(tl.int64) * X * D
+        add_rows(HeldV + own, index, p, g, d, D, PRECISION)
+        if FAR:
+            away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
+            add_rows(HeldKFar + own, index, away_ds, far_q, d, D, PRECISION)
+            far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            ds = tl.where(away, 0.0, ds)
+        add_rows(HeldK + own, index, ds, q, d, D, PRECISION)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    keep, acc = live[:, None] & wide, acc * scaling
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
     if MORE:  # what q's other readers say
         more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
@@ -390,7 +387,7 @@ def query_grad_kernel(
     to = (b * gqb + head * gqh + at * gqt)[:, None] + d[None, :]
     tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
-        tl.store(GradQFar + out[:, None] * D + d[None, :], far_acc.to(GradQ.dtype.element_ty), mask=keep)
+        tl.store(GradQFar + out[:, None] * D + d[None, :], (far_acc * scaling).to(GradQ.dtype.element_ty), mask=keep)
 
 
 @jit
@@ -399,7 +396,7 @@ def add_key_grads(
     sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
     G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see.
+    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see, in units of scaling.
 
     Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
     FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
@@ -422,7 +419,7 @@ def add_key_grads(
     p = tl.where(visible & live[None, :], tl.exp2(s - lse[None, :]), 0.0)
     grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-    ds = grad_scores(s, p, dp, delta[None, :], scaling, softcap, SOFTCAP)
+    ds = grad_scores(s, p, dp, delta[None, :], softcap, SOFTCAP)
     if FAR:
         far_ds = tl.where(away, ds, 0.0).to(q.dtype)
         grad_far = tl.dot(far_ds, far_q, grad_far, input_precision=PRECISION)
@@ -495,7 +492,7 @@ def window_grad_kernel(
         )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
-    tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
+    tl.store(to_k, (grad_k * scaling).to(GradK.dtype.element_ty), mask=mine)
     tl.store(to_v, grad_v.to(GradV.dtype.element_ty), mask=mine)
 
 
@@ -540,7 +537,7 @@ class Exact(NamedTuple):
     """What the exact branch needs beside q, k and v; no gradients."""
 
     spec: KernelSpec
-    table: Tensor  # [parts, R, n, slots] int32; the backward reads those of whole tiles, which are the first
+    table: Tensor  # [parts, R, n, slots] int32; those of whole tiles are the first
     death: Tensor  # [R, X] int32
     bounds: Tensor  # [B, 4] int32
     front: int
@@ -586,8 +583,9 @@ def near_sizes(spec: KernelSpec, launch: Launch) -> dict[str, Any]:
 
 
 def parts_of_tile(q: Tensor, k: Tensor, spec: KernelSpec, far: bool) -> int:
-    """Slot tables a tile that the forward reads."""
-    return TILE // launch_for("exact", q, q.shape[1] // k.shape[1], spec, far).tile
+    """Slot tables a tile: as many as the kernel with the shortest tiles reads; one with whole tiles reads the first."""
+    group = q.shape[1] // k.shape[1]
+    return TILE // min(launch_for(name, q, group, spec, far).tile for name in ("exact", "query_grad"))
 
 
 class Asked(NamedTuple):
@@ -647,12 +645,13 @@ class ExactFunction(torch.autograd.Function):
         grad_q, grad_far_q, held = laid_out_as(q), torch.empty_like(far_q), room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
-        query_grad_kernel[(-(-W // TILE), -(-(H // Hk) // launch.heads), B * Hk)](
+        query_grad_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
             *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
-            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known, **sizes,
+            *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known,
+            PARTS=TILE // launch.tile, NEAR=near_sizes(given.spec, launch)["NEAR"], **sizes,
         )  # fmt: skip
         grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
-        far = (None, None) if given.pos is None else (grad_far_q, held[2].to(k.dtype))
+        far = (None, None) if given.pos is None else (grad_far_q, (held[2] * given.scaling).to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
 
 
@@ -671,7 +670,8 @@ def asked_alone(
 
 
 def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot."""
+    """Room for the gradients of k, v and far_k in float32, zero for all that are sinks or ever hold a slot; those of k
+    and far_k are added up in units of scaling."""
     spec, (B, Hk, X, D) = given.spec, k.shape
     some = spec.slots + spec.sinks > 0
     held = torch.empty(2, *(k.shape if some else (0,)), device=k.device, dtype=torch.float32)

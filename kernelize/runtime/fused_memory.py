@@ -37,11 +37,14 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
 }
+LITTLE = 8192  # entries of a memory beside which there is room to be a head ahead
+SMALL = LAUNCH | {"phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=3)}
 WIDE = Launch(heads=1, chunk=4096, warps=4, stages=2)  # features in float32
 
 
-def launch_of(name: str, phi: Tensor) -> Launch:
-    return WIDE if phi.dtype == torch.float32 else LAUNCH[name]
+def launch_of(name: str, phi: Tensor, entries: int = 2 * LITTLE) -> Launch:
+    """How the kernel is launched for such features; `entries` of a memory, for those that ask for it."""
+    return WIDE if phi.dtype == torch.float32 else (SMALL if entries <= LITTLE else LAUNCH)[name]
 
 
 @jit
@@ -464,6 +467,8 @@ def phi_q_grad_kernel(
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     for g in range(G):
         out, head = (row * G + g) * W + at, h * G + g
+        where, keep = out[:, None] * F + f[None, :], live[:, None] & (f < F)[None, :]
+        phi_q = tl.load(PhiQ + where, mask=keep, other=0.0)  # asked for with what comes before it is needed
         wide = live[:, None] & (d < D)[None, :]
         where_g = b * sgb + head * sgh + at.to(tl.int64) * sgt
         grad = tl.load(Grad + where_g[:, None] + d[None, :], mask=wide, other=0.0)
@@ -478,10 +483,8 @@ def phi_q_grad_kernel(
         a = (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * weight
         total = tl.dot(grad, tl.trans(low), input_precision=PRECISION) - delta[:, None] * norm[None, :]
         total = tl.dot(a.to(phi.dtype), phi, total * far[:, None], input_precision=PRECISION) * unit[:, None]
-        where = out[:, None] * F + f[None, :]
-        wide = live[:, None] & (f < F)[None, :]
-        tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=wide)
-        turn = tl.sum(tl.load(PhiQ + where, mask=wide, other=0.0).to(tl.float32) * total, 1)
+        tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=keep)
+        turn = tl.sum(phi_q.to(tl.float32) * total, 1)
         of_part = (part * tl.num_programs(2) + row) * G + g
         tl.store(GradGate + of_part * n + tile, tl.sum(turn, 0))
         if DECAY:
@@ -930,7 +933,7 @@ def phi_q_grad(
     Unless it is `known`, writes the delta of what is asked, of y.
     """
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    launch = launch_of("phi_q_grad", phi_q)
+    launch = launch_of("phi_q_grad", phi_q, power_of_two(F) * power_of_two(D))
     FB, parts = split(F, D, launch.chunk)
     scalars, sizes = sizes_of(order, phi_q, v, asked)
     out = torch.empty_like(phi_q)
