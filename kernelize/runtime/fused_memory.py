@@ -386,18 +386,18 @@ def mapped_memory_kernel(
     """`memory_kernel` with the hedgehog map of the queries in it: phi(q) never leaves the registers.
 
     SPLIT: by matrices that `split_kernel` has cut in two, else by the map's own. AHEAD: a head's product with them
-    stands at the end of the head before, so that with two stages its operands are on their way all that time.
+    stands at the end of the head before, so that with two stages its operands are on their way all that time; so is
+    what the exact branch says, in registers, for else the compiler asks for it where it is needed.
     """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     d, r = part * DV + tl.arange(0, DV), tl.arange(0, TILE)
-    half, c = tl.arange(0, 2 * CP) // CP, tl.arange(0, 2 * CP) % CP
-    f = tl.where(c < C, half * C + c, 2 * C)  # which is beyond all
+    f = tl.arange(0, 2 * CP)
+    if C < CP:
+        f = tl.where(f % CP < C, f // CP * C + f % CP, 2 * C)  # which is beyond all
     at = tile * TILE + r
     block, live = at // BLOCK, at < W
     own_q = Q + b * sqb + h * G * sqh + (tile * TILE).to(tl.int64) * sqt
-    if AHEAD:
-        z = logits_at(own_q, Weight, factor, h * G, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
     M = Memory + (row * n + tile) * 2 * C * D + (f[:, None] * D + d[None, :])
     memory = tl.load(M, mask=(f < 2 * C)[:, None] & (d < D)[None, :], other=0.0)
@@ -405,13 +405,16 @@ def mapped_memory_kernel(
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, 2 * C, D, TILE, DECAY
     )
+    where, wide = r[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :]
+    if AHEAD:
+        z = logits_at(own_q, Weight, factor, h * G, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
+        exact = tl.load(Exact + (row * G * W + tile * TILE) * D + where, mask=wide, other=0.0)
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     for g in range(G):
         head, first = h * G + g, (row * G + g) * W + tile * TILE
         own, gate = tl.load(Lse + first + r, mask=live, other=0.0), tl.load(Gate + head)
-        where = r[:, None] * D + d[None, :]
-        exact = tl.load(Exact + first * D + where, mask=live[:, None] & (d < D)[None, :], other=0.0)
         if not AHEAD:
+            exact = tl.load(Exact + first * D + where, mask=wide, other=0.0)
             z = logits_at(own_q + g * sqh, Weight, factor, head, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
         phi_q = both_halves(z, C)
         a = tl.dot(phi_q.to(phi.dtype), tl.trans(phi), input_precision=PRECISION) * weight
@@ -424,6 +427,7 @@ def mapped_memory_kernel(
         merge(total, norms, exact, own, gate, Y + first * D, Branch + first * D, BranchLse + first, Lse,
               r, r, live, d, part, D, BRANCHES, False)  # fmt: skip
         if AHEAD:
+            exact = tl.load(Exact + (first + W) * D + where, mask=wide & (g + 1 < G), other=0.0)
             z = logits_at(own_q + (g + 1) * sqh, Weight, factor, head + 1, sqt, live, g + 1 < G,
                           C, CP, D, DP, SPLIT, PRECISION)  # fmt: skip
 
