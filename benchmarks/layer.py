@@ -405,7 +405,7 @@ FORWARD = {
 PREFILL = FORWARD | {
     ("fused_memory", "mapped_memory"): [
         {"stages": 1}, {"stages": 1, "split": False}, {"stages": 1, "registers": 168}, {"stages": 3}, {"warps": 8},
-        {"chunk": 4096},
+        {"chunk": 4096}, {"whole": False},
     ],
 }  # fmt: skip
 RECALL = {("fused_memory", "recall"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}]}

@@ -169,6 +169,17 @@ def ahead() -> None:
             assert (found[0] - other).norm() < 1e-4 * found[0].norm(), (found[0] - other).norm() / found[0].norm()
 
 
+@torch.no_grad()
+def segments() -> None:
+    """Segments of more than one tile: the memory before each as a whole, and what a segment brought with its start."""
+    fused_memory.PROGRAMS = 4
+    kernel, (q, k, v) = kernel_of(SPECS[0]), contract.tokens(1, 230, FULL, sizes=SIZES)
+    expected = chunked.attend(q, k, v, kernel)[0].y
+    for whole in (True, False):
+        fused_memory.WIDE = fused_memory.WIDE._replace(whole=whole)
+        assert_same(fused.attend(q, k, v, kernel, branches=False)[0].y, expected, f"whole={whole}")
+
+
 def short_tiles() -> None:
     """All by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
     fused_select.WIDE = fused_select.LAUNCH
@@ -630,7 +641,7 @@ def capturable() -> None:
 
 
 LAWS = (
-    forward, streams, prefill, ahead, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
+    forward, streams, prefill, ahead, segments, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
     heads, divergence, capturable, short_tiles,
 )  # fmt: skip

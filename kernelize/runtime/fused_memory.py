@@ -377,17 +377,18 @@ def logits_at(
 
 @jit
 def mapped_memory_kernel(
-    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse, factor,
-    sqb, sqh, sqt, svb, svh, svt, W, X, n, length, kv_heads,
+    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    factor, sqb, sqh, sqt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
     BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, SPLIT: constexpr,
-    AHEAD: constexpr, PRECISION: constexpr,
+    AHEAD: constexpr, WHOLE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """`memory_kernel` with the hedgehog map of the queries in it: phi(q) never leaves the registers.
 
     SPLIT: by matrices that `split_kernel` has cut in two, else by the map's own. AHEAD: a head's product with them
     stands at the end of the head before, so that with two stages its operands are on their way all that time; so is
-    what the exact branch says, in registers, for else the compiler asks for it where it is needed.
+    what the exact branch says, in registers, for else the compiler asks for it where it is needed. WHOLE: Memory and
+    Norm are all that a tile's begin with, else a segment's own.
     """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
@@ -399,9 +400,13 @@ def mapped_memory_kernel(
     block, live = at // BLOCK, at < W
     own_q = Q + b * sqb + h * G * sqh + (tile * TILE).to(tl.int64) * sqt
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
-    M = Memory + (row * n + tile) * 2 * C * D + (f[:, None] * D + d[None, :])
-    memory = tl.load(M, mask=(f < 2 * C)[:, None] & (d < D)[None, :], other=0.0)
-    norm = tl.load(Norm + (row * n + tile) * 2 * C + f, mask=f < 2 * C, other=0.0)
+    if WHOLE:
+        M = Memory + (row * n + tile) * 2 * C * D + (f[:, None] * D + d[None, :])
+        memory = tl.load(M, mask=(f < 2 * C)[:, None] & (d < D)[None, :], other=0.0)
+        norm = tl.load(Norm + (row * n + tile) * 2 * C + f, mask=f < 2 * C, other=0.0)
+    else:
+        memory, norm = memory_at(Memory, Norm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d,
+                                 2 * C, D, TILE // BLOCK, DECAY)  # fmt: skip
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, 2 * C, D, TILE, DECAY
     )
@@ -896,17 +901,18 @@ def read_mapped(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`MemoryFunction` for q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map; no gradients."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
-    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=True)
     launch = mapped_launch(phi_k, D, order.n * B * Hk)
+    whole = launch.whole or order.tiles == 1
+    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole)
     DV, parts = split(D, F, launch.chunk)
     y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
     matrices = split_matrices(weight, factor, q.dtype) if launch.split else weight
     mapped_memory_kernel[(order.n, parts, B * Hk)](
-        order.tokens, q, matrices, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
+        order.tokens, q, matrices, phi_k, v, clock, clock_end, *states, exact, lse, gate,
         y, branch, branch_lse, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
-        Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV, TILE=TILE, BLOCK=order.block,
-        DECAY=order.decays, BRANCHES=branches, SPLIT=launch.split,
-        AHEAD=launch.split and launch.stages > 1, PRECISION=precision(q.dtype), **launch.options,
+        order.segments, order.tiles, Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV,
+        TILE=TILE, BLOCK=order.block, DECAY=order.decays, BRANCHES=branches, SPLIT=launch.split,
+        AHEAD=launch.split and launch.stages > 1, WHOLE=whole, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
     return y, branch, branch_lse, end
 
