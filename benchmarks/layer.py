@@ -404,9 +404,8 @@ FORWARD = {
 }  # fmt: skip
 PREFILL = FORWARD | {
     ("fused_memory", "mapped_memory"): [
-        {"stages": 2}, {"stages": 3}, {"warps": 8}, {"warps": 8, "stages": 2}, {"registers": 168},
-        {"chunk": 8192}, {"chunk": 8192, "stages": 2}, {"chunk": 8192, "registers": 168},
-        {"chunk": 8192, "warps": 8},
+        {"stages": 1}, {"stages": 1, "split": False}, {"stages": 1, "registers": 168}, {"stages": 3}, {"warps": 8},
+        {"chunk": 4096}, {"whole": False},
     ],
 }  # fmt: skip
 RECALL = {("fused_memory", "recall"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}]}

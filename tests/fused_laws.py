@@ -144,6 +144,42 @@ def prefill() -> None:
         same_state(state, after, contract.name_of(spec))
 
 
+@torch.no_grad()
+def ahead() -> None:
+    """Where many programs read the queries' matrices, these are split before: that is no other y, and training's."""
+    few = fused_memory.MANY
+    cases = (
+        (SPECS[0], SIZES, HALF, [70, 33]),
+        (KernelSpec(**{**SMALL, "feature_dim": 12, "policy": "attention", "decay": "none"}), (5, 1, 8), HALF, [83]),
+        (KernelSpec(**{**SMALL, "feature_dim": 40, "policy": "attention"}), (2, 1, 20), torch.float16, [103]),
+    )
+    for spec, sizes, dtype, lengths in cases:
+        attention = contract.layer(spec, FULL, sizes)
+        attention.map_q.weight *= 3.0  # so that what rounding leaves of it matters
+        tokens = [x.to(dtype).split(lengths, 2) for x in contract.tokens(1, sum(lengths), FULL, sizes=sizes)]
+        found = []
+        for many, branches in ((few, False), (0, False), (0, True)):
+            fused_memory.MANY, state, parts = many, None, []
+            for piece in zip(*tokens, strict=True):
+                out, state = fused.attend(*piece, attention.kernel(0.5), state, branches=branches)
+                parts.append(out.y.float())
+            found.append(torch.cat(parts, 2))
+        fused_memory.MANY = few
+        for other in found[1:]:
+            assert (found[0] - other).norm() < 1e-4 * found[0].norm(), (found[0] - other).norm() / found[0].norm()
+
+
+@torch.no_grad()
+def segments() -> None:
+    """Segments of more than one tile: the memory before each as a whole, and what a segment brought with its start."""
+    fused_memory.PROGRAMS = 4
+    kernel, (q, k, v) = kernel_of(SPECS[0]), contract.tokens(1, 230, FULL, sizes=SIZES)
+    expected = chunked.attend(q, k, v, kernel)[0].y
+    for whole in (True, False):
+        fused_memory.WIDE = fused_memory.WIDE._replace(whole=whole)
+        assert_same(fused.attend(q, k, v, kernel, branches=False)[0].y, expected, f"whole={whole}")
+
+
 def short_tiles() -> None:
     """All by programs of several heads and short tiles, which elsewhere only wide heads of 16 bits have."""
     fused_select.WIDE = fused_select.LAUNCH
@@ -613,7 +649,7 @@ def capturable() -> None:
 
 
 LAWS = (
-    forward, streams, prefill, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
+    forward, streams, prefill, ahead, segments, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
     steps_in_low_precision, far, far_gradients, far_steps, bounds,
     heads, divergence, capturable, short_tiles,
 )  # fmt: skip

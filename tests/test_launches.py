@@ -24,6 +24,7 @@ SHAPE = (1, 4, 2, 16)
 @pytest.mark.parametrize(
     ("policy", "length", "train", "keep", "kernels", "operations"),
     [("attention", 2048, False, False, 12, 0), ("attention", 65536, False, False, 17, 0),
+     ("attention", 131072, False, False, 18, 0),
      ("attention", 2048, False, True, 12, 29), ("mixed", 2048, False, False, 19, 2),
      ("attention", 2048, True, False, 25, 9), ("mixed", 2048, True, False, 32, 11)],
 )  # fmt: skip

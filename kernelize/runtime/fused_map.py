@@ -21,6 +21,7 @@ LAUNCH = {  # chunk: tokens a step
 SMALL = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=3)}  # matrices of up to 2048 entries
 # and of up to 4096: so many registers that three programs fit, each with its next tokens on their way
 MEDIUM = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=2, registers=168)}
+SPLIT = 1024  # entries that one program splits
 LARGEST = 16384  # entries of a head's matrix that fit into registers
 
 
@@ -32,15 +33,61 @@ def matrix_of(Weight, factor, h, d, c, D: constexpr, C: constexpr, CACHE: conste
 
 
 @jit
+def rounded(x):
+    """Float32 as the nearest that bfloat16 has; conversions there and back are slow, as exponentials are."""
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@jit
+def product_of(x, w, again, PRECISION: constexpr):
+    """x [rows, D] times w [D, C]; for 16-bit x as `hedgehog_of` says, with what rounding leaves of w from `again`."""
+    z = tl.dot(x, w.to(x.dtype), input_precision=PRECISION)
+    if x.dtype != tl.float32:
+        z = tl.dot(x, (again - again.to(x.dtype).to(tl.float32)).to(x.dtype), z)
+    return z
+
+
+@jit
+def split_kernel(Weight, Out, factor, C: constexpr, SIZE: constexpr, items):
+    """factor · W [items of C] as rows of the rounded C entries and of the C that rounding leaves."""
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    w = tl.load(Weight + i, mask=i < items, other=0.0) * factor
+    near = w.to(Out.dtype.element_ty)
+    to = Out + i // C * (2 * C) + i % C
+    tl.store(to, near, mask=i < items)
+    tl.store(to + C, (w - near.to(tl.float32)).to(Out.dtype.element_ty), mask=i < items)
+
+
+@jit
+def parts_at(Weight, h, d, there, C: constexpr, CP: constexpr, D: constexpr):
+    """[D, 2 CP] of head h, if it is `there`, from `split_kernel`: the rounded columns, then those of the rest."""
+    half, c = tl.arange(0, 2 * CP) // CP, tl.arange(0, 2 * CP) % CP
+    at, inside = d[:, None] * (2 * C) + (half * C + c)[None, :], (d < D)[:, None] & (c < C)[None, :]
+    return tl.load(Weight + h * D * (2 * C) + at, mask=inside & there, other=0.0)
+
+
+@jit
+def both_halves(z, C: constexpr):
+    """The map [rows, 2 CP] of z [rows, CP] in units of log 2: softmax(z) beside softmax(−z)."""
+    ROWS: constexpr = z.shape[0]
+    CP: constexpr = z.shape[1]
+    z = tl.reshape(z, [ROWS, 1, CP])
+    z = tl.where((tl.arange(0, 2) == 0)[None, :, None], z, -z)
+    if C < CP:
+        z = tl.where((tl.arange(0, CP) < C)[None, None, :], z, float("-inf"))
+    phi = tl.exp2(z - tl.max(z, 2)[:, :, None])
+    phi = phi * (1 / tl.sum(phi, 2))[:, :, None]
+    return tl.reshape(phi, [ROWS, 2 * CP])
+
+
+@jit
 def hedgehog_of(x, w, again, c, C: constexpr, PRECISION: constexpr):
     """Both halves [rows, C] of the map of x [rows, D] by matrices w [D, C] in units of log 2.
 
     For 16-bit x the matrix is the sum of two, the second from `again`: w itself, or the same loaded once more so that
     its registers are free in between.
     """
-    z = tl.dot(x, w.to(x.dtype), input_precision=PRECISION)
-    if x.dtype != tl.float32:
-        z = tl.dot(x, (again - again.to(x.dtype).to(tl.float32)).to(x.dtype), z)
+    z = product_of(x, w, again, PRECISION)
     here = (c < C)[None, :]
     up = tl.exp2(z - tl.max(tl.where(here, z, float("-inf")), 1)[:, None])
     down = tl.exp2(tl.min(tl.where(here, z, float("inf")), 1)[:, None] - z)
@@ -156,6 +203,14 @@ def fits(mapping: Callable[[Tensor, Tensor], Tensor] | None) -> TypeGuard[Hedgeh
 def plain(mapping: Hedgehog) -> Tensor:
     """Its matrices [H, D, C] in float32."""
     return mapping.weight.float().contiguous()
+
+
+def split_matrices(weight: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """factor · weight [H, D, C] as [H, D, 2, C] of a 16-bit dtype: rounded, and what that leaves."""
+    H, D, C = weight.shape
+    out = torch.empty(H, D, 2, C, device=weight.device, dtype=dtype)
+    split_kernel[(-(-weight.numel() // SPLIT),)](weight, out, factor, C=C, SIZE=SPLIT, items=weight.numel())
+    return out
 
 
 def factor_of(scale: float) -> float:

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from .fused_exact import Asked
-from .fused_map import hedgehog_of, matrix_of
+from .fused_map import both_halves, matrix_of, parts_at, product_of, rounded, split_matrices
 from .fused_select import TILE
-from .fused_triton import Launch, constexpr, jit, power_of_two, precision, rows_first, tl
+from .fused_triton import AMPLE, Launch, constexpr, jit, power_of_two, precision, rows_first, shared_memory, tl
 
 CLOCKS = 1024  # tokens of one program that sets clocks
 CROSSING = 1024  # entries of M that are multiplied with their gradients at once
 WALKED, AHEAD = 256, 6  # entries of one program that walks over the segments, and how many steps ahead it reads
+MANY = 2112  # programs from which on a launch that splits the queries' matrices is worth it: 16k tokens of 8 KV heads
+MOST_AHEAD = 8192  # entries of M with which two programs that ask ahead fit on a multiprocessor
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 264  # of a pass over the memory's segments: two a multiprocessor of the largest GPUs
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "states": Launch(heads=1, chunk=8192, warps=4, stages=3, registers=168),
     "recall": Launch(heads=1, chunk=16384, warps=4, stages=2),
-    "mapped_memory": Launch(heads=1, chunk=16384, warps=4, stages=1),
+    "mapped_memory": Launch(heads=1, chunk=16384, warps=4, stages=2, split=True),  # elsewhere: `mapped_launch`
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
@@ -330,26 +332,27 @@ def memory_kernel(
         total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
         z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
         to = (b * W + at) * (kv_heads * G) + h * G + g
-        gate = tl.load(Gate + h * G + g)
-        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, Total, out, to, live, d, part, D, BRANCHES, True)
+        own, gate = tl.load(Lse + out, mask=live, other=0.0), tl.load(Gate + h * G + g)
+        merge(total, z, exact, own, gate, Y, Branch, BranchLse, Total, out, to, live, d, part, D, BRANCHES, True)
 
 
 @jit
 def merge(
-    total, z, exact, gate, Lse, Y, Branch, BranchLse, Total, out, to, live, d, part,
+    total, z, exact, own, gate, Y, Branch, BranchLse, Total, out, to, live, d, part,
     D: constexpr, BRANCHES: constexpr, TOTAL: constexpr,
 ):  # fmt: skip
     """Stores what the rows `out` read as the rows `to` of y, from the memory's numerator [rows, channels d], its
-    normaliser and the exact branch. TOTAL: also the normaliser of both."""
+    normaliser and the exact branch with its `own`. TOTAL: also the normaliser of both."""
     wide = live[:, None] & (d < D)[None, :]
     filled = z > 1.1754943508222875e-38
     safe = tl.where(filled, z, 1.0)
-    memory = total * tl.where(filled, 1.0 / safe, 0.0)[:, None]
+    part_of = tl.where(filled, 1.0 / safe, 0.0)
     lse = tl.where(filled, tl.log(safe) + gate, float("-inf"))
-    own = tl.load(Lse + out, mask=live, other=0.0)
-    y = memory + tl.sigmoid(own - lse)[:, None] * (exact.to(tl.float32) - memory)
+    share = tl.sigmoid(own - lse)
+    y = total * (part_of * (1.0 - share))[:, None] + share[:, None] * exact.to(tl.float32)
     tl.store(Y + to[:, None] * D + d[None, :], y.to(Y.dtype.element_ty), mask=wide)
     if BRANCHES:
+        memory = total * part_of[:, None]
         tl.store(Branch + out[:, None] * D + d[None, :], memory.to(Branch.dtype.element_ty), mask=wide)
         tl.store(BranchLse + out, lse, mask=live & (part == 0))
     if TOTAL:
@@ -358,48 +361,83 @@ def merge(
 
 
 @jit
-def mapped_memory_kernel(
-    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Exact, Lse, Gate, Y, Branch, BranchLse, factor,
-    sqb, sqh, sqt, svb, svh, svt, W, X, n, length, kv_heads,
-    G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
-    BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
+def logits_at(
+    Q, Weight, factor, h, sqt, live, there,
+    C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, SPLIT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """`memory_kernel` with the hedgehog map of the queries in it: its halves [rows, C] never leave the registers."""
+    """The rows from Q on times the matrix of head h, where the head is `there`: [rows, CP] in units of log 2."""
+    ROWS: constexpr = live.shape[0]
+    r, x = tl.arange(0, ROWS), tl.arange(0, DP)
+    q = tl.load(Q + (r[:, None] * sqt + x[None, :]), mask=(live & there)[:, None] & (x < D)[None, :], other=0.0)
+    if SPLIT:
+        z = tl.dot(q, parts_at(Weight, h, x, there, C, CP, D), input_precision=PRECISION)
+        return tl.sum(tl.reshape(z, [ROWS, 2, CP]), 1)
+    else:
+        c = tl.arange(0, CP)
+        w, again = matrix_of(Weight, factor, h, x, c, D, C, ""), matrix_of(Weight, factor, h, x, c, D, C, ".ca")
+        return product_of(q, w, again, PRECISION)
+
+
+@jit
+def mapped_memory_kernel(
+    Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
+    factor, sqb, sqh, sqt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
+    BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, SPLIT: constexpr,
+    AHEAD: constexpr, WHOLE: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """`memory_kernel` with the hedgehog map of the queries in it: phi(q) never leaves the registers.
+
+    SPLIT: by matrices that `split_kernel` has cut in two, else by the map's own. AHEAD: a head's product with them
+    stands at the end of the head before, so that with two stages its operands are on their way all that time; so is
+    what the exact branch says, in registers, for else the compiler asks for it where it is needed. WHOLE: Memory and
+    Norm are all that a tile's begin with, else a segment's own.
+    """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    c, d, at = tl.arange(0, CP), part * DV + tl.arange(0, DV), tile * TILE + tl.arange(0, TILE)
+    d, r = part * DV + tl.arange(0, DV), tl.arange(0, TILE)
+    f = tl.arange(0, 2 * CP)
+    if C < CP:
+        f = tl.where(f % CP < C, f // CP * C + f % CP, 2 * C)  # which is beyond all
+    at = tile * TILE + r
     block, live = at // BLOCK, at < W
-    wide = live[:, None] & (d < D)[None, :]
+    own_q = Q + b * sqb + h * G * sqh + (tile * TILE).to(tl.int64) * sqt
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
-    M = Memory + (row * n + tile) * 2 * C * D + c[:, None] * D + d[None, :]
-    keep, norm = (c < C)[:, None] & (d < D)[None, :], Norm + (row * n + tile) * 2 * C + c
-    m_up, m_down = tl.load(M, mask=keep, other=0.0), tl.load(M + C * D, mask=keep, other=0.0)
-    norm_up, norm_down = tl.load(norm, mask=c < C, other=0.0), tl.load(norm + C, mask=c < C, other=0.0)
-    index, here, k_up, v, clock = entries(
-        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, c, d, 2 * C, D, TILE, DECAY
+    if WHOLE:
+        M = Memory + (row * n + tile) * 2 * C * D + (f[:, None] * D + d[None, :])
+        memory = tl.load(M, mask=(f < 2 * C)[:, None] & (d < D)[None, :], other=0.0)
+        norm = tl.load(Norm + (row * n + tile) * 2 * C + f, mask=f < 2 * C, other=0.0)
+    else:
+        memory, norm = memory_at(Memory, Norm, Start, StartNorm, ClockEnd, row, tile, n, segments, tiles, f, d,
+                                 2 * C, D, TILE // BLOCK, DECAY)  # fmt: skip
+    _, here, phi, v, clock = entries(
+        Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, 2 * C, D, TILE, DECAY
     )
-    below = Phi + (row * X + index)[:, None] * (2 * C) + C + c[None, :]
-    k_down = tl.load(below, mask=here[:, None] & (c < C)[None, :], other=0.0)
+    where, wide = r[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :]
+    if AHEAD:
+        z = logits_at(own_q, Weight, factor, h * G, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
+        exact = tl.load(Exact + (row * G * W + tile * TILE) * D + where, mask=wide, other=0.0)
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
-    x = tl.arange(0, DP)
     for g in range(G):
-        out = (row * G + g) * W + at
-        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=wide, other=0.0)
-        where_q = Q + b * sqb + (h * G + g) * sqh + at.to(tl.int64)[:, None] * sqt + x[None, :]
-        q = tl.load(where_q, mask=live[:, None] & (x < D)[None, :], other=0.0)
-        w = matrix_of(Weight, factor, h * G + g, x, c, D, C, "")
-        again = matrix_of(Weight, factor, h * G + g, x, c, D, C, ".ca")
-        up, down = hedgehog_of(q, w, again, c, C, PRECISION)
-        up, down = up.to(k_up.dtype), down.to(k_up.dtype)
-        a = tl.dot(up, tl.trans(k_up), input_precision=PRECISION)
-        a = tl.dot(down, tl.trans(k_down), a, input_precision=PRECISION) * weight
-        total = tl.dot(up, m_up, input_precision=PRECISION)
-        total = tl.dot(down, m_down, total, input_precision=PRECISION) * far[:, None]
-        total = tl.dot(a.to(k_up.dtype), v, total, input_precision=PRECISION)
-        known = up.to(tl.float32) * norm_up[None, :] + down.to(tl.float32) * norm_down[None, :]
-        z = tl.sum(a, 1) + tl.sum(known, 1) * far
-        gate = tl.load(Gate + h * G + g)
-        merge(total, z, exact, gate, Lse, Y, Branch, BranchLse, Lse, out, out, live, d, part, D, BRANCHES, False)
+        head, first = h * G + g, (row * G + g) * W + tile * TILE
+        own, gate = tl.load(Lse + first + r, mask=live, other=0.0), tl.load(Gate + head)
+        if not AHEAD:
+            exact = tl.load(Exact + first * D + where, mask=wide, other=0.0)
+            z = logits_at(own_q + g * sqh, Weight, factor, head, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
+        phi_q = both_halves(z, C)
+        a = tl.dot(phi_q.to(phi.dtype), tl.trans(phi), input_precision=PRECISION) * weight
+        phi_q = phi_q * far[:, None]
+        if phi.dtype != tl.float32:
+            phi_q = rounded(phi_q)
+        total = tl.dot(phi_q.to(phi.dtype), memory, input_precision=PRECISION)
+        total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
+        norms = tl.sum(a, 1) + tl.sum(phi_q * norm[None, :], 1)
+        merge(total, norms, exact, own, gate, Y + first * D, Branch + first * D, BranchLse + first, Lse,
+              r, r, live, d, part, D, BRANCHES, False)  # fmt: skip
+        if AHEAD:
+            exact = tl.load(Exact + (first + W) * D + where, mask=wide & (g + 1 < G), other=0.0)
+            z = logits_at(own_q + (g + 1) * sqh, Weight, factor, head + 1, sqt, live, g + 1 < G,
+                          C, CP, D, DP, SPLIT, PRECISION)  # fmt: skip
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -851,21 +889,33 @@ class MemoryFunction(torch.autograd.Function):
         return g_phi_q, g_phi_k, g_v, *clocks, g_memory, *of_exact, g_gate, *merged, None, None
 
 
+def mapped_launch(phi: Tensor, D: int, programs: int) -> Launch:
+    """Of so many programs of `mapped_memory_kernel`: with operands ahead where they fit, twice a multiprocessor."""
+    launch, has = launch_of("mapped_memory", phi), shared_memory(phi.device)
+    few = programs < MANY or power_of_two(phi.shape[-1]) * power_of_two(D) > MOST_AHEAD
+    if phi.dtype == torch.float32 or not (few or 0 < has < AMPLE):
+        return launch
+    return launch._replace(split=False, stages=1)
+
+
 def read_mapped(
     q: Tensor, weight: Tensor, factor: float, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
     memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`MemoryFunction` for q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map; no gradients."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
-    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=True)
-    launch = launch_of("mapped_memory", phi_k)
+    launch = mapped_launch(phi_k, D, order.n * B * Hk)
+    whole = launch.whole or order.tiles == 1
+    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole)
     DV, parts = split(D, F, launch.chunk)
     y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
+    matrices = split_matrices(weight, factor, q.dtype) if launch.split else weight
     mapped_memory_kernel[(order.n, parts, B * Hk)](
-        order.tokens, q, weight, phi_k, v, clock, clock_end, states.at, states.norm, exact, lse, gate,
+        order.tokens, q, matrices, phi_k, v, clock, clock_end, *states, exact, lse, gate,
         y, branch, branch_lse, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
-        Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV, TILE=TILE, BLOCK=order.block,
-        DECAY=order.decays, BRANCHES=branches, PRECISION=precision(q.dtype), **launch.options,
+        order.segments, order.tiles, Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV,
+        TILE=TILE, BLOCK=order.block, DECAY=order.decays, BRANCHES=branches, SPLIT=launch.split,
+        AHEAD=launch.split and launch.stages > 1, WHOLE=whole, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
     return y, branch, branch_lse, end
 

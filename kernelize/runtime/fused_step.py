@@ -17,12 +17,11 @@ from torch import Tensor
 from .feature_maps import Hedgehog
 from .fused import DTYPES, unsupported
 from .fused_map import LARGEST
-from .fused_triton import constexpr, interpreted, jit, power_of_two, shared_memory, tl, triton
+from .fused_triton import AMPLE, constexpr, interpreted, jit, power_of_two, shared_memory, tl, triton
 from .spec import KernelSpec
 from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, Rotation, State
 
 TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, or holders of a block that leaves
-AMPLE = 200_000  # bytes of shared memory, as on Hopper, in which loads may be three stages ahead
 NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
 MOST_GROUP = 64  # query heads of a key head
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it

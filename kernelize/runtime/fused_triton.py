@@ -58,6 +58,7 @@ def laid_out_as(x: Tensor) -> Tensor:
     return rows_first(torch.empty_like(x))
 
 
+AMPLE = 200_000  # bytes of shared memory, as on Hopper, in which loads may be stages ahead
 LONG = 64  # tokens of a tile, and the most of a block
 
 
@@ -71,6 +72,8 @@ class Launch(NamedTuple):
     registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
     tile: int = LONG  # tokens, of each of its heads
     near: int = 0  # keys of the window before the tile, at most, that the exact branch reads together with the tile's
+    split: bool = False  # the queries' matrices are cut in two by a launch of its own, where many programs read them
+    whole: bool = True  # the memory is written as a whole before every tile of a prefill, by a second pass
 
     def of_group(self, group: int, block: int, window: int) -> Launch:
         """For `group` heads a key head, for blocks, and for queries that look back so far.
