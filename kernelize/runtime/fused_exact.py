@@ -21,12 +21,13 @@ LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
     "query_grad": Launch(heads=4, chunk=32, warps=2, stages=3, registers=128, tile=32),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
-    "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
+    "held_grad": Launch(heads=1, chunk=128, warps=8, stages=2),
 }
 SMALL = LAUNCH | {  # of up to 64
     "exact": Launch(heads=1, chunk=64, warps=4, stages=1, registers=128),
     "query_grad": Launch(heads=1, chunk=32, warps=4, stages=3, registers=168),
-    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
+    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
+    "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
 }
 # all others; with eight warps exact_kernel reads beyond its shared memory (Triton 3.6, sm_90, compute-sanitizer)
 WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
@@ -690,7 +691,7 @@ def key_grads(
     """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
     rows, n, strides = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE), asked.grad.stride()[:3]
     if given.spec.slots:
-        launch = launch_of("held_grad", q, 1, given)
+        launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
         held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)

@@ -27,10 +27,8 @@ GROUP = 8  # and of more, in groups, the groups, and each list again
 FOLDED = 512  # keys of one program that adds up their mass
 JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
-LAUNCH = {
-    "mass": Launch(heads=4, chunk=64, warps=1, stages=2, registers=168, tile=32)
-}  # warps for one head, of 16-bit keys
-SMALL = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2, registers=128)}  # of up to 64 channels
+LAUNCH = {"mass": Launch(heads=4, chunk=64, warps=1, stages=2, tile=32)}  # warps for one head, of 16-bit keys
+SMALL = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2)}  # of up to 64 channels
 WIDE = {"mass": Launch(heads=1, chunk=64, warps=4, stages=2)}
 
 

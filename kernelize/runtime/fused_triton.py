@@ -91,6 +91,11 @@ class Launch(NamedTuple):
         heads = min(few, best.heads)
         return best._replace(heads=heads, warps=best.warps * heads)
 
+    def of_places(self, places: int) -> Launch:
+        """For so many places: by half chunks where the last whole one would be half empty."""
+        half = max(self.chunk // 2, LONG)
+        return self if -(-places // half) * half % self.chunk == 0 else self._replace(chunk=half, warps=self.warps // 2)
+
     def work(self, group: int, window: int) -> int:
         """Scores through the window for each token of a group."""
         return -(-group // self.heads) * self.heads * self.reach(window) * self.tile
