@@ -71,6 +71,7 @@ class Launch(NamedTuple):
     registers: int | None = None  # of a thread, at most: fewer let more programs stand on a multiprocessor
     tile: int = LONG  # tokens, of each of its heads
     near: int = 0  # keys of the window before the tile, at most, that the exact branch reads together with the tile's
+    rows: int = LONG  # queries of a tile that keys' gradients read at once
 
     def of_group(self, group: int, block: int, window: int) -> Launch:
         """For `group` heads a key head, for blocks, and for queries that look back so far.
