@@ -188,6 +188,7 @@ def short_tiles() -> None:
     in_short_tiles()
     forward, backward = forward._replace(heads=2), backward._replace(heads=2)
     long = backward._replace(heads=1, tile=fused_triton.LONG)
+    fused_exact.WIDE = {name: launch._replace(rows=32) for name, launch in fused_exact.WIDE.items()}
     for pair, spec, lengths in (
         ((forward, long), SPECS[0], [90, 20]), ((forward, backward), SPECS[0], [70, 20]),
         ((long, backward), SPECS[2], [100]),

@@ -19,9 +19,9 @@ from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
-    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=3, registers=128, tile=32),
-    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
-    "held_grad": Launch(heads=1, chunk=128, warps=8, stages=2),
+    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=2, registers=128, tile=32),
+    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=3, rows=32),
+    "held_grad": Launch(heads=1, chunk=64, warps=4, stages=3, rows=32),
 }
 SMALL = LAUNCH | {  # of up to 64
     "exact": Launch(heads=1, chunk=64, warps=4, stages=1, registers=128),
@@ -393,17 +393,18 @@ def query_grad_kernel(
 
 @jit
 def add_key_grads(
-    grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+    grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, start, row, b, h,
     sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
-    G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    G: constexpr, D: constexpr, ROWS: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see, in units of scaling.
+    """Adds what ROWS of one head's queries from `start` on say about the keys k [keys, D] that they see, in units of
+    scaling.
 
     Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
     FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
     """
-    at = tile * TILE + tl.arange(0, TILE)
-    live = (at < W) & (tile >= 0)
+    at = start + tl.arange(0, ROWS)
+    live = (at < W) & (start >= 0)
     wide = live[:, None] & (d < D)[None, :]
     where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64)[:, None] * sqt
     q = tl.load(Q + where_q + d[None, :], mask=wide, other=0.0)
@@ -459,8 +460,8 @@ def window_grad_kernel(
     gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
-    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, HELD: constexpr, MORE: constexpr, PRECISION: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr,
+    FAR: constexpr, HELD: constexpr, MORE: constexpr, ROWS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values: from all queries that reach them through the window, with those that they
     have as holders (HELD), and of the values with what their other readers say (MORE)."""
@@ -483,13 +484,15 @@ def window_grad_kernel(
         grad_v += tl.load(HeldV + to, mask=held, other=0.0)
     if MORE:
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
-    for step in tl.range(REACH * G):
-        tile = first + step // G
+    STEPS: constexpr = TILE // ROWS
+    for step in tl.range(REACH * G * STEPS):
+        tile = first + step // (G * STEPS)
+        start = tile * TILE + step % STEPS * ROWS
         _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
+        visible = keys_seen(start + tl.arange(0, ROWS), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
-            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
+            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step // STEPS % G, start, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, ROWS, SOFTCAP, False, PRECISION,
         )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
@@ -504,16 +507,16 @@ def held_grad_kernel(
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, ROWS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what a tile's queries say about a chunk of its holders."""
-    tile, step, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
-    d, at = tl.arange(0, DP), tile * TILE + tl.arange(0, TILE)
+    d = tl.arange(0, DP)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    index = holders_at(step, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
-    visible = at[None, :] < held_until(index, Death + row.to(tl.int64) * X, BLOCK)[:, None]
+    index = holders_at(chunk, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
+    until = held_until(index, Death + row.to(tl.int64) * X, BLOCK)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
@@ -521,10 +524,14 @@ def held_grad_kernel(
         far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
         there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
         grad_far = tl.zeros([CHUNK, DP], tl.float32)
-    for head in tl.range(G):
+    STEPS: constexpr = TILE // ROWS
+    for step in tl.range(G * STEPS):
+        start = tile * TILE + step % STEPS * ROWS
+        visible = (start + tl.arange(0, ROWS))[None, :] < until[:, None]
         grad_k, grad_v, grad_far = add_key_grads(
-            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, step // STEPS, start,
+            row, b, h, sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, ROWS, SOFTCAP, FAR,
+            PRECISION,
         )  # fmt: skip
     to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
     mine = (index >= 0)[:, None] & (d < D)[None, :]
@@ -694,13 +701,14 @@ def key_grads(
         launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, ROWS=launch.rows, **sizes)
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
-    scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
+    launch = launch_of("window_grad", q, 1, given)
+    scalars, sizes = arguments(q, k, v, given, launch)
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
         *tensors, *held[:2], added, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3], *strides,
-        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
+        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, ROWS=launch.rows, **sizes,
     )  # fmt: skip
     return grad_k, grad_v
 
