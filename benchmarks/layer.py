@@ -416,15 +416,14 @@ MEMORY = {
 }  # fmt: skip
 TRAINING = {
     ("fused_exact", "query_grad"): [
-        {"stages": 2}, {"stages": 1}, {"tile": 64, "heads": 2, "warps": 4}, {"heads": 2, "registers": 168},
-        {"tile": 64, "heads": 2, "warps": 4, "stages": 2}, {"heads": 2, "registers": 168, "stages": 2},
-        {"tile": 64, "heads": 1, "warps": 4, "chunk": 64, "registers": 168},
+        {"stages": 3}, {"stages": 1}, {"warps": 1, **FREE}, {"warps": 1, "stages": 3, **FREE},
+        {"heads": 2, "registers": 168}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
+        {"tile": 64, "heads": 2, "warps": 4},
         {"tile": 64, "heads": 1, "warps": 4, "stages": 3, "registers": 168},
     ],
-    ("fused_exact", "window_grad"): [{"rows": 64, "stages": 1}, {"stages": 1}, {"stages": 2},
-                                     {"rows": 64, "stages": 2}],
-    ("fused_exact", "held_grad"): [{"rows": 64, "stages": 2}, {"stages": 1}, {"stages": 2}, {"chunk": 128, "warps": 8},
-                                   {"chunk": 128, "warps": 8, "rows": 64, "stages": 2}],
+    ("fused_exact", "window_grad"): [{"rows": 32, "stages": 3}, {"rows": 32}, {"stages": 2}],
+    ("fused_exact", "held_grad"): [{"chunk": 64, "warps": 4}, {"rows": 32}, {"stages": 1},
+                                   {"chunk": 64, "warps": 4, "rows": 32, "stages": 3}],
     ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 2}, {"stages": 3},
                                      {"stages": 1, "registers": 168}],
     ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},

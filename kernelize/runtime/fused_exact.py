@@ -20,8 +20,8 @@ from .spec import KernelSpec
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
     "query_grad": Launch(heads=4, chunk=32, warps=2, stages=2, registers=128, tile=32),
-    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=3, rows=32),
-    "held_grad": Launch(heads=1, chunk=64, warps=4, stages=3, rows=32),
+    "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
+    "held_grad": Launch(heads=1, chunk=128, warps=8, stages=2),
 }
 SMALL = LAUNCH | {  # of up to 64
     "exact": Launch(heads=1, chunk=64, warps=4, stages=1, registers=128),
@@ -275,11 +275,16 @@ def grad_rows(s, v, g, lse, delta, visible, softcap, SOFTCAP: constexpr, PRECISI
 
 
 @jit
-def add_rows(pointer, index, p, x, d, D: constexpr, PRECISION: constexpr):
-    """Adds pᵀ x, with p [rows, keys] and x [rows, D], to the rows of the store at the indices; as xᵀ p, which takes x
-    from shared memory as it stands there."""
-    total = tl.dot(tl.trans(x), p.to(x.dtype), input_precision=PRECISION)
-    to, mine = index.to(tl.int64)[None, :] * D + d[:, None], (index >= 0)[None, :] & (d < D)[:, None]
+def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
+    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
+
+    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
+    this product is then free before and after. As xᵀ p, without that load, the first of these products is wrong on
+    Hopper, or reads where there is nothing (Triton 3.6).
+    """
+    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
+    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
+    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
     tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
 
 
@@ -372,13 +377,13 @@ def query_grad_kernel(
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
         p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], softcap, SOFTCAP, PRECISION)
         own = row.to(tl.int64) * X * D
-        add_rows(HeldV + own, index, p, g, d, D, PRECISION)
+        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
         if FAR:
             away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
-            add_rows(HeldKFar + own, index, away_ds, far_q, d, D, PRECISION)
+            add_rows(HeldKFar + own, index, away_ds, QFar, out * D, live, d, D, PRECISION)
             far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
-        add_rows(HeldK + own, index, ds, q, d, D, PRECISION)
+        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     keep, acc = live[:, None] & wide, acc * scaling
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)

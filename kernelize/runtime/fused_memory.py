@@ -34,7 +34,7 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "mapped_memory": Launch(heads=1, chunk=16384, warps=4, stages=2, split=True),  # elsewhere: `mapped_launch`
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
-    "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=2),
+    "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=3),
     "key_grads": Launch(heads=1, chunk=8192, warps=4, stages=2),  # of memories up to that, in place of the next two
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
