@@ -187,7 +187,6 @@ def short_tiles() -> None:
     fused_exact.WIDE = fused_exact.WIDE | {"exact": forward}
     in_short_tiles()
     forward, backward = forward._replace(heads=2), backward._replace(heads=2)
-    fused_exact.WIDE = {name: launch._replace(rows=32) for name, launch in fused_exact.WIDE.items()}
     fused_exact.WIDE = fused_exact.WIDE | {"exact": forward, "query_grad": backward}
     same_gradients(SPECS[0], [70, 20])
     same_gradients(SPECS[2], [80])

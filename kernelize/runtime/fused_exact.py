@@ -56,16 +56,23 @@ def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexp
 
 
 @jit
+def chunk_at(first, key, value, lo, hi, front, skt, svt, d, D: constexpr, KEYS: constexpr):
+    """(coordinates, whether there is such a token, keys, values) of what stands together in the store from `first`."""
+    i, start = tl.arange(0, KEYS), (front + first).to(tl.int64)
+    c = first + i
+    here = (c >= lo) & (c < hi)
+    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    return c, here, k, v
+
+
+@jit
 def earlier_chunk(
     first, key, value, tile, death, lo, hi, front, skt, svt, d,
     D: constexpr, SLOTS: constexpr, REACH: constexpr, KEYS: constexpr, TILE: constexpr, BLOCK: constexpr,
     BACK: constexpr,
 ):  # fmt: skip
     """(keys, values, coordinate from which they are not seen) of the window at `first`, before the tile."""
-    i, start = tl.arange(0, KEYS), (front + first).to(tl.int64)
-    c = first + i
-    here = (c >= lo) & (c < hi)
-    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    c, here, k, v = chunk_at(first, key, value, lo, hi, front, skt, svt, d, D, KEYS)
     return k, v, near_until(c, here, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
 
 
@@ -75,10 +82,7 @@ def own_chunk(
     D: constexpr, SLOTS: constexpr, REACH: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
 ):  # fmt: skip
     """(keys, values, which rows see them) of the tile itself, which is at `first`."""
-    i, start = tl.arange(0, TILE), (front + first).to(tl.int64)
-    c = first + i
-    here = (c >= lo) & (c < hi)
-    k, v = near_rows(key + start * skt, i, here, skt, d, D), near_rows(value + start * svt, i, here, svt, d, D)
+    c, here, k, v = chunk_at(first, key, value, lo, hi, front, skt, svt, d, D, TILE)
     if (BACK + 1) * BLOCK >= TILE:  # none leaves the window within the tile
         return k, v, at[:, None] >= tl.where(here, c, 1 << 30)[None, :]
     else:
@@ -398,18 +402,17 @@ def query_grad_kernel(
 
 @jit
 def add_key_grads(
-    grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, start, row, b, h,
+    grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
     sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d,
-    G: constexpr, D: constexpr, ROWS: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    G: constexpr, D: constexpr, TILE: constexpr, SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what ROWS of one head's queries from `start` on say about the keys k [keys, D] that they see, in units of
-    scaling.
+    """Adds what one head's queries of one tile say about the keys k [keys, D] that they see, in units of scaling.
 
     Scores stand as [keys, rows], so that they are an operand of the next product as they come out of the first.
     FAR: far_k are the keys as they are seen from beyond the reach, `there` where they really stand.
     """
-    at = start + tl.arange(0, ROWS)
-    live = (at < W) & (start >= 0)
+    at = tile * TILE + tl.arange(0, TILE)
+    live = (at < W) & (tile >= 0)
     wide = live[:, None] & (d < D)[None, :]
     where_q = b.to(tl.int64) * sqb + (h * G + head).to(tl.int64) * sqh + at.to(tl.int64)[:, None] * sqt
     q = tl.load(Q + where_q + d[None, :], mask=wide, other=0.0)
@@ -466,7 +469,7 @@ def window_grad_kernel(
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr,
-    FAR: constexpr, HELD: constexpr, MORE: constexpr, ROWS: constexpr, PRECISION: constexpr,
+    FAR: constexpr, HELD: constexpr, MORE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values: from all queries that reach them through the window, with those that they
     have as holders (HELD), and of the values with what their other readers say (MORE)."""
@@ -489,15 +492,13 @@ def window_grad_kernel(
         grad_v += tl.load(HeldV + to, mask=held, other=0.0)
     if MORE:
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
-    STEPS: constexpr = TILE // ROWS
-    for step in tl.range(REACH * G * STEPS):
-        tile = first + step // (G * STEPS)
-        start = tile * TILE + step % STEPS * ROWS
+    for step in tl.range(REACH * G):
+        tile = first + step // G
         _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
-        visible = keys_seen(start + tl.arange(0, ROWS), c, until * BLOCK)
+        visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
-            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step // STEPS % G, start, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, ROWS, SOFTCAP, False, PRECISION,
+            grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
         )  # fmt: skip
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
@@ -512,7 +513,7 @@ def held_grad_kernel(
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, ROWS: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what a tile's queries say about a chunk of its holders."""
     tile, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -529,14 +530,11 @@ def held_grad_kernel(
         far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
         there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
         grad_far = tl.zeros([CHUNK, DP], tl.float32)
-    STEPS: constexpr = TILE // ROWS
-    for step in tl.range(G * STEPS):
-        start = tile * TILE + step % STEPS * ROWS
-        visible = (start + tl.arange(0, ROWS))[None, :] < until[:, None]
+    visible = (tile * TILE + tl.arange(0, TILE))[None, :] < until[:, None]
+    for head in tl.range(G):
         grad_k, grad_v, grad_far = add_key_grads(
-            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, step // STEPS, start,
-            row, b, h, sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, ROWS, SOFTCAP, FAR,
-            PRECISION,
+            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
         )  # fmt: skip
     to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
     mine = (index >= 0)[:, None] & (d < D)[None, :]
@@ -706,14 +704,13 @@ def key_grads(
         launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, ROWS=launch.rows, **sizes)
+        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
-    launch = launch_of("window_grad", q, 1, given)
-    scalars, sizes = arguments(q, k, v, given, launch)
+    scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
         *tensors, *held[:2], added, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3], *strides,
-        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, ROWS=launch.rows, **sizes,
+        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
     )  # fmt: skip
     return grad_k, grad_v
 

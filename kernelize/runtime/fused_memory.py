@@ -25,7 +25,6 @@ CLOCKS = 1024  # tokens of one program that sets clocks
 CROSSING = 1024  # entries of M that are multiplied with their gradients at once
 WALKED, AHEAD = 256, 6  # entries of one program that walks over the segments, and how many steps ahead it reads
 MANY = 2112  # programs from which on a launch that splits the queries' matrices is worth it: 16k tokens of 8 KV heads
-MOST_AHEAD = 8192  # entries of M with which two programs that ask ahead fit on a multiprocessor
 MERGED = 16  # queries of one program of the merge's backward
 PROGRAMS = 264  # of a pass over the memory's segments: two a multiprocessor of the largest GPUs
 LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
@@ -39,7 +38,7 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
 }
-LITTLE = 8192  # entries of a memory beside which there is room to be a head ahead
+LITTLE = 8192  # entries of M beside which two programs a multiprocessor have room to be a head ahead
 SMALL = LAUNCH | {"phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=3)}
 WIDE = Launch(heads=1, chunk=4096, warps=4, stages=2)  # features in float32
 
@@ -892,7 +891,7 @@ class MemoryFunction(torch.autograd.Function):
 def mapped_launch(phi: Tensor, D: int, programs: int) -> Launch:
     """Of so many programs of `mapped_memory_kernel`: with operands ahead where they fit, twice a multiprocessor."""
     launch, has = launch_of("mapped_memory", phi), shared_memory(phi.device)
-    few = programs < MANY or power_of_two(phi.shape[-1]) * power_of_two(D) > MOST_AHEAD
+    few = programs < MANY or power_of_two(phi.shape[-1]) * power_of_two(D) > LITTLE
     if phi.dtype == torch.float32 or not (few or 0 < has < AMPLE):
         return launch
     return launch._replace(split=False, stages=1)
@@ -956,17 +955,8 @@ def summed(parts: Tensor) -> Tensor:
 def sizes_of(order: Order, phi_q: Tensor, v: Tensor, asked: Asked) -> tuple[list, dict]:
     """The backward kernels' common arguments."""
     (_, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-    scalars = [
-        *asked.grad.stride()[:3],
-        *v.stride()[:3],
-        W,
-        X,
-        order.n,
-        order.tokens.shape[1],
-        order.segments,
-        order.tiles,
-        Hk,
-    ]
+    strides = *asked.grad.stride()[:3], *v.stride()[:3]
+    scalars = [*strides, W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk]
     sizes = {
         "G": H // Hk, "F": F, "D": D, "TILE": TILE, "BLOCK": order.block, "DECAY": order.decays,
         "PRECISION": precision(phi_q.dtype),
