@@ -29,7 +29,10 @@ def finetune(
     teacher: Annotated[str | None, typer.Option(help="The original model, for stages that distil from it.")] = None,
     data: Data = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence, in all stages.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on, in each stage.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to train on, in each stage: rounded up to whole steps of the recipe's batch_tokens."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and dropout.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into --output stopped.")] = False,
     overwrite: Overwrite = False,

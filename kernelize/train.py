@@ -29,7 +29,6 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import checkpoints, micro_graph, sharding
@@ -478,8 +477,7 @@ class _Run:
             weight_decay=stage.weight_decay,
             fused=self.accelerator.device.type == "cuda",
         )
-        warmup = math.ceil(stage.warmup * stage.total_steps)
-        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, stage.total_steps)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, stage=stage))
 
     def _mode(self, stage: Stage) -> None:
         self.model.train()
@@ -719,6 +717,14 @@ class _Run:
             save(self.model, self.tokenizer, self.output, overwrite=True, document=self.document)
             self._tell(event="done", output=str(self.output))
         self.accelerator.wait_for_everyone()
+
+
+def rate_at(step: int, stage: Stage) -> float:
+    """Share of its learning rate that a step of the stage takes: rising from the first on, then falling as a cosine."""
+    warmup = math.ceil(stage.warmup * stage.total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(stage.total_steps - warmup, 1))) / 2
 
 
 def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_original_weights_keep_their_names(name):
     assert set(teacher) <= set(student)
     assert added
     assert all(".kernelize." in key for key in added)
+
+
+@pytest.mark.parametrize("name", supported())
+def test_forward_says_that_it_takes_what_the_original_takes(name):
+    """Transformers reads `labels`, `logits_to_keep` and the like in the signature; places are those of the original."""
+    original, own = (list(signature(make(name).forward).parameters) for make in (tiny_teacher, tiny_student))
+    assert own[: len(original) - 1] == original[:-1]
+    assert {"labels", "kernelize_mask"} <= set(own)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from kernelize import files
 from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
 from kernelize.runtime.cache import CACHE, kernel_layers
+from kernelize.runtime.modeling import kernels_of
 from kernelize.runtime.spec import KernelSpec
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
@@ -65,6 +67,45 @@ def test_greedy_equals_recomputation(model, ids):
 )
 def test_mode_equals_greedy(model, ids, settings):
     assert torch.equal(write(model, ids, **settings), write(model, ids))
+
+
+def test_a_prompt_makes_the_logits_of_its_last_token_alone(model, ids):
+    made = []
+    handle = model.lm_head.register_forward_hook(lambda module, given, logits: made.append(logits.shape[1]))
+    write(model, ids, max_new_tokens=2)
+    handle.remove()
+    assert made == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_embeddings_in_place_of_tokens_write_the_same(ids, family):
+    model = tiny_student(family).double()
+    found = model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(found, write(model, ids))
+
+
+def test_a_cache_that_is_asked_for_in_training_is_made(model, ids):
+    model = copy.deepcopy(model).train()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == ids.shape[1]
+
+
+def test_a_pickled_model_is_the_same(model, ids):
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
+
+
+def test_a_model_made_from_its_config_begins_at_the_initial_values(model):
+    """As `AutoModelForCausalLM.from_config` makes it, and where a checkpoint lacks what the surgery has added."""
+    made = type(model)(copy.deepcopy(model.config))
+    found = copy.deepcopy(made.state_dict())
+    with torch.no_grad():
+        for kernel in kernels_of(made):
+            kernel.reset()
+    assert all(torch.equal(found[name], x) for name, x in made.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gptj", "gemma2"])

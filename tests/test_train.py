@@ -18,10 +18,10 @@ from kernelize.compiled import NESTED
 from kernelize.convert import load
 from kernelize.errors import InputError, KernelizeError
 from kernelize.objectives import NEW, Features, attach_lora
-from kernelize.recipe import Lora, Recipe
+from kernelize.recipe import Lora, Recipe, Stage
 from kernelize.runtime.modeling import kernelize_model, kernelized_layers
 from kernelize.runtime.spec import KernelSpec
-from kernelize.train import finetune
+from kernelize.train import finetune, rate_at
 
 SPEC = KernelSpec(feature_dim=16, window=9, sinks=1, slots=4, block=4)
 TEXT = "".join(f"line {number}: {number * number} is the square of {number}.\n" for number in range(400))
@@ -425,3 +425,13 @@ def test_text_without_answers_has_no_answer_loss(text, tmp_path):
     _, _, events = run(recipe(text, ALL | {"distil": {"kl": 1.0, "answer": 0.5}}), tmp_path / "out")
     assert metric_of(events, "answer") == [0.0] * 5
     assert losses_of(events) == metric_of(events, "kl")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_every_step_of_a_schedule_moves(steps):
+    """Also the first of a warm-up, which may be the only one."""
+    stage = Stage.model_validate({**ALL, "data": ["sample"], "steps": steps, "warmup": 0.1})
+    rates = [rate_at(step, stage) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) == 1
+    assert sorted(rates[steps // 10 :], reverse=True) == rates[steps // 10 :]

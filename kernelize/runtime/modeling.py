@@ -8,6 +8,7 @@ they are first asked for. This file and its neighbours are copied beside the wei
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -321,6 +322,12 @@ def kernelized_layers(model: nn.Module) -> dict[int, Any]:
     return {i: m for i, m in found.items() if isinstance(m, KernelizedAttentionMixin)}
 
 
+def kernels_of(model: nn.Module) -> list[FeatureMap | KernelAttention]:
+    """All modules with parameters that the surgery has added."""
+    found = (m for attention in kernelized_layers(model).values() for m in attention.kernelize.modules())
+    return [m for m in found if isinstance(m, (FeatureMap, KernelAttention))]
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The Transformers model inside a PEFT or parallel wrapper."""
     while not isinstance(model, PreTrainedModel):
@@ -342,11 +349,12 @@ class KernelizedModelMixin:
         self.post_init()  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (FeatureMap, KernelAttention)):
+    def initialize_weights(self) -> None:
+        """Also of the kernels: Transformers asks the model inside, which does not know them. Loaded tensors stay."""
+        new = [module for module in kernels_of(self) if not getattr(module, "_is_hf_initialized", False)]  # type: ignore[arg-type]
+        super().initialize_weights()  # type: ignore[misc]
+        for module in new:
             module.reset()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
 
     def forward(
         self,
@@ -365,9 +373,10 @@ class KernelizedModelMixin:
         `kernelize_mask` [B, T] stands for `attention_mask` where `generate` has made 4-D masks of it.
         """
         batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None and not self.training:  # type: ignore[attr-defined]
+        if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             adopt_cache(cache, self.converted)
@@ -413,11 +422,12 @@ class KernelizedModelMixin:
         return tuple(i for i, spec in enumerate(self.config.kernelize["layers"]) if spec is not None)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict:
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:  # fmt: skip
         """Keeps the mask of the new tokens beside the 4-D masks that are made for compilable caches."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, attention_mask=attention_mask, **kwargs
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if attention_mask is None:  # generate has dropped it: all ones
@@ -493,10 +503,9 @@ def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> 
     register(base)
     model.__class__ = model_class(base)
     install(model, layers)
-    for module in (m for attention in kernelized_layers(model).values() for m in attention.kernelize.modules()):
-        if isinstance(module, (FeatureMap, KernelAttention)):
-            with torch.no_grad():
-                module.reset()
+    with torch.no_grad():
+        for module in kernels_of(model):
+            module.reset()
     return model
 
 
@@ -578,6 +587,22 @@ def attention_class(original: type, mixin: type) -> type:
     return _CLASSES[name]
 
 
+def forward_as(original: type) -> Callable[..., Any]:
+    """The mixin's forward with the signature of the original's, where Transformers reads what a model takes (`labels`,
+    `logits_to_keep`, ...), and what the mixin takes besides."""
+    signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    given = [x for x in signature.parameters.values() if x.kind != x.VAR_KEYWORD]
+    names = [parameter.name for parameter in given]
+    *own, rest = inspect.signature(KernelizedModelMixin.forward).parameters.values()
+    more = [x.replace(kind=x.KEYWORD_ONLY) for x in own if x.name not in names]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return KernelizedModelMixin.forward(self, **dict(zip(names[1:], args, strict=False)), **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*given, *more, rest])  # type: ignore[attr-defined]
+    return forward
+
+
 def config_class(base: str) -> type[PreTrainedConfig]:
     return _classes(base)[0]
 
@@ -596,6 +621,7 @@ def _classes(base: str) -> tuple[type, type]:
         annotations = {"kernelize": "dict | None"}
         config = type(config_name, (original_config,), {**fields, "__annotations__": annotations})
         body = {"config_class": config, "__annotations__": {"config": config}, "__module__": __name__}
+        body["forward"] = forward_as(original)
         if FAMILIES[base].lacks == "sdpa":  # older releases take it, and drop the soft caps
             body["_supports_sdpa"] = False
         _CLASSES[config_name] = config
@@ -604,7 +630,8 @@ def _classes(base: str) -> tuple[type, type]:
             mapping = get_checkpoint_conversion_mapping(known)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(mine, mapping, overwrite=True)
-        _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original), body)
+        # named once more, for else the loader of remote code puts it in front of a copy of the class
+        _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original, GenerationMixin), body)
     return _CLASSES[config_name], _CLASSES[model_name]
 
 
@@ -621,11 +648,16 @@ def register(*base_types: str) -> None:
 
 
 def __getattr__(name: str) -> type:
-    """KernelizedLlamaForCausalLM and the like, by name: the remote-code loader asks for them."""
+    """KernelizedLlamaForCausalLM and the like, by name: the loader of remote code asks for them, and pickle."""
+    if name in _CLASSES:
+        return _CLASSES[name]
     for base in supported():
         config: type = CONFIG_MAPPING[base]
         model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
         if name in (f"Kernelized{config.__name__}", f"Kernelized{model.__name__}"):
             _classes(base)
             return _CLASSES[name]
+        attention = vars(sys.modules[model.__module__]).get(name.removeprefix("Kernelized"))
+        if name.startswith("Kernelized") and name.endswith("Attention") and attention is not None:
+            return attention_class(attention, FAMILIES[base].mixin)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
