@@ -1,4 +1,4 @@
-"""One thread a test process: the processes of pytest-xdist share the cores. A browser for those who ask for it."""
+"""One thread for a test process and for each that it starts: they share the cores. A browser for those who ask."""
 
 import os
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")

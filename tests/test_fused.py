@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,32 @@ LAWS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory):
+    """The process of fused_laws.py and what it has written: Triton reads TRITON_INTERPRET when it is imported."""
+    here, log = Path(__file__).parent, tmp_path_factory.mktemp("fused") / "log"
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    with log.open("w") as written:
+        server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(here / "fused_laws.py")],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=written,
+            text=True,
+            start_new_session=True,
+        )
+    yield server, log
+    os.killpg(server.pid, signal.SIGKILL)  # also a law that has run out of time
+    server.communicate()
+
+
 @pytest.mark.parametrize("law", LAWS)
-def test_fused_kernels(law):
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(here / "fused_laws.py"), law],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_fused_kernels(law, interpreted):
+    """Imports take as long as many a law: they are done once."""
+    server, log = interpreted
+    print(law, file=server.stdin, flush=True)
+    assert server.stdout.readline() == f"{law} 0\n", log.read_text()[-3000:]
 
 
 def test_without_a_gpu_chunked_is_chosen():
