@@ -266,7 +266,7 @@ def derivatives(
 def gradients() -> None:
     """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
     torch.use_deterministic_algorithms(True)  # what no kernel has written is NaN
-    fused_memory.PROGRAMS = 4  # segments of more than one tile
+    fused_memory.PROGRAMS = fused_exact.PROGRAMS = 4  # segments of more than one tile
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
     same_gradients(SPECS[0], [90], alone=True)
