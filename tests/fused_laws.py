@@ -267,6 +267,7 @@ def gradients() -> None:
     """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
     torch.use_deterministic_algorithms(True)  # what no kernel has written is NaN
     fused_memory.PROGRAMS = fused_exact.PROGRAMS = 4  # segments of more than one tile
+    fused_exact.WALKS = 1
     for spec, lengths in ((SPECS[0], [140]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
     same_gradients(SPECS[0], [90], alone=True)
@@ -281,6 +282,7 @@ def gradients() -> None:
 
 def far_gradients() -> None:
     """The same beyond reach."""
+    fused_exact.WALKS = 1
     spec, rotation = FAR[0]
     for given in (spec, spec.replace(sinks=0, slots=0)):
         same_gradients(given, [spec.reach + 40], rotation)

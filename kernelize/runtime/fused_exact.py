@@ -35,6 +35,7 @@ SMALL = LAUNCH | {  # of up to 64
 WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
 WIDE["sink_grad"] = WIDE["sink_grad"]._replace(chunk=16)
 PROGRAMS = 264  # of the sinks' gradients: two a multiprocessor of the largest GPUs
+WALKS = 64  # programs, and fewer than twice as many, for a row's holders: the longer it is, the longer these stay
 
 
 @jit
@@ -46,17 +47,16 @@ def rows_of(tile, part, HP: constexpr, G: constexpr, TILE: constexpr, W):
 
 
 @jit
-def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
-                 REACH: constexpr):  # fmt: skip
-    """(index in the store or −1, block from which it is not seen) of the window keys at the coordinates c."""
+def window_until(c, here, dies, tile, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, REACH: constexpr,
+                 SLOTS: constexpr):  # fmt: skip
+    """Block from which a tile's queries do not see the keys at the coordinates c, which `here` are and die then."""
     # c may be negative. Who left before the tile stands in the table, if it holds a slot
     leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1
-    here = (c >= lo) & (c < hi) & (leaves > tile * (TILE // BLOCK))
-    index = tl.where(here, front + c, -1)
+    here = here & (leaves > tile * (TILE // BLOCK))
     if SLOTS:
-        return index, tl.load(death + index, mask=here, other=0)
+        return tl.where(here, dies, 0)
     else:
-        return index, tl.where(here, leaves, 0)
+        return tl.where(here, leaves, 0)
 
 
 @jit
@@ -466,7 +466,10 @@ def window_grad_kernel(
     death = Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     c = first * TILE + tl.arange(0, TILE)
-    index = tl.where((c >= lo) & (c < hi), front + c, -1)
+    here = (c >= lo) & (c < hi)
+    index, dies = tl.where(here, front + c, -1), c
+    if SLOTS:
+        dies = tl.load(death + index, mask=here, other=0)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
     at = (front + c).to(tl.int64)[:, None]
@@ -479,7 +482,7 @@ def window_grad_kernel(
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
     for step in tl.range(REACH * G):
         tile = first + step // G
-        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        until = window_until(c, here, dies, tile, TILE, BLOCK, BACK, REACH, SLOTS)
         visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
@@ -495,32 +498,48 @@ def window_grad_kernel(
 def held_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, GradK, GradV, GradKFar, Lse, Grad, Delta, sgb, sgh, sgt,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, tiles, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, WALKS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what a tile's queries say about a chunk of its holders."""
-    tile, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Adds what the queries of some tiles (of one, unless it WALKS) say about a chunk of their holders.
+
+    Most hold the same place in the next tile: only the gradients of those that do not are added to the store then.
+    """
+    part, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d = tl.arange(0, DP)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    index = holders_at(chunk, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
-    until = held_until(index, Death + row.to(tl.int64) * X, BLOCK)
-    k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    base = tl.load(Bounds + b * 4 + 3)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
+    grad_far, index = 0, tl.full([CHUNK], -1, tl.int32)
     if FAR:
-        far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
-        there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
         grad_far = tl.zeros([CHUNK, DP], tl.float32)
-    visible = (tile * TILE + tl.arange(0, TILE))[None, :] < until[:, None]
-    for head in tl.range(G):
-        grad_k, grad_v, grad_far = add_key_grads(
-            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
-        )  # fmt: skip
+    for step in tl.range(tl.minimum(tiles, n - part * tiles) if WALKS else 1):
+        tile, before = part * tiles + step, index
+        index = holders_at(chunk, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
+        until = held_until(index, Death + row.to(tl.int64) * X, BLOCK)
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        if WALKS:
+            left = tl.where(index == before, -1, before)
+            if tl.max(left, 0) >= 0:
+                add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, left, row, X, d, D, FAR)
+                stays = tl.where(left >= 0, 0.0, 1.0)[:, None]
+                grad_k, grad_v = grad_k * stays, grad_v * stays
+                if FAR:
+                    grad_far = grad_far * stays
+        far_k, there = k, index
+        if FAR:
+            far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
+            there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
+        visible = (tile * TILE + tl.arange(0, TILE))[None, :] < until[:, None]
+        for head in tl.range(G):
+            grad_k, grad_v, grad_far = add_key_grads(
+                grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+                sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+            )  # fmt: skip
     add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, index, row, X, d, D, FAR)
 
 
@@ -740,7 +759,10 @@ def key_grads(
         launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
+        tiles = max(1, n // WALKS)
+        held_grad_kernel[(-(-n // tiles), programs, rows)](
+            *tensors, *held, *asked, *strides, *scalars, tiles, WALKS=tiles > 1, **sizes
+        )
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
