@@ -416,13 +416,13 @@ MEMORY = {
 }  # fmt: skip
 TRAINING = {
     ("fused_exact", "query_grad"): [
-        {"stages": 3}, {"stages": 1}, {"warps": 1, **FREE}, {"warps": 1, "stages": 3, **FREE},
-        {"heads": 2, "registers": 168}, {"tile": 64, "heads": 2, "warps": 2, **FREE},
-        {"tile": 64, "heads": 2, "warps": 4},
-        {"tile": 64, "heads": 1, "warps": 4, "stages": 3, "registers": 168},
+        {"stages": 3}, {"stages": 1}, FREE, {"heads": 4, "registers": 128}, {"heads": 4, "registers": 128, "stages": 3},
+        {"heads": 4, "warps": 1, **FREE}, {"tile": 64, "heads": 2, "warps": 4, "registers": 128},
+        {"tile": 64, "heads": 1, "warps": 4, "stages": 3}, {"tile": 64, "heads": 1, "warps": 4},
     ],
     ("fused_exact", "window_grad"): [{"stages": 2}, {"stages": 3}, {"warps": 8}],
-    ("fused_exact", "held_grad"): [{"chunk": 64, "warps": 4}, {"stages": 1}, {"chunk": 32, "warps": 4}],
+    ("fused_exact", "held_grad"): [{"chunk": 64, "warps": 4}, {"stages": 1}, {"stages": 3}, {"chunk": 32, "warps": 4}],
+    ("fused_exact", "sink_grad"): [{"stages": 2}, {"stages": 4}, {"warps": 8}, {"warps": 2}],
     ("fused_memory", "phi_q_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}, {"stages": 2}, {"stages": 3},
                                      {"stages": 1, "registers": 168}],
     ("fused_memory", "reverse_states"): [{"chunk": 4096}, {"registers": 168}, {"stages": 3},

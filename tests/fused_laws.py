@@ -269,7 +269,8 @@ def derivatives(
 def gradients() -> None:
     """Of q, k, v, maps, gate, decay, sinks; also through the state of an earlier call and over several segments."""
     torch.use_deterministic_algorithms(True)  # what no kernel has written is NaN
-    fused_memory.PROGRAMS = 4  # segments of more than one tile
+    fused_memory.PROGRAMS = fused_exact.PROGRAMS = 4  # segments of more than one tile
+    fused_exact.WALKS = 1
     # the first has two tiles in each of two segments: what decays from tile to tile counts in the second alone
     for spec, lengths in ((SPECS[0], [200]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
         same_gradients(spec, lengths)
@@ -285,6 +286,7 @@ def gradients() -> None:
 
 def far_gradients() -> None:
     """The same beyond reach."""
+    fused_exact.WALKS = 1
     spec, rotation = FAR[0]
     for given in (spec, spec.replace(sinks=0, slots=0)):
         same_gradients(given, [spec.reach + 40], rotation)

@@ -26,7 +26,7 @@ SHAPE = (1, 4, 2, 16)
     [("attention", 2048, False, False, 12, 0), ("attention", 65536, False, False, 17, 0),
      ("attention", 131072, False, False, 18, 0),
      ("attention", 2048, False, True, 12, 29), ("mixed", 2048, False, False, 19, 2),
-     ("attention", 2048, True, False, 25, 9), ("mixed", 2048, True, False, 32, 11)],
+     ("attention", 2048, True, False, 26, 9), ("mixed", 2048, True, False, 33, 11)],
 )  # fmt: skip
 def test_a_layer_launches_no_more_than_this(policy, length, train, keep, kernels, operations):
     """Triton kernels and torch operations of the second call; longer sequences have lists in more than one group, and
@@ -152,7 +152,7 @@ def test_the_exact_branch_has_four_warps_for_a_head(width, dtype):
     """Triton 3.6 reads beyond a program's shared memory with eight: seen on Hopper alone (docs/performance.md)."""
     call = layer_call({**SPEC, "feature_dim": width}, (1, 4, 2, width), 512, True, dtype=dtype)
     exact = [x for x in launches_of(call)[0] if x.kernel.__module__.endswith("fused_exact") and "HP" in x.options]
-    products = {"exact_kernel", "query_grad_kernel", "held_grad_kernel", "window_grad_kernel"}
+    products = {"exact_kernel", "query_grad_kernel", "held_grad_kernel", "sink_grad_kernel", "window_grad_kernel"}
     assert {launch.name for launch in exact} == products
     for launch in exact:
         assert launch.options["num_warps"] == 4 * launch.options["HP"], launch.name

@@ -19,18 +19,23 @@ from .spec import KernelSpec
 
 LAUNCH = {  # heads of up to 128 channels in 16 bits; warps for one head
     "exact": Launch(heads=4, chunk=32, warps=2, stages=1, registers=128, tile=32, near=64),
-    "query_grad": Launch(heads=4, chunk=32, warps=2, stages=2, registers=128, tile=32),
+    "query_grad": Launch(heads=2, chunk=32, warps=2, stages=2, registers=168, tile=32),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=128, warps=8, stages=2),
+    "sink_grad": Launch(heads=1, chunk=16, warps=4, stages=3),
 }
 SMALL = LAUNCH | {  # of up to 64
     "exact": Launch(heads=1, chunk=64, warps=4, stages=1, registers=128),
     "query_grad": Launch(heads=1, chunk=32, warps=4, stages=3, registers=168),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
+    "sink_grad": Launch(heads=1, chunk=16, warps=4, stages=3),
 }
 # all others; with eight warps exact_kernel reads beyond its shared memory (Triton 3.6, sm_90, compute-sanitizer)
 WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
+WIDE["sink_grad"] = WIDE["sink_grad"]._replace(chunk=16)
+PROGRAMS = 264  # of the sinks' gradients: two a multiprocessor of the largest GPUs
+WALKS = 64  # programs, and fewer than twice as many, for a row's holders: the longer it is, the longer these stay
 
 
 @jit
@@ -42,17 +47,16 @@ def rows_of(tile, part, HP: constexpr, G: constexpr, TILE: constexpr, W):
 
 
 @jit
-def window_until(c, lo, hi, tile, death, front, SLOTS: constexpr, TILE: constexpr, BLOCK: constexpr, BACK: constexpr,
-                 REACH: constexpr):  # fmt: skip
-    """(index in the store or −1, block from which it is not seen) of the window keys at the coordinates c."""
+def window_until(c, here, dies, tile, TILE: constexpr, BLOCK: constexpr, BACK: constexpr, REACH: constexpr,
+                 SLOTS: constexpr):  # fmt: skip
+    """Block from which a tile's queries do not see the keys at the coordinates c, which `here` are and die then."""
     # c may be negative. Who left before the tile stands in the table, if it holds a slot
     leaves = (c + REACH * TILE) // BLOCK - REACH * TILE // BLOCK + BACK + 1
-    here = (c >= lo) & (c < hi) & (leaves > tile * (TILE // BLOCK))
-    index = tl.where(here, front + c, -1)
+    here = here & (leaves > tile * (TILE // BLOCK))
     if SLOTS:
-        return index, tl.load(death + index, mask=here, other=0)
+        return tl.where(here, dies, 0)
     else:
-        return index, tl.where(here, leaves, 0)
+        return tl.where(here, leaves, 0)
 
 
 @jit
@@ -279,20 +283,6 @@ def grad_rows(s, v, g, lse, delta, visible, softcap, SOFTCAP: constexpr, PRECISI
 
 
 @jit
-def add_rows(pointer, index, p, X, rows, live, d, D: constexpr, PRECISION: constexpr):
-    """Adds pᵀ x, with p [rows, keys] and x [rows, D] at X + rows, to the rows of the store at the indices.
-
-    x is read once more, by a load that the compiler does not take for the same: shared memory for it in the layout of
-    this product is then free before and after. As xᵀ p, without that load, the first of these products is wrong on
-    Hopper, or reads where there is nothing (Triton 3.6).
-    """
-    x = tl.load(X + rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".ca")
-    total = tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
-    to, mine = index.to(tl.int64)[:, None] * D + d[None, :], (index >= 0)[:, None] & (d < D)[None, :]
-    tl.atomic_add(pointer + to, total, mask=mine, sem="relaxed")
-
-
-@jit
 def keys_seen(at, low, until):
     """[keys, rows]: `seen_by` the other way round."""
     size = tl.maximum(until - low, 0)
@@ -301,18 +291,17 @@ def keys_seen(at, low, until):
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradQ, GradQFar, HeldK, HeldV, HeldKFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradQ, GradQFar,
     Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, SINKS: constexpr, SP: constexpr,
     SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries, and Δ where it is not KNOWN. What they say of the sinks, which are few and read
-    by all, is added here, too.
+    """Gradients of a tile of queries, and Δ where it is not KNOWN.
 
     The loops come first: what a product before them reads would hold shared memory beside their chunks, and there
-    would be no room for two programs a multiprocessor that ask for chunks two ahead.
+    would be no room for as many programs a multiprocessor.
     """
     EARLIER: constexpr = (REACH - 1) * TILE
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -379,15 +368,11 @@ def query_grad_kernel(
         if FAR:
             far_k, away = far_keys(KFar, Pos, row, X, index, at, base, limit, d, D)
             s = tl.where(away, scaled_scores(far_q, far_k, scaling, softcap, SOFTCAP, PRECISION), s)
-        p, ds = grad_rows(s, v, g, lse, delta, visible & live[:, None], softcap, SOFTCAP, PRECISION)
-        own = row.to(tl.int64) * X * D
-        add_rows(HeldV + own, index, p, Grad, where_g, live, d, D, PRECISION)
+        _p, ds = grad_rows(s, v, g, lse, delta, visible, softcap, SOFTCAP, PRECISION)
         if FAR:
-            away_ds = tl.where(away, ds, 0.0)  # no name of the loops below: compiled, it would have to keep its shape
-            add_rows(HeldKFar + own, index, away_ds, QFar, out * D, live, d, D, PRECISION)
-            far_acc = tl.dot(away_ds.to(k.dtype), far_k, far_acc, input_precision=PRECISION)
+            far_ds = tl.where(away, ds, 0.0).to(k.dtype)
+            far_acc = tl.dot(far_ds, far_k, far_acc, input_precision=PRECISION)
             ds = tl.where(away, 0.0, ds)
-        add_rows(HeldK + own, index, ds, Q, where_q, live, d, D, PRECISION)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     keep, acc = live[:, None] & wide, acc * scaling
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
@@ -481,7 +466,10 @@ def window_grad_kernel(
     death = Death + row.to(tl.int64) * X
     lo, hi = tl.load(Bounds + b * 4), tl.load(Bounds + b * 4 + 1)
     c = first * TILE + tl.arange(0, TILE)
-    index = tl.where((c >= lo) & (c < hi), front + c, -1)
+    here = (c >= lo) & (c < hi)
+    index, dies = tl.where(here, front + c, -1), c
+    if SLOTS:
+        dies = tl.load(death + index, mask=here, other=0)
     k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
     grad_k, grad_v = tl.zeros([TILE, DP], tl.float32), tl.zeros([TILE, DP], tl.float32)
     at = (front + c).to(tl.int64)[:, None]
@@ -494,7 +482,7 @@ def window_grad_kernel(
         grad_v += tl.load(More + to, mask=mine, other=0.0).to(tl.float32)
     for step in tl.range(REACH * G):
         tile = first + step // G
-        _, until = window_until(c, lo, hi, tile, death, front, SLOTS, TILE, BLOCK, BACK, REACH)
+        until = window_until(c, here, dies, tile, TILE, BLOCK, BACK, REACH, SLOTS)
         visible = keys_seen(tile * TILE + tl.arange(0, TILE), c, until * BLOCK)
         grad_k, grad_v, _ = add_key_grads(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
@@ -510,38 +498,97 @@ def window_grad_kernel(
 def held_grad_kernel(
     Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, GradK, GradV, GradKFar, Lse, Grad, Delta, sgb, sgh, sgt,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
-    scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, tiles, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
-    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, WALKS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what a tile's queries say about a chunk of its holders."""
-    tile, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Adds what the queries of some tiles (of one, unless it WALKS) say about a chunk of their holders.
+
+    Most hold the same place in the next tile: only the gradients of those that do not are added to the store then.
+    """
+    part, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
     d = tl.arange(0, DP)
     key = K + b.to(tl.int64) * skb + h.to(tl.int64) * skh
     value = V + b.to(tl.int64) * svb + h.to(tl.int64) * svh
-    index = holders_at(chunk, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
-    until = held_until(index, Death + row.to(tl.int64) * X, BLOCK)
-    k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+    base = tl.load(Bounds + b * 4 + 3)
     grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
+    grad_far, index = 0, tl.full([CHUNK], -1, tl.int32)
     if FAR:
-        far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
-        there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
         grad_far = tl.zeros([CHUNK, DP], tl.float32)
-    visible = (tile * TILE + tl.arange(0, TILE))[None, :] < until[:, None]
-    for head in tl.range(G):
-        grad_k, grad_v, grad_far = add_key_grads(
-            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
-            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
-        )  # fmt: skip
+    for step in tl.range(tl.minimum(tiles, n - part * tiles) if WALKS else 1):
+        tile, before = part * tiles + step, index
+        index = holders_at(chunk, Table + (row.to(tl.int64) * n + tile) * width, width, CHUNK)
+        until = held_until(index, Death + row.to(tl.int64) * X, BLOCK)
+        k, v = rows_at(key, index, skt, d, D), rows_at(value, index, svt, d, D)
+        if WALKS:
+            left = tl.where(index == before, -1, before)
+            if tl.max(left, 0) >= 0:
+                add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, left, row, X, d, D, FAR)
+                stays = tl.where(left >= 0, 0.0, 1.0)[:, None]
+                grad_k, grad_v = grad_k * stays, grad_v * stays
+                if FAR:
+                    grad_far = grad_far * stays
+        far_k, there = k, index
+        if FAR:
+            far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
+            there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
+        visible = (tile * TILE + tl.arange(0, TILE))[None, :] < until[:, None]
+        for head in tl.range(G):
+            grad_k, grad_v, grad_far = add_key_grads(
+                grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, head, tile, row, b, h,
+                sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+            )  # fmt: skip
+    add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, index, row, X, d, D, FAR)
+
+
+@jit
+def add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, index, row, X, d, D: constexpr, FAR: constexpr):
+    """Adds gradients [keys, D] to those of the store at the indices."""
     to = (row.to(tl.int64) * X + index.to(tl.int64))[:, None] * D + d[None, :]
     mine = (index >= 0)[:, None] & (d < D)[None, :]
     tl.atomic_add(GradK + to, grad_k, mask=mine, sem="relaxed")
     tl.atomic_add(GradV + to, grad_v, mask=mine, sem="relaxed")
     if FAR:
         tl.atomic_add(GradKFar + to, grad_far, mask=mine, sem="relaxed")
+
+
+@jit
+def sink_grad_kernel(
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, GradK, GradV, GradKFar, Lse, Grad, Delta, sgb, sgh, sgt,
+    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    scaling, softcap, W, X, front, n, kv_heads, width, limit, tiles, chunks,
+    G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
+    BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr,
+    SOFTCAP: constexpr, FAR: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Adds what the queries of some tiles say about a chunk of the sinks, which all queries read.
+
+    A kernel of its own: where the queries' gradients are, it takes registers that are missing there, and its products
+    as xᵀp are wrong on Hopper (Triton 3.6).
+    """
+    part, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = row // kv_heads, row % kv_heads
+    d, i = tl.arange(0, DP), chunk * CHUNK + tl.arange(0, CHUNK)
+    index = tl.where((i < SINKS) & (i < X), i, -1)
+    k = rows_at(K + b.to(tl.int64) * skb + h.to(tl.int64) * skh, index, skt, d, D)
+    v = rows_at(V + b.to(tl.int64) * svb + h.to(tl.int64) * svh, index, svt, d, D)
+    grad_k, grad_v = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    base, far_k, there, grad_far = tl.load(Bounds + b * 4 + 3), k, index, grad_k
+    if FAR:
+        far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
+        there = tl.load(Pos + row.to(tl.int64) * X + index, mask=index >= 0, other=0)
+        grad_far = tl.zeros([CHUNK, DP], tl.float32)
+    for step in tl.range(tiles * G):
+        tile = part * tiles + step // G
+        at = base + tile * TILE + tl.arange(0, TILE)
+        visible = (index >= 0)[:, None] & (index[:, None] <= at[None, :])
+        grad_k, grad_v, grad_far = add_key_grads(
+            grad_k, grad_v, grad_far, k, v, far_k, there, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
+            sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, base, limit, d, G, D, TILE, SOFTCAP, FAR, PRECISION,
+        )  # fmt: skip
+    add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, index, row, X, d, D, FAR)
 
 
 class Exact(NamedTuple):
@@ -657,7 +704,7 @@ class ExactFunction(torch.autograd.Function):
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, grad_lse, added, grad_q, grad_far_q, *held, *asked, *added.stride()[:3],
+            *tensors, out, grad_lse, added, grad_q, grad_far_q, *asked, *added.stride()[:3],
             *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known,
             PARTS=TILE // launch.tile, NEAR=near_sizes(given.spec, launch)["NEAR"], **sizes,
         )  # fmt: skip
@@ -700,11 +747,22 @@ def key_grads(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
     rows, n, strides = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE), asked.grad.stride()[:3]
+    if given.spec.sinks:
+        launch = launch_of("sink_grad", q, 1, given)
+        scalars, sizes = arguments(q, k, v, given, launch)
+        programs = -(-given.spec.sinks // launch.chunk) * rows
+        tiles = -(-n // max(1, PROGRAMS // programs))
+        sink_grad_kernel[(-(-n // tiles), programs // rows, rows)](
+            *tensors, *held, *asked, *strides, *scalars, tiles, **sizes
+        )
     if given.spec.slots:
         launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        held_grad_kernel[(n, programs, rows)](*tensors, *held, *asked, *strides, *scalars, **sizes)
+        tiles = max(1, n // WALKS)
+        held_grad_kernel[(-(-n // tiles), programs, rows)](
+            *tensors, *held, *asked, *strides, *scalars, tiles, WALKS=tiles > 1, **sizes
+        )
     grad_k, grad_v = laid_out_as(k), laid_out_as(v)
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))

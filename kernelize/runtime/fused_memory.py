@@ -34,7 +34,7 @@ LAUNCH = {  # chunk: entries of M that one program holds; features in 16 bits
     "memory": Launch(heads=1, chunk=16384, warps=4, stages=3),
     "phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "reverse_states": Launch(heads=1, chunk=8192, warps=4, stages=3),
-    "key_grads": Launch(heads=1, chunk=8192, warps=4, stages=2),  # of memories up to that, in place of the next two
+    "key_grads": Launch(heads=1, chunk=8192, warps=4, stages=3),  # of memories up to that, in place of the next two
     "phi_k_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
     "value_grad": Launch(heads=1, chunk=16384, warps=4, stages=2),
 }
@@ -306,13 +306,16 @@ def memory_kernel(
     Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Exact, Lse, Gate,
     Y, Branch, BranchLse, Total, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, BRANCHES: constexpr, PRECISION: constexpr,
+    DECAY: constexpr, BRANCHES: constexpr, AHEAD: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Reads the memory for a tile's queries and merges: y, and where asked the memory alone with its normaliser."""
+    """Reads the memory for a tile's queries and merges: y, and where asked the memory alone with its normaliser.
+
+    AHEAD: what the exact branch says is asked for a head before, in registers; more than 64 channels have none free.
+    """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
-    at = tile * TILE + tl.arange(0, TILE)
+    f, d, r = tl.arange(0, FP), part * DV + tl.arange(0, DV), tl.arange(0, TILE)
+    at = tile * TILE + r
     block, live = at // BLOCK, at < W
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
     low, norm = memory_at(
@@ -321,18 +324,27 @@ def memory_kernel(
     _, here, phi, v, clock = entries(
         Order, row, tile, length, Phi, V, Clock, svb, svh, svt, b, h, X, f, d, F, D, TILE, DECAY
     )
+    where, wide = r[:, None] * D + d[None, :], live[:, None] & (d < D)[None, :]
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
+    if AHEAD:
+        following = tl.load(Exact + (row * G * W + tile * TILE) * D + where, mask=wide, other=0.0)
     for g in range(G):
-        out = (row * G + g) * W + at
-        phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
-        exact = tl.load(Exact + out[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+        out = (row * G + g) * W + tile * TILE
+        rows = PhiQ + out * F + (r[:, None] * F + f[None, :])
+        phi_q = tl.load(rows, mask=live[:, None] & (f < F)[None, :], other=0.0)
+        if AHEAD:
+            exact = following
+            following = tl.load(Exact + (out + W) * D + where, mask=wide & (g + 1 < G), other=0.0)
+        else:
+            exact = tl.load(Exact + out * D + where, mask=wide, other=0.0)
         a = tl.dot(phi_q, tl.trans(phi), input_precision=PRECISION) * weight
         total = tl.dot(phi_q, low, input_precision=PRECISION) * far[:, None]
         total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
         z = tl.sum(a, 1) + tl.sum(phi_q.to(tl.float32) * norm[None, :], 1) * far
-        to = (b * W + at) * (kv_heads * G) + h * G + g
-        own, gate = tl.load(Lse + out, mask=live, other=0.0), tl.load(Gate + h * G + g)
-        merge(total, z, exact, own, gate, Y, Branch, BranchLse, Total, out, to, live, d, part, D, BRANCHES, True)
+        to, heads = (b * W + tile * TILE) * (kv_heads * G) + h * G + g, kv_heads * G
+        own, gate = tl.load(Lse + out + r, mask=live, other=0.0), tl.load(Gate + h * G + g)
+        merge(total, z, exact, own, gate, Y + to * D, Branch + out * D, BranchLse + out, Total + out,
+              r, r * heads, live, d, part, D, BRANCHES, True)  # fmt: skip
 
 
 @jit
@@ -491,8 +503,8 @@ def phi_q_grad_kernel(
     """Gradient of phi(q), for FB of its features, and what it says about clocks and gate; delta where not KNOWN."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    f, d = part * FB + tl.arange(0, FB), tl.arange(0, DP)
-    at = tile * TILE + tl.arange(0, TILE)
+    f, d, r = part * FB + tl.arange(0, FB), tl.arange(0, DP), tl.arange(0, TILE)
+    at = tile * TILE + r
     block, live = at // BLOCK, at < W
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
     low, norm = memory_at(
@@ -503,19 +515,21 @@ def phi_q_grad_kernel(
     )
     weight = near_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, False, DECAY)
     for g in range(G):
-        out, head = (row * G + g) * W + at, h * G + g
-        where, keep = out[:, None] * F + f[None, :], live[:, None] & (f < F)[None, :]
+        out, head = (row * G + g) * W + tile * TILE, h * G + g
+        where, keep = out * F + (r[:, None] * F + f[None, :]), live[:, None] & (f < F)[None, :]
         phi_q = tl.load(PhiQ + where, mask=keep, other=0.0)  # asked for with what comes before it is needed
         wide = live[:, None] & (d < D)[None, :]
-        where_g = b * sgb + head * sgh + at.to(tl.int64) * sgt
-        grad = tl.load(Grad + where_g[:, None] + d[None, :], mask=wide, other=0.0)
+        own = Grad + b * sgb + head * sgh + (tile * TILE).to(tl.int64) * sgt
+        grad = tl.load(own + (r[:, None] * sgt + d[None, :]), mask=wide, other=0.0)
         if KNOWN:
-            delta = tl.load(Delta + out, mask=live, other=0.0)
+            delta = tl.load(Delta + out + r, mask=live, other=0.0)
         else:
-            y = tl.load(Y + ((b * W + at) * (kv_heads * G) + head)[:, None] * D + d[None, :], mask=wide, other=0.0)
+            heads = kv_heads * G
+            of_y = Y + ((b * W + tile * TILE) * heads + head) * D
+            y = tl.load(of_y + (r[:, None] * (heads * D) + d[None, :]), mask=wide, other=0.0)
             delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
-            tl.store(Delta + out, delta, mask=live & (part == 0))
-        unit = unit_of(tl.load(Gate + head), tl.load(Total + out, mask=live, other=0.0))
+            tl.store(Delta + out + r, delta, mask=live & (part == 0))
+        unit = unit_of(tl.load(Gate + head), tl.load(Total + out + r, mask=live, other=0.0))
         grad = grad.to(phi.dtype)
         a = (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * weight
         total = tl.dot(grad, tl.trans(low), input_precision=PRECISION) - delta[:, None] * norm[None, :]
@@ -530,16 +544,17 @@ def phi_q_grad_kernel(
 
 @jit
 def queries(
-    PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, head, g, at, W, f, d,
-    G: constexpr, F: constexpr, D: constexpr,
+    PhiQ, Total, Grad, Delta, gate, sgb, sgh, sgt, row, b, head, g, tile, W, f, d,
+    G: constexpr, F: constexpr, D: constexpr, TILE: constexpr,
 ):  # fmt: skip
     """(phi(q), what is asked: gradient, unit, delta) of one head's tile."""
-    out, live = (row * G + g) * W + at, at < W
-    phi_q = tl.load(PhiQ + out[:, None] * F + f[None, :], mask=live[:, None] & (f < F)[None, :], other=0.0)
-    where_g = b * sgb + head * sgh + at.to(tl.int64) * sgt
-    grad = tl.load(Grad + where_g[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-    unit = unit_of(tl.load(Gate + head), tl.load(Total + out, mask=live, other=0.0))
-    return phi_q, grad.to(phi_q.dtype), unit, tl.load(Delta + out, mask=live, other=0.0)
+    r, first, live = tl.arange(0, TILE), tile * TILE, tile * TILE + tl.arange(0, TILE) < W
+    out = (row * G + g) * W + first
+    phi_q = tl.load(PhiQ + out * F + (r[:, None] * F + f[None, :]), mask=live[:, None] & (f < F)[None, :], other=0.0)
+    own = Grad + b * sgb + head * sgh + first.to(tl.int64) * sgt
+    grad = tl.load(own + (r[:, None] * sgt + d[None, :]), mask=live[:, None] & (d < D)[None, :], other=0.0)
+    unit = unit_of(gate, tl.load(Total + out + r, mask=live, other=0.0))
+    return phi_q, grad.to(phi_q.dtype), unit, tl.load(Delta + out + r, mask=live, other=0.0)
 
 
 @jit
@@ -570,8 +585,9 @@ def reverse_states_kernel(
             acc, norm = acc * tl.exp(after - before), norm * tl.exp(after - before)
             far = tl.exp(tl.minimum(tl.load(ClockEnd + row * blocks + at // BLOCK) - before, 0.0))
         for g in range(G):
+            gate = tl.load(Gate + h * G + g)
             phi_q, grad, unit, delta = queries(
-                PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
+                PhiQ, Total, Grad, Delta, gate, sgb, sgh, sgt, row, b, h * G + g, g, tile, W, f, d, G, F, D, TILE
             )
             phi_q = (phi_q * (far * unit)[:, None]).to(phi_q.dtype)
             acc += tl.dot(tl.trans(phi_q), grad, input_precision=PRECISION)
@@ -610,8 +626,8 @@ def late_weights(block, first, here, now, clock, TILE: constexpr, BLOCK: constex
 def key_grads_kernel(
     Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradPhi, GradClock, GradV,
     Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
-    G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DB: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, PRECISION: constexpr,
+    G: constexpr, GP: constexpr, F: constexpr, FB: constexpr, D: constexpr, DB: constexpr, TILE: constexpr,
+    BLOCK: constexpr, DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of phi(k), and of v. A program that does but one of them takes FB of its features, or DB channels."""
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -636,9 +652,12 @@ def key_grads_kernel(
     if OF_V:
         g_v = tl.dot(phi, memory, input_precision=PRECISION) * late[:, None]
     weight = late_weights(block, tile * (TILE // BLOCK), here, now, clock, TILE, BLOCK, DECAY)
+    heads = tl.arange(0, GP)  # a load less in the loop: three stages of two programs then fit into shared memory
+    gates = tl.load(Gate + h * G + heads, mask=heads < G, other=0.0)
     for g in range(G):
+        gate = tl.sum(tl.where(heads == g, gates, 0.0), 0)
         phi_q, grad, unit, delta = queries(
-            PhiQ, Total, Grad, Delta, Gate, sgb, sgh, sgt, row, b, h * G + g, g, at, W, f, d, G, F, D
+            PhiQ, Total, Grad, Delta, gate, sgb, sgh, sgt, row, b, h * G + g, g, tile, W, f, d, G, F, D, TILE
         )
         share = unit[None, :] * weight
         if OF_V:
@@ -856,7 +875,7 @@ class MemoryFunction(torch.autograd.Function):
             order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse, both,
             *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
             G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            BRANCHES=branches, PRECISION=precision(phi_q.dtype), **launch.options,
+            BRANCHES=branches, AHEAD=DV <= 64, PRECISION=precision(phi_q.dtype), **launch.options,
         )  # fmt: skip
         y = y.transpose(1, 2)
         merged = y, both, exact, lse, branch, branch_lse
@@ -1023,8 +1042,8 @@ def key_grads(
 
     def run(name: str, parts: int, FB: int, DB: int, of_phi: bool, of_v: bool) -> None:
         key_grads_kernel[(order.n, parts, B * Hk)](
-            *given, g_phi, g_clock, g_v, *asked, gate, *scalars, **sizes, FB=FB, DB=DB, OF_PHI=of_phi, OF_V=of_v,
-            **launch_of(name, phi_q).options,
+            *given, g_phi, g_clock, g_v, *asked, gate, *scalars, **sizes, GP=power_of_two(sizes["G"], 1), FB=FB, DB=DB,
+            OF_PHI=of_phi, OF_V=of_v, **launch_of(name, phi_q).options,
         )  # fmt: skip
 
     if together:
