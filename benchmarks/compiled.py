@@ -138,10 +138,10 @@ def resources(launch: Launch) -> dict[str, Any]:
 
 
 def residents(found: dict[str, Any]) -> int:
-    """Programs that fit on a multiprocessor: 65,536 registers, 227 KB of shared memory, 64 warps."""
+    """Programs that fit on a multiprocessor: 65,536 registers, 228 KB of shared memory, 64 warps."""
     warps = found["warps"]
     registers = 65536 // (-(-found["registers"] // 8) * 8 * 32 * warps)
-    return min(registers, 64 // warps, 227 * 1024 // (found["shared"] + 1024))
+    return min(registers, 64 // warps, 228 * 1024 // (found["shared"] + 1024))
 
 
 def layer_call(

@@ -286,7 +286,6 @@ def gradients() -> None:
 
 def far_gradients() -> None:
     """The same beyond reach."""
-    fused_exact.WALKS = 1
     spec, rotation = FAR[0]
     for given in (spec, spec.replace(sinks=0, slots=0)):
         same_gradients(given, [spec.reach + 40], rotation)

@@ -29,7 +29,6 @@ SMALL = LAUNCH | {  # of up to 64
     "query_grad": Launch(heads=1, chunk=32, warps=4, stages=3, registers=168),
     "window_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
     "held_grad": Launch(heads=1, chunk=64, warps=4, stages=2),
-    "sink_grad": Launch(heads=1, chunk=16, warps=4, stages=3),
 }
 # all others; with eight warps exact_kernel reads beyond its shared memory (Triton 3.6, sm_90, compute-sanitizer)
 WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
@@ -506,6 +505,7 @@ def held_grad_kernel(
     """Adds what the queries of some tiles (of one, unless it WALKS) say about a chunk of their holders.
 
     Most hold the same place in the next tile: only the gradients of those that do not are added to the store then.
+    Not with FAR, whose gradients leave no registers for it.
     """
     part, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = row // kv_heads, row % kv_heads
@@ -525,11 +525,9 @@ def held_grad_kernel(
         if WALKS:
             left = tl.where(index == before, -1, before)
             if tl.max(left, 0) >= 0:
-                add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, left, row, X, d, D, FAR)
+                add_to_held(GradK, GradV, GradKFar, grad_k, grad_v, grad_far, left, row, X, d, D, False)
                 stays = tl.where(left >= 0, 0.0, 1.0)[:, None]
                 grad_k, grad_v = grad_k * stays, grad_v * stays
-                if FAR:
-                    grad_far = grad_far * stays
         far_k, there = k, index
         if FAR:
             far_k = rows_at(KFar + row.to(tl.int64) * X * D, index, D, d, D)
@@ -759,7 +757,7 @@ def key_grads(
         launch = launch_of("held_grad", q, 1, given).of_places(given.spec.slots)
         scalars, sizes = arguments(q, k, v, given, launch)
         programs = -(-given.spec.slots // launch.chunk)
-        tiles = max(1, n // WALKS)
+        tiles = 1 if given.pos is not None else max(1, n // WALKS)
         held_grad_kernel[(-(-n // tiles), programs, rows)](
             *tensors, *held, *asked, *strides, *scalars, tiles, WALKS=tiles > 1, **sizes
         )
