@@ -69,6 +69,27 @@ def test_mode_equals_greedy(model, ids, settings):
     assert torch.equal(write(model, ids, **settings), write(model, ids))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_left_padded_row_without_positions_is_the_row(ids, family, use_cache):
+    """As for softmax with rotary positions, which sees distances alone."""
+    model, mask = tiny_student(family).double(), torch.ones_like(ids)
+    mask[0, :23] = 0
+    found = model(ids.masked_fill(mask == 0, 0), attention_mask=mask, use_cache=use_cache).logits
+    torch.testing.assert_close(found[0, 23:], model(ids[:1, 23:]).logits[0], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_left_padded_row_is_read_on_without_positions(model, ids, masked):
+    mask = torch.ones_like(ids)
+    mask[0, :23] = 0
+    cache = model(ids[:, :60].masked_fill(mask[:, :60] == 0, 0), attention_mask=mask[:, :60]).past_key_values
+    found = model(ids[:, 60:], attention_mask=mask if masked else None, past_key_values=cache).logits
+    torch.testing.assert_close(found[0], model(ids[:1, 23:]).logits[0, 37:], rtol=0, atol=1e-9)
+
+
 def test_a_prompt_makes_the_logits_of_its_last_token_alone(model, ids):
     made = []
     handle = model.lm_head.register_forward_hook(lambda module, given, logits: made.append(logits.shape[1]))

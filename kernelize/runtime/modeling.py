@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import ATTENTION, KernelAttention, Rotary, attention_function
-from .cache import CACHE, RELEASE, KernelState, adopt_cache, refuse_second_draft
+from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
 from .spec import SCORES, KernelSpec, SpecError
@@ -322,6 +322,19 @@ def kernelized_layers(model: nn.Module) -> dict[int, Any]:
     return {i: m for i, m in found.items() if isinstance(m, KernelizedAttentionMixin)}
 
 
+def positions_of(length: int, layout: Layout | None, cache: Cache | None) -> Tensor | None:
+    """Positions [B, T] of the new tokens without those of padding, as `generate` counts; None where there is none.
+
+    To softmax it is all the same where a row begins. Feature maps see where a token stands.
+    """
+    valid = None if layout is None else layout.valid
+    state = None if cache is None else kernel_layers(cache)[0].state
+    if state is None:
+        return None if valid is None else (valid.long().cumsum(1) - 1).clamp(min=0)
+    new = torch.arange(1, length + 1, device=state.seen.device) if valid is None else valid.long().cumsum(1)
+    return (state.seen[:, None].to(new.device) + new - 1).clamp(min=0)
+
+
 def kernels_of(model: nn.Module) -> list[FeatureMap | KernelAttention]:
     """All modules with parameters that the surgery has added."""
     found = (m for attention in kernelized_layers(model).values() for m in attention.kernelize.modules())
@@ -385,6 +398,8 @@ class KernelizedModelMixin:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
         layout = layout_of(length, mask, position_ids, batch, has_cache)
+        if position_ids is None and self.turns:
+            position_ids = positions_of(length, layout, cache)
         self.refuse_for_kept(layout, cache)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
             for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
@@ -414,6 +429,11 @@ class KernelizedModelMixin:
             raise SpecError(
                 f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it"
             )
+
+    @property
+    def turns(self) -> bool:
+        """Whether positions are rotary, so that where a row begins is all the same to softmax."""
+        return family_of(self.config.model_type).rotary is not tabled_positions
 
     @property
     def converted(self) -> tuple[int, ...]:
