@@ -101,7 +101,7 @@ def check(
         rows = run_checks(model, tokenizer, against=original, on_progress=progress)
     show_checks(rows)
     write_json(json, {"checks": [dataclasses.asdict(row) for row in rows]})
-    if failed := [row.name for row in rows if not row.passed]:
+    if failed := [row.name for row in rows if row.failed]:
         raise KernelizeError(f"{source} fails {len(failed)} of {len(rows)} checks: {', '.join(failed)}")
 
 
@@ -113,7 +113,8 @@ def show_checks(rows: Iterable[CheckRow]) -> None:
 
 def _check_cells(row: CheckRow) -> tuple[str, ...]:
     numbers = ("–" if number is None else f"{number:.1e}" for number in (row.difference, row.bound))
-    return (row.name, "passed" if row.passed else "FAILED", *numbers, row.note)
+    result = "not run" if row.passed is None else "passed" if row.passed else "FAILED"
+    return (row.name, result, *numbers, row.note)
 
 
 def audit(
