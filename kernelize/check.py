@@ -78,7 +78,7 @@ class CheckRow:
         return self.passed is False
 
 
-class NotRun(Exception):
+class NotAskedError(Exception):
     """A law says nothing about this model; the message says why."""
 
 
@@ -129,7 +129,7 @@ def judge(subject: Subject, name: str) -> CheckRow:
         difference, note = LAWS[name](subject)
     except SpecError as refusal:
         return CheckRow(name, None, None, bound, f"refused: {refusal}")
-    except NotRun as reason:
+    except NotAskedError as reason:
         return CheckRow(name, None, None, bound, str(reason))
     except (RuntimeError, ValueError, IndexError, TypeError, KernelizeError) as error:
         return CheckRow(name, False, None, bound, f"{type(error).__name__}: {first_line(error)}")
@@ -371,7 +371,7 @@ def teacher_identity(subject: Subject) -> tuple[float, str]:
         difference = distance(logits(subject.model, ids).float(), logits(subject.against.eval(), ids).float())
     if trained:
         found = f"{len(trained)} weights were trained, {trained[0]} among them"
-        raise NotRun(f"not asked: {found}; logits differ by {difference:.2e}")
+        raise NotAskedError(f"not asked: {found}; logits differ by {difference:.2e}")
     return difference, f"logits, {subject.model.dtype}; {T} tokens"
 
 
