@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kernelize.plan import ConversionPlan
     from kernelize.recipe import Recipe
 
-Tokens = Annotated[int, typer.Option(min=256, help="Length of each text in tokens.")]
+Tokens = Annotated[
+    int | None, typer.Option(min=256, help="Length of each text in tokens; by default 1536, if the model has them.")
+]
 Maps = Annotated[list[str], typer.Option("--map", help="Feature map to measure; may be repeated.")]
 Sizes = Annotated[list[int], typer.Option("--size", help="Features a head to measure; may be repeated.")]
 Layers = Annotated[str | None, typer.Option(help="Layers to inspect, e.g. 0,7,12-14; by default all.")]
@@ -45,7 +47,7 @@ def inspect(
     decays: Annotated[
         list[str] | None, typer.Option("--decay", help="Decay to measure, by default fixed; may be repeated.")
     ] = None,
-    tokens: Tokens = 1536,
+    tokens: Tokens = None,
     text: Text = None,
     device: Device = None,
     dtype: DType = None,
@@ -80,13 +82,14 @@ def inspect(
     write_json(json, found)
 
 
-def inspect_loaded(model, tokenizer, *, tokens: int = 1536, text: str | None = None, **options) -> Inspection:
+def inspect_loaded(model, tokenizer, *, tokens: int | None = None, text: str | None = None, **options) -> Inspection:
     """Inspects a loaded model on the shipped texts, with a bar; `options` as `inspect_model`."""
     from kernelize.inspect import inspect_model
-    from kernelize.measure import sample_texts
+    from kernelize.measure import sample_texts, usual_tokens
 
+    texts = sample_texts(tokenizer, tokens or usual_tokens(model), text)
     with Progress("layers") as progress:
-        return inspect_model(model, sample_texts(tokenizer, tokens, text), on_progress=progress, **options)
+        return inspect_model(model, texts, on_progress=progress, **options)
 
 
 def recommended(plan: ConversionPlan) -> Recipe:
@@ -115,11 +118,12 @@ def show_measured(
 ) -> None:
     """The table of `list --measure SOURCE`: every map on the queries and keys of a few layers, best first."""
     from kernelize.inspect import map_table
-    from kernelize.measure import measure_maps, sample_texts
+    from kernelize.measure import measure_maps, sample_texts, usual_tokens
     from kernelize.pipeline import load_for_use
 
     model, tokenizer = load_for_use(source, **loading)
+    texts = sample_texts(tokenizer, usual_tokens(model))
     with Progress("maps") as progress:
-        rows = measure_maps(model, sample_texts(tokenizer), sizes, maps=maps, layers=layers, on_progress=progress)
+        rows = measure_maps(model, texts, sizes, maps=maps, layers=layers, on_progress=progress)
     show(map_table(rows))
     write_json(json, {"maps": [asdict(row) for row in rows]})

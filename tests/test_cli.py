@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tiny import byte_tokenizer, tiny_llama
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import kernelize
 from kernelize.cli import main
@@ -231,6 +231,42 @@ def test_a_failing_check_is_exit_code_1(folder, capsys, monkeypatch):
     monkeypatch.setattr(check, "check", lambda *_, **__: [failing])
     assert run("check", folder / "made") == 1
     assert "fails 1 of 1 checks: one token at a time" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A model of 64 learned positions."""
+    folder = tmp_path_factory.mktemp("learned") / "gpt2"
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "length"),
+    [
+        ("generate", ["the", "--max-new-tokens", "62"], 65),
+        ("generate", ["x" * 60, "--max-new-tokens", "5"], 65),
+        ("generate", ["x" * 65, "--save-state", "state"], 65),
+        ("bench", ["--lengths", "32", "--tokens", "32"], 66),
+        ("bench", ["--lengths", "32", "--tokens", "2", "--train"], 2048),
+        ("inspect", ["--tokens", "256"], 256),
+    ],
+)
+def test_learned_positions_end_before_anything_is_written(
+    learned, command, options, length, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(command, learned, *options) == 2
+    said = capsys.readouterr()
+    assert f"length={length} (answers included) is beyond the 64 learned positions of " in said.err
+    assert (said.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_prompt_of_half_a_surrogate_pair_is_one_line(folder, capsys):
+    assert run("generate", folder / "made", "\ud800 abc") == 2
+    assert "the prompt: '\\ud800' is half of a surrogate pair" in capsys.readouterr().err
 
 
 def test_generate_streams_what_json_keeps(folder, tmp_path, capsys):
