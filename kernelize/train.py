@@ -287,15 +287,30 @@ class _Run:
             raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
         with ExitStack() as held:
             if self.accelerator.is_main_process:
+                new = not self.output.exists()
                 held.enter_context(alone(self.output))
                 if not resume:
                     self._clear()
+                    held.enter_context(self._leaving_nothing(new))
                 self.journal = _Journal(self.output, self.on_event)
                 held.callback(self.journal.close)
             for problem in damaged:
                 self._tell(event="damaged", problem=problem)
             with self.stop.listening():
                 return self._stages(last)
+
+    @contextmanager
+    def _leaving_nothing(self, new: bool) -> Iterator[None]:
+        """Within it a run whose data are wrong before the first checkpoint leaves no trace: it can be run again."""
+        try:
+            yield
+        except InputError:
+            if not (self.output / CHECKPOINTS).exists():
+                self._clear()
+                if new:
+                    with suppress(OSError):  # what somebody else has put there stays
+                        self.output.rmdir()
+            raise
 
     def _clear(self) -> None:
         """Removes what an earlier run in this folder has left: only what this module writes."""

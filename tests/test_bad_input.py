@@ -269,7 +269,17 @@ def test_data_that_cannot_be_used_is_one_line_and_nothing_is_trained(name, tmp_p
     assert main(["finetune", str(converted), *map(str, options)]) == 2
     shown = capsys.readouterr().err
     assert said in next(line for line in shown.splitlines() if line.startswith("error: ")), shown
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_there_before_bad_data_is_as_it_was(tmp_path, converted):
+    (tmp_path / "d.jsonl").write_bytes(DATA["a line that is no object"][1])
+    (tmp_path / "r.yaml").write_text(f"name: x\ndescription: y\n{STAGE}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    options = ["--config", tmp_path / "r.yaml", "--data", tmp_path / "d.jsonl", "-o", tmp_path / "out", "--tokens", 128]
+    assert main(["finetune", str(converted), *map(str, options), "--overwrite"]) == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
 
 
 @pytest.fixture(scope="module")
