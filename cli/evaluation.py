@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, DType, Json, Overwrite, Revision, Source, Trust
+from .options import Device, DType, Json, Overwrite, Revision, Source, Trust, only_with
 from .output import say, show, table, write_json
 from .progress import Progress, doing
 
@@ -48,7 +48,6 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measure models side by side, by position and length."""
-    from kernelize.evaluate import lengths_by_suite
     from kernelize.pipeline import as_rows, evaluate_sources
     from kernelize.report import rows_table
 
@@ -60,7 +59,7 @@ def evaluate(
             sources,
             suite,
             teacher=teacher,
-            lengths=lengths_by_suite(lengths) if lengths else None,
+            lengths=_lengths(lengths, suite) if lengths else None,
             settings={name: value for name, value in settings.items() if value is not None},
             quick=quick,
             cache=cache,
@@ -71,6 +70,18 @@ def evaluate(
         )
     show(rows_table(rows))
     write_json(json, {"rows": as_rows(rows)})
+
+
+def _lengths(texts: list[str], suites: list[str]) -> dict[str, tuple[int, ...]]:
+    """By suite; those of a suite that is not asked for are refused."""
+    from kernelize.evaluate import lengths_by_suite
+
+    found = lengths_by_suite(texts)
+    for text in texts:
+        suite, named, _ = text.partition("=")
+        if named and suite not in suites:
+            only_with(f"--suite {suite}", {f"--lengths {text}": text})
+    return found
 
 
 def check(

@@ -14,7 +14,7 @@ import typer
 
 from kernelize.files import write_file
 
-from .options import Device, DType, Json, Revision, Source, Trust
+from .options import Device, DType, Json, Revision, Source, Trust, only_with
 from .output import say, show, show_plan, write_json
 from .progress import Progress, doing
 
@@ -61,6 +61,8 @@ def inspect(
     from kernelize.pipeline import load_for_use
     from kernelize.plan import describe, parse_layers
 
+    if state_bytes is None:
+        only_with("--state-bytes", {"--output": output})
     chosen = parse_layers(layers) if layers else None
     with doing(f"loading {source}"):
         loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,13 @@ def in_a_folder(path: Path | None) -> Path | None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{path} cannot be written: not a file in an existing folder")
     return path
+
+
+def only_with(needed: str, given: Mapping[str, object]) -> None:
+    """Refuses those of the options `given` that were given, though without `needed` they have no effect."""
+    for option, value in given.items():
+        if value is not None and value != []:
+            raise typer.BadParameter(f"{option} does nothing without {needed}; leave it out")
 
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
@@ -81,6 +88,11 @@ class KernelFlags:
         """The fields of KernelSpec that were given."""
         others = ("config", "budget", "keep", "pattern")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given, by the names on the command line."""
+        return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
 
     def recipe(self, layers: int, default: str = "default") -> Recipe:
         """The recipe for a model of so many layers, with the flags over it; InputError as `Recipe.from_dict`."""

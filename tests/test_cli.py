@@ -438,6 +438,34 @@ def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, s
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench {} --window 16", "--window does nothing without --shape"),
+        ("bench {} --no-sink-logits", "--sink-logits does nothing without --shape"),
+        ("bench {} --alone", "--alone does nothing without --shape"),
+        ("plan {} --processes 1", "--processes does nothing without --machine"),
+        ("plan {} --engine ddp", "--engine does nothing without --machine"),
+        ("plan {} --revision foo", "revision='foo' is one of a Hub id"),
+        ("check {} --revision foo", "revision='foo' is one of a Hub id"),
+        ("list --layers 0", "--layers does nothing without --measure"),
+        ("list --map elu", "--map does nothing without --measure"),
+        ("list --size 32", "--size does nothing without --measure"),
+        ("list --device cpu", "--device does nothing without --measure"),
+        ("list --families --measure {}", "leave out one of them"),
+        ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
+        ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
+        ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
+        ("inspect {} --output x.yaml", "--output does nothing without --state-bytes"),
+    ],
+)
+def test_options_that_go_with_another_one_are_refused_alone(folder, capsys, command, said):
+    assert run(*command.format(folder / "source").split()) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
 def test_a_dry_run_asks_for_no_output_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("")
