@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .inspection import SIZES, auto_recipe, show_measured
-from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, only_with, with_kernel_flags
+from .options import (
+    Device,
+    DType,
+    Json,
+    KernelFlags,
+    Overwrite,
+    Revision,
+    Source,
+    Trust,
+    Written,
+    only_with,
+    with_kernel_flags,
+)
 from .output import say, show_plan, show_predictions, table, write_json
 from .progress import Progress
 
@@ -26,7 +38,7 @@ def plan(
     source: Source,
     kernel: KernelFlags,
     lengths: Lengths = LENGTHS,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
+    output: Written = None,
     machine: Annotated[
         str | None, typer.Option(help="Predict the training too, on rtx4090, a100, h100 or h200.")
     ] = None,
@@ -49,10 +61,12 @@ def plan(
     """
     from kernelize.evaluate import parse_lengths
     from kernelize.files import write_file
-    from kernelize.pipeline import plan_source, predict_stages
+    from kernelize.pipeline import check_machine, plan_source, predict_stages
 
     if machine is None:
         only_with("--machine", {"--processes": processes, "--engine": engine})
+    else:
+        check_machine(machine)
     where: dict[str, Any] = {"processes": processes or 1, "engine": engine or "ddp"}
     with Progress("layers") as progress:
         recipe, report = plan_source(

@@ -39,7 +39,7 @@ def evaluate(
     tasks_data: Annotated[Path | None, typer.Option(help="Folder of question sets: NAME.jsonl.")] = None,
     task: Names = None,
     limit: Annotated[int | None, typer.Option(help="Rows of a question set that are asked: the first ones.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts and intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of prompts and intervals.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small settings, for two CPU cores.")] = False,
     cache: Annotated[Path | None, typer.Option(help="File of measurements; a killed run goes on from it.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the numbers into the first SOURCE's model card.")] = False,

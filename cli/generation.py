@@ -34,7 +34,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     save_state: SaveState = None,
     load_state: LoadState = None,
     compiled: Annotated[

@@ -14,7 +14,7 @@ import typer
 
 from kernelize.files import write_file
 
-from .options import Device, DType, Json, Revision, Source, Trust, only_with
+from .options import Device, DType, Json, Revision, Source, Trust, Written, in_a_folder, only_with
 from .output import say, show, show_plan, write_json
 from .progress import Progress, doing
 
@@ -36,8 +36,10 @@ MAPS, SIZES = ("none", "codebook"), (32, 128)
 def inspect(
     source: Source,
     state_bytes: Annotated[int | None, typer.Option(help="Recommend a plan of at most so many bytes.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw layers and heads: .png, .pdf or .svg.")] = None,
+    output: Written = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=in_a_folder, help="Draw layers and heads: .png, .pdf or .svg.")
+    ] = None,
     layers: Layers = None,
     maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
     sizes: Sizes = list(SIZES),  # noqa: B006

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,9 +23,15 @@ SOURCE_HELP = "Hub id, folder, or .gguf file."
 
 def in_a_folder(path: Path | None) -> Path | None:
     """Refuses a file that could not be written before the work begins, not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe or a device
+        return path
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path} cannot be written: not a file in an existing folder")
-    return path
+    try:
+        with TemporaryFile(dir=path.absolute().parent):  # permissions alone do not tell
+            return path
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: its folder takes no file ({error.strerror})") from error
 
 
 def only_with(needed: str, given: Mapping[str, object]) -> None:
@@ -38,6 +45,9 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", callback=in_a_folder, help="Write what the tables show to FILE."),
+]
+Written = Annotated[
+    Path | None, typer.Option("--output", "-o", callback=in_a_folder, help="Write the plan as a recipe (YAML).")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]

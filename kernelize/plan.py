@@ -337,7 +337,7 @@ def describe(
 
     Raises InputError when the plan is for another number of layers.
     """
-    shape = AttentionShape.of(config, dtype)
+    shape = AttentionShape.of(config, _floating(dtype))
     if len(plan.layers) != shape.layers:
         raise InputError(f"the plan has {len(plan.layers)} layers, the model {shape.layers}")
     known = {spec: LayerCost.of(spec, shape) for spec in set(plan.converted.values())}
@@ -350,6 +350,16 @@ def describe(
         break_even_bytes=_break_even_bytes(pairs, shape),
         break_even_flops=_break_even_flops(pairs, shape),
     )
+
+
+def _floating(dtype: str | None) -> str | None:
+    """`dtype`, or None where the config decides; InputError for what no model computes in."""
+    from .convert import named_dtype
+
+    if dtype in (None, "auto"):
+        return None
+    named_dtype(str(dtype))
+    return dtype
 
 
 def _cached_windows(config: PretrainedConfig) -> tuple[int | None, ...]:

@@ -250,7 +250,7 @@ class _Run:
                 + ("" if has_position_table(self.model, limit) else " (distil.beyond weighs what comes after)")
             )
         fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
-        if self.teacher is None and self.recipe.source is None and _needs_teacher(stage):
+        if self.teacher is None and self.recipe.source is None and needs_teacher(stage):
             raise InputError(
                 f"stage {stage.name!r} needs the original model: give a teacher, or a source in the recipe"
             )
@@ -743,7 +743,7 @@ def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
     return torch.cat((loss, divided, losses.layers / counts[0])).float()
 
 
-def _needs_teacher(stage: Stage) -> bool:
+def needs_teacher(stage: Stage) -> bool:
     return stage.kind == "distil" or any(source.builtin == "self" for source in stage.data)
 
 

@@ -20,7 +20,7 @@ from kernelize.cli import main
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
 from kernelize.errors import InputError, KernelizeError
-from kernelize.pipeline import short_names
+from kernelize.pipeline import override_stages, short_names
 from kernelize.recipe import Recipe
 from kernelize.runtime.spec import KernelSpec
 
@@ -126,6 +126,11 @@ BAD = {
                       "--data", "{1}/nowhere.txt"], "nowhere.txt"),
     "sequence too long": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
                            "--sequence-length", "512"], "512"),
+    "data of another kind": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
+                              "--data", "{0}/recipe.yaml"], "allowed: .txt, .txt.xz, .jsonl, .parquet"),
+    "kernelized teacher": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/made"],
+                           "is kernelized itself (kernelized_llama); give the original model"),
+    "negative seed": (["generate", "{0}/source", "x", "--temperature", "1", "--seed", "-1"], "--seed"),
     "no teacher": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml"], "teacher"),
     "not converted": (["finetune", "{0}/source", "--config", "{0}/recipe.yaml"], "no kernelized checkpoint"),
     "demo of an encoder": (["demo", "--source", "{0}/encoder"], "no causal language model"),
@@ -147,6 +152,29 @@ def test_bad_input_is_one_line_and_writes_nothing(name, folder, tmp_path, capsys
     assert said in lines[0]
     assert "Traceback" not in shown
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output", "{}"], "cannot be written: not a file in an existing folder"),
+        (["--output", "/proc/x.yaml"], "/proc/x.yaml cannot be written"),
+        (["--machine", "foo"], "machine='foo' is not one of"),
+        (["--dtype", "int8"], "dtype='int8' is not one of auto, float32, bfloat16, float16, float64"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_shows_no_table(folder, options, said, capsys):
+    assert run("plan", folder / "source", *(option.format(folder) for option in options)) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
+def test_a_sequence_length_alone_leaves_batches_of_whole_sequences():
+    recipe = Recipe.from_yaml(RECIPE, "x")
+    for length, tokens in ((50, 100), (64, 128), (99, 99), (500, 500)):
+        changed = override_stages(recipe, sequence_length=length)
+        assert [(s.sequence_length, s.batch_tokens) for s in changed.stages] == [(length, tokens)] * 2
 
 
 @pytest.mark.parametrize("command", ["convert", "finetune", "demo", "report"])
