@@ -47,7 +47,7 @@ def main() -> None:
         found = check(
             tiny_student(name), against=tiny_teacher(name), only=[law for law in LAWS if law != "clean process"]
         )
-        failed += [f"{name}: {r.name}: {r.difference} {r.note}" for r in found if not r.passed]
+        failed += [f"{name}: {r.name}: {r.difference} {r.note}" for r in found if r.failed]
         lines.append(row(name, found))
         print(lines[-1], flush=True)
     if failed:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, DType, Json, KernelFlags, Trust, with_kernel_flags
+from .options import Device, DType, Json, KernelFlags, Trust, only_with, with_kernel_flags
 from .output import say, show, write_json
 from .progress import Progress
 
@@ -53,6 +53,8 @@ def bench(
     from kernelize.pipeline import as_rows, check_card, contenders_for, keep_speed
     from kernelize.report import rows_table
 
+    if shape is None:
+        only_with("--shape", {**kernel.options, "--alone": alone or None})
     if card:
         check_card(source)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust}

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .inspection import auto_recipe, show_measured
-from .options import Device, DType, Json, KernelFlags, Overwrite, Revision, Source, Trust, with_kernel_flags
+from .inspection import SIZES, auto_recipe, show_measured
+from .options import (
+    Device,
+    DType,
+    Json,
+    KernelFlags,
+    Overwrite,
+    Revision,
+    Source,
+    Trust,
+    Written,
+    only_with,
+    with_kernel_flags,
+)
 from .output import say, show_plan, show_predictions, table, write_json
 from .progress import Progress
 
@@ -26,14 +38,17 @@ def plan(
     source: Source,
     kernel: KernelFlags,
     lengths: Lengths = LENGTHS,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
+    output: Written = None,
     machine: Annotated[
         str | None, typer.Option(help="Predict the training too, on rtx4090, a100, h100 or h200.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="With --machine: how many of them.")] = 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --machine: how many of them, by default 1.")
+    ] = None,
     engine: Annotated[
-        Literal["ddp", "fsdp2", "zero3"], typer.Option(help="With --machine: whole models, or sharded.")
-    ] = "ddp",
+        Literal["ddp", "fsdp2", "zero3"] | None,
+        typer.Option(help="With --machine: whole models (ddp, the default), or sharded."),
+    ] = None,
     dtype: DType = None,
     device: Device = None,
     revision: Revision = None,
@@ -46,8 +61,13 @@ def plan(
     """
     from kernelize.evaluate import parse_lengths
     from kernelize.files import write_file
-    from kernelize.pipeline import plan_source, predict_stages
+    from kernelize.pipeline import check_machine, plan_source, predict_stages
 
+    if machine is None:
+        only_with("--machine", {"--processes": processes, "--engine": engine})
+    else:
+        check_machine(machine)
+    where: dict[str, Any] = {"processes": processes or 1, "engine": engine or "ddp"}
     with Progress("layers") as progress:
         recipe, report = plan_source(
             source,
@@ -63,9 +83,9 @@ def plan(
     show_plan(report)
     found = []
     if machine is not None:
-        loading = {"revision": revision, "trust_remote_code": trust}
-        found = predict_stages(source, recipe, machine, processes=processes, engine=engine, **loading)
-        show_predictions(found, f"{processes} x {machine}, {engine}")
+        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
+        found = predict_stages(source, recipe, machine, **where, **loading)
+        show_predictions(found, f"{where['processes']} x {machine}, {where['engine']}")
     if output is not None:
         write_file(output.resolve(), recipe.to_yaml())
         say(f"wrote {output}; next: kernelize convert {source} --config {output}")
@@ -90,9 +110,10 @@ def _check_spec(spec: str | None, state_bytes: int | None, stream: bool, kernel:
         raise typer.BadParameter(
             f"--spec {spec} inspects the model in memory, and --stream is for those that do not fit"
         )
-    if spec and (given := [name for name, value in vars(kernel).items() if value is not None]):
-        option = given[0].replace("_", "-")
-        raise typer.BadParameter(f"--spec {spec} chooses recipe and kernels itself; leave out --{option}")
+    if spec and kernel.options:
+        raise typer.BadParameter(
+            f"--spec {spec} chooses recipe and kernels itself; leave out {next(iter(kernel.options))}"
+        )
 
 
 @with_kernel_flags
@@ -178,7 +199,9 @@ def list_(
     measure: Annotated[str | None, typer.Option(help="Measure every map on this model's queries and keys.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to measure, e.g. 3,11,18.")] = None,
     maps: Annotated[list[str] | None, typer.Option("--map", help="Only these maps; may be repeated.")] = None,
-    sizes: Annotated[list[int], typer.Option("--size", help="Features a head; may be repeated.")] = [32, 128],  # noqa: B006
+    sizes: Annotated[
+        list[int] | None, typer.Option("--size", help="Features a head, by default 32 and 128; may be repeated.")
+    ] = None,
     device: Device = None,
     json: Json = None,
 ) -> None:
@@ -186,9 +209,13 @@ def list_(
     from kernelize.catalogue import catalogue
     from kernelize.plan import parse_layers
 
-    if measure is not None:
+    if measure is None:
+        only_with("--measure", {"--layers": layers, "--map": maps, "--size": sizes, "--device": device})
+    else:
+        if families:
+            raise typer.BadParameter("--families lists, and --measure measures; leave out one of them")
         chosen = parse_layers(layers) if layers else None
-        show_measured(measure, sizes, layers=chosen, maps=maps or None, json=json, device=device)
+        show_measured(measure, sizes or SIZES, layers=chosen, maps=maps or None, json=json, device=device)
         return
     groups = {name: group for name, group in catalogue().items() if not families or name == "model families"}
     for group, entries in groups.items():

@@ -50,5 +50,5 @@ def demo(
     table("Result", *summary(result.rows))
     say(NEXT.format(output=result.output, report=result.report))
     write_json(json, dataclasses.asdict(result))
-    if failed := [row.name for row in result.checks if not row.passed]:
+    if failed := [row.name for row in result.checks if row.failed]:
         raise KernelizeError(f"checks failed: {', '.join(failed)}")

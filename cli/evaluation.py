@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, DType, Json, Overwrite, Revision, Source, Trust
+from .options import Device, DType, Json, Overwrite, Revision, Source, Trust, only_with
 from .output import say, show, table, write_json
 from .progress import Progress, doing
 
@@ -39,7 +39,7 @@ def evaluate(
     tasks_data: Annotated[Path | None, typer.Option(help="Folder of question sets: NAME.jsonl.")] = None,
     task: Names = None,
     limit: Annotated[int | None, typer.Option(help="Rows of a question set that are asked: the first ones.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts and intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of prompts and intervals.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small settings, for two CPU cores.")] = False,
     cache: Annotated[Path | None, typer.Option(help="File of measurements; a killed run goes on from it.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the numbers into the first SOURCE's model card.")] = False,
@@ -48,7 +48,6 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measure models side by side, by position and length."""
-    from kernelize.evaluate import lengths_by_suite
     from kernelize.pipeline import as_rows, evaluate_sources
     from kernelize.report import rows_table
 
@@ -60,7 +59,7 @@ def evaluate(
             sources,
             suite,
             teacher=teacher,
-            lengths=lengths_by_suite(lengths) if lengths else None,
+            lengths=_lengths(lengths, suite) if lengths else None,
             settings={name: value for name, value in settings.items() if value is not None},
             quick=quick,
             cache=cache,
@@ -71,6 +70,18 @@ def evaluate(
         )
     show(rows_table(rows))
     write_json(json, {"rows": as_rows(rows)})
+
+
+def _lengths(texts: list[str], suites: list[str]) -> dict[str, tuple[int, ...]]:
+    """By suite; those of a suite that is not asked for are refused."""
+    from kernelize.evaluate import lengths_by_suite
+
+    found = lengths_by_suite(texts)
+    for text in texts:
+        suite, named, _ = text.partition("=")
+        if named and suite not in suites:
+            only_with(f"--suite {suite}", {f"--lengths {text}": text})
+    return found
 
 
 def check(
@@ -101,7 +112,7 @@ def check(
         rows = run_checks(model, tokenizer, against=original, on_progress=progress)
     show_checks(rows)
     write_json(json, {"checks": [dataclasses.asdict(row) for row in rows]})
-    if failed := [row.name for row in rows if not row.passed]:
+    if failed := [row.name for row in rows if row.failed]:
         raise KernelizeError(f"{source} fails {len(failed)} of {len(rows)} checks: {', '.join(failed)}")
 
 
@@ -113,7 +124,8 @@ def show_checks(rows: Iterable[CheckRow]) -> None:
 
 def _check_cells(row: CheckRow) -> tuple[str, ...]:
     numbers = ("–" if number is None else f"{number:.1e}" for number in (row.difference, row.bound))
-    return (row.name, "passed" if row.passed else "FAILED", *numbers, row.note)
+    result = "not run" if row.passed is None else "passed" if row.passed else "FAILED"
+    return (row.name, result, *numbers, row.note)
 
 
 def audit(

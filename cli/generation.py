@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, DType, Json, Revision, Source, Trust, in_a_folder
+from .options import Device, DType, Json, Revision, Source, Trust, in_a_folder, only_with
 from .output import data_size, say, stream, write_json
 from .progress import doing
 
@@ -28,11 +28,13 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; on a terminal, converse.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")] = 0,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from so many likeliest tokens; by default, or 0: from all.")
+    ] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     save_state: SaveState = None,
     load_state: LoadState = None,
     compiled: Annotated[
@@ -54,6 +56,8 @@ def generate(
     from kernelize.generate import Conversation
     from kernelize.pipeline import load_for_use
 
+    if not temperature:
+        only_with("a --temperature above 0", {"--top-k": top_k, "--top-p": top_p})
     if compiled and save_state is not None:
         raise InputError("--save-state writes no tokens; leave out --compile")
     if chat and save_state is not None:
@@ -66,7 +70,7 @@ def generate(
         read_document(model, tokenizer, text, before, save_state, json)
         return
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings |= {"top_k": top_k, "top_p": top_p, "compiled": compiled}
+    settings |= {"top_k": top_k or 0, "top_p": top_p, "compiled": compiled}
     talk = Conversation(model, tokenizer, chat=chat, on_text=stream, state=before, **settings)
     done = []
     for text in [prompt] if prompt is not None else _prompts(chat):

@@ -14,7 +14,7 @@ import typer
 
 from kernelize.files import write_file
 
-from .options import Device, DType, Json, Revision, Source, Trust
+from .options import Device, DType, Json, Revision, Source, Trust, Written, in_a_folder, only_with
 from .output import say, show, show_plan, write_json
 from .progress import Progress, doing
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kernelize.plan import ConversionPlan
     from kernelize.recipe import Recipe
 
-Tokens = Annotated[int, typer.Option(min=256, help="Length of each text in tokens.")]
+Tokens = Annotated[
+    int | None, typer.Option(min=256, help="Length of each text in tokens; by default 1536, if the model has them.")
+]
 Maps = Annotated[list[str], typer.Option("--map", help="Feature map to measure; may be repeated.")]
 Sizes = Annotated[list[int], typer.Option("--size", help="Features a head to measure; may be repeated.")]
 Layers = Annotated[str | None, typer.Option(help="Layers to inspect, e.g. 0,7,12-14; by default all.")]
@@ -34,8 +36,10 @@ MAPS, SIZES = ("none", "codebook"), (32, 128)
 def inspect(
     source: Source,
     state_bytes: Annotated[int | None, typer.Option(help="Recommend a plan of at most so many bytes.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe (YAML).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw layers and heads: .png, .pdf or .svg.")] = None,
+    output: Written = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=in_a_folder, help="Draw layers and heads: .png, .pdf or .svg.")
+    ] = None,
     layers: Layers = None,
     maps: Maps = list(MAPS),  # noqa: B006  Typer reads the default, nothing changes it
     sizes: Sizes = list(SIZES),  # noqa: B006
@@ -45,7 +49,7 @@ def inspect(
     decays: Annotated[
         list[str] | None, typer.Option("--decay", help="Decay to measure, by default fixed; may be repeated.")
     ] = None,
-    tokens: Tokens = 1536,
+    tokens: Tokens = None,
     text: Text = None,
     device: Device = None,
     dtype: DType = None,
@@ -59,6 +63,8 @@ def inspect(
     from kernelize.pipeline import load_for_use
     from kernelize.plan import describe, parse_layers
 
+    if state_bytes is None:
+        only_with("--state-bytes", {"--output": output})
     chosen = parse_layers(layers) if layers else None
     with doing(f"loading {source}"):
         loaded = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
@@ -80,13 +86,14 @@ def inspect(
     write_json(json, found)
 
 
-def inspect_loaded(model, tokenizer, *, tokens: int = 1536, text: str | None = None, **options) -> Inspection:
+def inspect_loaded(model, tokenizer, *, tokens: int | None = None, text: str | None = None, **options) -> Inspection:
     """Inspects a loaded model on the shipped texts, with a bar; `options` as `inspect_model`."""
     from kernelize.inspect import inspect_model
-    from kernelize.measure import sample_texts
+    from kernelize.measure import sample_texts, usual_tokens
 
+    texts = sample_texts(tokenizer, tokens or usual_tokens(model), text)
     with Progress("layers") as progress:
-        return inspect_model(model, sample_texts(tokenizer, tokens, text), on_progress=progress, **options)
+        return inspect_model(model, texts, on_progress=progress, **options)
 
 
 def recommended(plan: ConversionPlan) -> Recipe:
@@ -115,11 +122,12 @@ def show_measured(
 ) -> None:
     """The table of `list --measure SOURCE`: every map on the queries and keys of a few layers, best first."""
     from kernelize.inspect import map_table
-    from kernelize.measure import measure_maps, sample_texts
+    from kernelize.measure import measure_maps, sample_texts, usual_tokens
     from kernelize.pipeline import load_for_use
 
     model, tokenizer = load_for_use(source, **loading)
+    texts = sample_texts(tokenizer, usual_tokens(model))
     with Progress("maps") as progress:
-        rows = measure_maps(model, sample_texts(tokenizer), sizes, maps=maps, layers=layers, on_progress=progress)
+        rows = measure_maps(model, texts, sizes, maps=maps, layers=layers, on_progress=progress)
     show(map_table(rows))
     write_json(json, {"maps": [asdict(row) for row in rows]})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,15 +23,31 @@ SOURCE_HELP = "Hub id, folder, or .gguf file."
 
 def in_a_folder(path: Path | None) -> Path | None:
     """Refuses a file that could not be written before the work begins, not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe or a device
+        return path
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path} cannot be written: not a file in an existing folder")
-    return path
+    try:
+        with TemporaryFile(dir=path.absolute().parent):  # permissions alone do not tell
+            return path
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: its folder takes no file ({error.strerror})") from error
+
+
+def only_with(needed: str, given: Mapping[str, object]) -> None:
+    """Refuses those of the options `given` that were given, though without `needed` they have no effect."""
+    for option, value in given.items():
+        if value is not None and value != []:
+            raise typer.BadParameter(f"{option} does nothing without {needed}; leave it out")
 
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)]
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", callback=in_a_folder, help="Write what the tables show to FILE."),
+]
+Written = Annotated[
+    Path | None, typer.Option("--output", "-o", callback=in_a_folder, help="Write the plan as a recipe (YAML).")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]
@@ -81,6 +98,11 @@ class KernelFlags:
         """The fields of KernelSpec that were given."""
         others = ("config", "budget", "keep", "pattern")
         return {name: value for name, value in vars(self).items() if name not in others and value is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given, by the names on the command line."""
+        return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
 
     def recipe(self, layers: int, default: str = "default") -> Recipe:
         """The recipe for a model of so many layers, with the flags over it; InputError as `Recipe.from_dict`."""

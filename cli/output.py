@@ -74,9 +74,10 @@ def span(layers: Sequence[int]) -> str:
 
 def show_plan(report: PlanReport) -> None:
     """The plan by runs of equal layers, then cost by length."""
-    runs = [list(run) for _, run in groupby(report.layers, key=lambda row: row.spec)]
+    windows = report.shape.windows or (None,) * len(report.layers)
+    runs = [list(run) for _, run in groupby(report.layers, key=lambda row: (row.spec, row.spec or windows[row.layer]))]
     table("Layers", ("layers", "attention", "window", "sinks", "slots", "memory", "new parameters", "state"), (
-        (span([row.layer for row in run]), *_layer_cells(run)) for run in runs
+        (span([row.layer for row in run]), *_layer_cells(run, windows[run[0].layer])) for run in runs
     ))  # fmt: skip
     shape = report.shape
     table(
@@ -84,9 +85,14 @@ def show_plan(report: PlanReport) -> None:
         ("tokens", "KV cache", "converted", "prefill", "converted", "decoding", "converted"),
         map(_length_cells, report.lengths),
     )
-    say(f"{report.new_parameters:,} new parameters; state {data_size(report.state_bytes)} a sequence at any length")
-    say(f"cheaper than softmax from {report.break_even_bytes:,} tokens in memory, from {report.break_even_flops:,} "
-        "in FLOPs of decoding")  # fmt: skip
+    say(f"{report.new_parameters:,} new parameters; state of the converted layers {data_size(report.state_bytes)} a "
+        "sequence at any length")  # fmt: skip
+    say(f"cheaper than softmax {_from(report.break_even_bytes)} in memory, {_from(report.break_even_flops)} in FLOPs "
+        "of decoding")  # fmt: skip
+
+
+def _from(length: int | None) -> str:
+    return "at no length" if length is None else f"from {length:,} tokens"
 
 
 def show_predictions(found: Sequence[Prediction], where: str) -> None:
@@ -116,10 +122,11 @@ def _length_cells(row: LengthRow) -> tuple[str, ...]:
     return (f"{row.length:,}", *sizes, *map(_flops, costs))
 
 
-def _layer_cells(run: Sequence[LayerRow]) -> tuple[str, ...]:
+def _layer_cells(run: Sequence[LayerRow], window: int | None) -> tuple[str, ...]:
+    """`window`: the layers' own, where they keep softmax."""
     spec = run[0].spec
     if spec is None:
-        return ("softmax", "", "", "", "", "", "")
+        return ("softmax", f"{window:,}" if window else "", "", "", "", "", "")
     memory = f"{spec.feature_map} {spec.feature_dim}, decay {spec.decay}" if spec.has_memory else "none"
     new, state = sum(r.new_parameters for r in run), sum(r.state_bytes for r in run)
     budget = "/".join(map(str, spec.head_slots)) or spec.slots

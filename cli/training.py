@@ -28,7 +28,10 @@ def finetune(
     config: Annotated[str, typer.Option(help="Recipe: a .yaml file or a name from `kernelize list`.")] = "default",
     teacher: Annotated[str | None, typer.Option(help="The original model, for stages that distil from it.")] = None,
     data: Data = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence, in all stages.")] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sequence, in all stages; a batch is as many whole ones as it has room for."),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(help="Tokens to train on, in each stage: rounded up to whole steps of the recipe's batch_tokens."),

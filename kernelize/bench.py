@@ -29,10 +29,12 @@ from .rows import Row
 from .runtime import ops
 from .runtime.cache import kernel_layers, state_bytes
 from .runtime.modeling import KernelizedModelMixin, plan_of
+from .subject import check_learned
 
 SUITE = "bench"
 SHORT = 32768  # up to so many tokens a prefill is timed several times on a GPU
 WARM_UP = 131072  # tokens at most that are read before: kernels compile, libraries choose theirs
+WARM_STEPS = 2
 REPEATS = 3
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 REST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -64,6 +66,11 @@ class Settings:
                 raise InputError(f"{name}={getattr(self, name)} is below 1")
         if not self.lengths or not self.batches or min(self.lengths + self.batches) < 1:
             raise InputError(f"lengths={self.lengths}, batches={self.batches}: at least one of each, from 1 on")
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence; decoding takes a few steps before the timing starts."""
+        return max(max(self.lengths) + WARM_STEPS + self.tokens, self.train_length if self.train else 0)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ def bench(contenders: Sequence[Contender], settings: Settings, on_progress: OnPr
         model = contender.make()
         if settings.compiled and (reason := uncapturable(model)):
             raise InputError(f"nothing to compile, the step is no CUDA graph: {reason}")
+        check_learned(model, contender.name, settings.reach)
         found.ran[contender.name], found.machine = describe(model), machine(str(model.device))
         failed: dict[int, int] = {}  # a batch: the length that did not fit
         for rows, length in cases:
@@ -204,7 +212,7 @@ def decoding(
     """Seconds a token, with the first softmax kernel of `order` that serves."""
     with sdpa_kernel(order, set_priority=True):
         step = stepper(model, cache, logits, read, settings.compiled)
-        for _ in range(2):
+        for _ in range(WARM_STEPS):
             step.run()
         start = now(model)
         for _ in range(settings.tokens):

@@ -62,13 +62,24 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One law: the largest difference found, in the unit that `note` names, and the bound it must keep."""
+    """One law: the largest difference found, in the unit that `note` names, and the bound it must keep.
+
+    `passed` is None where the law was not run; `note` then says why.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     difference: float | None
     bound: float | None
     note: str
+
+    @property
+    def failed(self) -> bool:
+        return self.passed is False
+
+
+class NotAskedError(Exception):
+    """A law says nothing about this model; the message says why."""
 
 
 def check(
@@ -112,12 +123,14 @@ def check(
 
 
 def judge(subject: Subject, name: str) -> CheckRow:
-    """Runs one law. A way of running that the model refuses by name is right; one that breaks is a law that fails."""
+    """Runs one law. One that the model refuses by name, or that does not apply, was not run; one that breaks fails."""
     bound = DRIFT[subject.model.dtype] if name == "working dtype" else BOUNDS[name]
     try:
         difference, note = LAWS[name](subject)
     except SpecError as refusal:
-        return CheckRow(name, True, None, bound, f"refused: {refusal}")
+        return CheckRow(name, None, None, bound, f"refused: {refusal}")
+    except NotAskedError as reason:
+        return CheckRow(name, None, None, bound, str(reason))
     except (RuntimeError, ValueError, IndexError, TypeError, KernelizeError) as error:
         return CheckRow(name, False, None, bound, f"{type(error).__name__}: {first_line(error)}")
     return CheckRow(name, difference <= bound, difference, bound, note)
@@ -357,8 +370,8 @@ def teacher_identity(subject: Subject) -> tuple[float, str]:
     with whole_window(subject.model, T):
         difference = distance(logits(subject.model, ids).float(), logits(subject.against.eval(), ids).float())
     if trained:
-        note = f"not asked: {len(trained)} weights were trained, {trained[0]} among them; logits differ by"
-        return 0.0, f"{note} {difference:.2e}"
+        found = f"{len(trained)} weights were trained, {trained[0]} among them"
+        raise NotAskedError(f"not asked: {found}; logits differ by {difference:.2e}")
     return difference, f"logits, {subject.model.dtype}; {T} tokens"
 
 
@@ -422,12 +435,12 @@ LAWS: dict[str, Callable[[Subject], tuple[float, str]]] = {
 
 @contextmanager
 def whole_window(model: Any, length: int) -> Iterator[None]:
-    """Within the context the window of every converted layer covers `length` tokens."""
+    """Within the context the window of every converted layer covers `length` tokens, all at their true distances."""
     parts = [attention.kernelize for attention in kernelized_layers(model).values()]
     specs = [part.spec for part in parts]
     try:
         for part in parts:
-            part.spec = part.spec.replace(window=length)
+            part.spec = part.spec.replace(window=length, reach=0)
         yield
     finally:
         for part, spec in zip(parts, specs, strict=True):

@@ -154,14 +154,21 @@ def _locate(source: str, revision: str | None, trust_remote_code: bool) -> tuple
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {source!r}")
+        _check_unrevised(source, revision)
         return str(path.parent), options | {"gguf_file": path.name}
     if path.is_dir():
+        _check_unrevised(source, revision)
         if not (path / "config.json").is_file():
             raise InputError(f"{source!r} is not a model folder: it has no config.json")
         return str(path), options
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise InputError(f"there is no model at {source!r}; give a Hub id, a folder or a .gguf file")
     return source, options | {"revision": revision}
+
+
+def _check_unrevised(source: str, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(f"revision={revision!r} is one of a Hub id, and {source!r} is on this machine; leave it out")
 
 
 def _weights(options: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from .errors import InputError
 from .files import PART, sync, writing
 from .retrieval import Marked, write
+from .texts import unbroken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def read_documents(path: str, text_field: str | None = "text") -> Iterator[Docum
 
 def _read_text(path: str, text_field: str | None) -> Iterator[Document]:
     opener = lzma.open if path.endswith(".xz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:
         rest = ""
         while piece := file.read(TEXT_PIECE):
             if "\0" in piece:
@@ -107,13 +108,14 @@ def _read_text(path: str, text_field: str | None) -> Iterator[Document]:
 
 
 def _read_jsonl(path: str, text_field: str | None) -> Iterator[Document]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(iter(lambda: file.readline(DOCUMENT + 1), ""), 1):
             where = f"{path}, line {number}"
             if len(line) > DOCUMENT:
                 raise InputError(f"{where}: longer than {DOCUMENT:,} characters; is it one document a line?")
             if line.strip():
-                yield _document(_parse_line(line, where), text_field, where)
+                document = _document(_parse_line(line, where), text_field, where)
+                yield {column: unbroken(text, where) for column, text in document.items()}
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:

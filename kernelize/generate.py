@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from transformers.cache_utils import Cache
 from .decode import Decoder, Sampling, refused
 from .errors import InputError
 from .states import generate_from, read
+from .subject import check_learned
+from .texts import unbroken
 
 log = logging.getLogger("kernelize")
 
@@ -49,8 +52,8 @@ class Conversation:
     With `state` each prompt, or the conversation, goes on from what that cache has read, which stays as it is.
     temperature 0 takes the likeliest token; top_p None is what the checkpoint says. On a GPU a kernelized model writes
     through `Decoder`, where that can, its step `compiled` if asked for; `generate` serves the rest. Raises InputError
-    for numbers out of range, an empty prompt, `chat` with a model that has no chat template, and `compiled` where no
-    `Decoder` writes.
+    for numbers out of range, a prompt that is empty or, with what may follow, beyond learned positions, `chat` with a
+    model that has no chat template, and `compiled` where no `Decoder` writes.
     """
 
     def __init__(
@@ -87,10 +90,11 @@ class Conversation:
 
     def answer(self, prompt: str) -> Completion:
         """Streams the continuation to `on_text` and returns it whole."""
-        if not prompt.strip():
+        if not unbroken(prompt, "the prompt").strip():
             raise InputError("the prompt is empty")
         inputs = self._encode(prompt).to(self.model.device)
         start, asked = time.monotonic(), inputs["input_ids"].shape[1]
+        check_room(self.model, self.state, asked + self.settings["max_new_tokens"])
         streamer = _Streamer(self.tokenizer, self.on_text)
         written = self._write(inputs, streamer)  # [T]
         text = self.tokenizer.decode(written, skip_special_tokens=True)
@@ -132,15 +136,22 @@ class Conversation:
 
 def encode(tokenizer, text: str, after: Cache | None = None):
     """input_ids and attention_mask [1, T] of a text, or of what comes `after` its beginning; InputError if empty."""
-    if not text.strip():
+    if not unbroken(text, "the prompt").strip():
         raise InputError("the prompt is empty")
     begins = after is None
     return tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=begins)
 
 
+def check_room(model, after: Cache | None, tokens: int) -> None:
+    """InputError where so many tokens, `after` those of a cache, are more than the model's learned positions."""
+    before = 0 if after is None else int(after.get_seq_length())
+    check_learned(model, Path(model.name_or_path).name or model.config.model_type, before + tokens)
+
+
 def read_text(model, tokenizer, text: str, after: Cache | None = None) -> tuple[Cache, int]:
     """What the model remembers of `text`, read `after` what it read before; and how many tokens that was."""
     ids = encode(tokenizer, text, after)["input_ids"]
+    check_room(model, after, ids.shape[1])
     return read(model, ids, after=after), ids.shape[1]
 
 

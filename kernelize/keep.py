@@ -82,7 +82,7 @@ def softmax(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor
     """The attention that a layer had before it was converted."""
     if kernel.softcap is None and kernel.sink_logits is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=kernel.scaling, enable_gqa=True)
-    spec = kernel.spec.replace(window=query.shape[2])
+    spec = kernel.spec.replace(window=query.shape[2], reach=0)
     return near(query, key, value, kernel._replace(spec=spec))[0].to(value.dtype)
 
 

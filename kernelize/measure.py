@@ -26,6 +26,7 @@ from .runtime.feature_maps import FEATURE_MAPS
 from .runtime.modeling import PREFIX, attentions, native_windows
 from .runtime.spec import NO_MEMORY, KernelSpec
 from .runtime.state import AttentionOutput, Seen
+from .subject import check_learned, learned_positions
 from .texts import read_text, sample_text
 
 WATCHED = "kernelize_watched"  # a name in AttentionInterface, taken while a model is observed
@@ -93,10 +94,16 @@ def sample_texts(tokenizer: Any, tokens: int = TOKENS, text: str | None = None) 
     return [torch.tensor([tokenizer(piece[: 8 * tokens])["input_ids"][:tokens]]) for piece in pieces]
 
 
+def usual_tokens(model: PreTrainedModel) -> int:
+    """The length of a text, unless one is asked for: what learned positions allow of `TOKENS`."""
+    return min(TOKENS, learned_positions(model) or TOKENS)
+
+
 def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
     """InputError unless `texts` can calibrate and measure a model that is not converted yet."""
     if model.config.model_type.startswith(PREFIX):
         raise InputError(f"the model is already kernelized ({model.config.model_type}); inspect its source")
+    check_learned(model, f"this {model.config.model_type!r}", max((ids.shape[-1] for ids in texts), default=0))
     if len(texts) < 2:
         raise InputError(f"{len(texts)} text; at least 2 are needed: the last is measured, the others calibrate")
     for ids in texts:

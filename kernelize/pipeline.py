@@ -69,6 +69,13 @@ def plan_source(
     return recipe, describe(plan_for(recipe, config), config, **options)
 
 
+def check_machine(name: str) -> None:
+    """SpecError for a machine that is not known."""
+    from .predict import machine_named
+
+    machine_named(name)
+
+
 def predict_stages(
     source: str, recipe: Recipe, machine: str, *, processes: int = 1, engine: str = "ddp", **loading: Any
 ) -> list[Prediction]:
@@ -382,7 +389,8 @@ def read_instead(own: Sequence[DataSource], names: Sequence[str]) -> list[DataSo
 
 def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) -> Recipe:
     """The recipe with fields of all its stages changed; None leaves a field as it is. `tokens` replaces `steps`, and
-    `data`, a list of names, what the stages read (`read_instead`).
+    `data`, a list of names, what the stages read (`read_instead`). A `sequence_length` alone leaves batches as large as
+    whole sequences allow.
     """
     from .recipe import Recipe
 
@@ -392,6 +400,9 @@ def override_stages(recipe: Recipe, *, seed: int | None = None, **changes: Any) 
         if "tokens" in given:
             stage.pop("steps", None)
         stage.update(given)
+        length = given.get("sequence_length", 0)
+        if length > 0 and "batch_tokens" not in given:
+            stage["batch_tokens"] = max(1, old.batch_tokens // length) * length
         if "data" in given:
             stage["data"] = [source.model_dump() for source in read_instead(old.data, given["data"])]
     return Recipe.from_dict(data if seed is None else {**data, "seed": seed}, f"recipe {recipe.name!r} with options")
@@ -421,6 +432,7 @@ def finetune_source(
     before = read_facts(source) if Path(source).is_dir() else None
     model, tokenizer = load(source, dtype=dtype or "auto")
     recipe = _with_kernels(recipe, before, teacher, model)
+    _check_original(recipe, teacher)
     if "quantization_config" in model.config.to_dict():
         raise InputError(
             f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
@@ -429,6 +441,18 @@ def finetune_source(
     return finetune(
         model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event, document=documented
     )
+
+
+def _check_original(recipe: Recipe, teacher: str | None) -> None:
+    """InputError for a teacher that is converted itself: a stage holds a layer against the softmax that it replaced."""
+    from .convert import load_config
+    from .runtime.modeling import PREFIX
+    from .train import needs_teacher
+
+    if recipe.source and (teacher or any(map(needs_teacher, recipe.stages))):
+        kind = load_config(recipe.source).model_type
+        if kind.startswith(PREFIX):
+            raise InputError(f"teacher {recipe.source!r} is kernelized itself ({kind}); give the original model")
 
 
 def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, model: PreTrainedModel) -> Recipe:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .runtime.spec import MOST_LAYERS, KernelSpec, choose
+from .runtime.spec import LARGEST, MOST_LAYERS, KernelSpec, choose
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +183,7 @@ def _check_layer(layer: int, count: int) -> None:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What sizes depend on: read from a config, the same for every layer."""
+    """What sizes depend on: read from a config."""
 
     layers: int
     heads: int
@@ -191,6 +191,7 @@ class AttentionShape:
     head_dim: int
     context: int
     dtype: str  # torch's name, e.g. "bfloat16"
+    windows: tuple[int | None, ...] = ()  # one entry a layer, None where it sees every token; empty: all of them do
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: str | None = None) -> AttentionShape:
@@ -205,6 +206,7 @@ class AttentionShape:
             head_dim=head_dim_of(text),
             context=text.max_position_embeddings,
             dtype=dtype or (str(text.dtype).removeprefix("torch.") if text.dtype else "float32"),
+            windows=_cached_windows(text),
         )
 
     @property
@@ -220,6 +222,18 @@ class AttentionShape:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token adds to the key-value cache of one softmax layer."""
         return 2 * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Tokens that a query of each softmax layer sees at most."""
+        return tuple(window or LARGEST for window in self.windows or (None,) * self.layers)
+
+    def kv_bytes(self, length: int, limit: int) -> int:
+        """Bytes of a softmax layer's key-value cache after `length` tokens, of which a query sees `limit` at most.
+
+        A token that was read brings its own key: Transformers keeps one less than the window for it.
+        """
+        return min(length, limit - 1) * self.kv_bytes_per_token
 
     def softmax_flops(self, seen: float) -> float:
         """FLOPs (2 a multiply-add) of one layer for one query that sees `seen` tokens: q·k and the sum of v."""
@@ -268,32 +282,34 @@ class LengthRow:
     teacher_decode_flops: float
 
     @classmethod
-    def of(cls, length: int, kernels: Sequence[LayerCost], shape: AttentionShape) -> LengthRow:
-        kept, kv = shape.layers - len(kernels), length * shape.kv_bytes_per_token
-        memory = sum(cost.memory_flops for cost in kernels)
-        first, last = (length + 1) / 2, float(length)
+    def of(cls, length: int, costs: Sequence[LayerCost | None], shape: AttentionShape) -> LengthRow:
+        """`costs`: one entry a layer, None where softmax is kept."""
+        layers = list(zip(costs, shape.limits, strict=True))
+        most = [cost.positions if cost else limit for cost, limit in layers]
+        memory = sum(cost.memory_flops for cost in costs if cost)
         return cls(
             length,
-            cache_bytes=kept * kv + sum(cost.state_bytes for cost in kernels),
-            teacher_cache_bytes=shape.layers * kv,
-            prefill_flops=memory
-            + shape.softmax_flops(kept * first + sum(_mean_seen(length, cost.positions) for cost in kernels)),
-            teacher_prefill_flops=shape.softmax_flops(shape.layers * first),
-            decode_flops=memory
-            + shape.softmax_flops(kept * last + sum(min(length, cost.positions) for cost in kernels)),
-            teacher_decode_flops=shape.softmax_flops(shape.layers * last),
+            cache_bytes=sum(cost.state_bytes if cost else shape.kv_bytes(length, limit) for cost, limit in layers),
+            teacher_cache_bytes=sum(shape.kv_bytes(length, limit) for limit in shape.limits),
+            prefill_flops=memory + shape.softmax_flops(_mean_seen(length, most)),
+            teacher_prefill_flops=shape.softmax_flops(_mean_seen(length, shape.limits)),
+            decode_flops=memory + shape.softmax_flops(_seen(length, most)),
+            teacher_decode_flops=shape.softmax_flops(_seen(length, shape.limits)),
         )
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `describe` found; from the break-even lengths on, a converted layer takes less than softmax did."""
+    """What `describe` found; from the break-even lengths on, the converted layers take less than softmax did.
+
+    A break-even is None where a layer's own window keeps softmax as cheap at every length.
+    """
 
     shape: AttentionShape
     layers: tuple[LayerRow, ...]
     lengths: tuple[LengthRow, ...]
-    break_even_bytes: int
-    break_even_flops: int
+    break_even_bytes: int | None
+    break_even_flops: int | None
 
     @property
     def new_parameters(self) -> int:
@@ -321,18 +337,37 @@ def describe(
 
     Raises InputError when the plan is for another number of layers.
     """
-    shape = AttentionShape.of(config, dtype)
+    shape = AttentionShape.of(config, _floating(dtype))
     if len(plan.layers) != shape.layers:
         raise InputError(f"the plan has {len(plan.layers)} layers, the model {shape.layers}")
-    costs = {spec: LayerCost.of(spec, shape) for spec in set(plan.converted.values())}
-    kernels = [costs[spec] for spec in plan.converted.values()]
+    known = {spec: LayerCost.of(spec, shape) for spec in set(plan.converted.values())}
+    costs = [None if spec is None else known[spec] for spec in plan.layers]
+    pairs = [(cost, limit) for cost, limit in zip(costs, shape.limits, strict=True) if cost]
     return PlanReport(
         shape=shape,
-        layers=tuple(_layer_row(i, spec, costs) for i, spec in enumerate(plan.layers)),
-        lengths=tuple(LengthRow.of(length, kernels, shape) for length in lengths),
-        break_even_bytes=_break_even_bytes(kernels, shape),
-        break_even_flops=_break_even_flops(kernels, shape),
+        layers=tuple(_layer_row(i, spec, known) for i, spec in enumerate(plan.layers)),
+        lengths=tuple(LengthRow.of(length, costs, shape) for length in lengths),
+        break_even_bytes=_break_even_bytes(pairs, shape),
+        break_even_flops=_break_even_flops(pairs, shape),
     )
+
+
+def _floating(dtype: str | None) -> str | None:
+    """`dtype`, or None where the config decides; InputError for what no model computes in."""
+    from .convert import named_dtype
+
+    if dtype in (None, "auto"):
+        return None
+    named_dtype(str(dtype))
+    return dtype
+
+
+def _cached_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """The windows of Transformers' own cache: a family whose cache keeps every token has none here."""
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=config).layers
+    return tuple(x.sliding_window if isinstance(x, DynamicSlidingWindowLayer) else None for x in layers)
 
 
 def _layer_row(layer: int, spec: KernelSpec | None, costs: Mapping[KernelSpec, LayerCost]) -> LayerRow:
@@ -341,10 +376,15 @@ def _layer_row(layer: int, spec: KernelSpec | None, costs: Mapping[KernelSpec, L
     return LayerRow(layer, spec, costs[spec].new_parameters, costs[spec].state_bytes)
 
 
-def _mean_seen(length: int, positions: int) -> float:
-    """Mean of min(t, positions) over t = 1 … length: the exact positions a token of a prefill sees."""
-    short = min(length, positions)
-    return (short * (short + 1) / 2 + (length - short) * positions) / length
+def _seen(length: int, limits: Sequence[int]) -> int:
+    """Tokens that the query at position `length` sees, over all layers."""
+    return sum(min(length, limit) for limit in limits)
+
+
+def _mean_seen(length: int, limits: Sequence[int]) -> float:
+    """The mean of `_seen` over the positions 1 … length: what a token of a prefill sees."""
+    short = [min(length, limit) for limit in limits]
+    return sum(s * (s + 1) / 2 + (length - s) * s for s in short) / length
 
 
 def _new_parameters(spec: KernelSpec, shape: AttentionShape) -> int:
@@ -381,17 +421,25 @@ def _memory_flops(spec: KernelSpec, shape: AttentionShape, map_weights: int) -> 
     return 2 * (map_weights + read + fold)
 
 
-def _break_even_bytes(kernels: Sequence[LayerCost], shape: AttentionShape) -> int:
+def _break_even_bytes(pairs: Sequence[tuple[LayerCost, int]], shape: AttentionShape) -> int | None:
     """The first length at which the converted layers' state takes fewer bytes than their key-value cache would."""
-    return sum(cost.state_bytes for cost in kernels) // (shape.kv_bytes_per_token * len(kernels)) + 1
+    state = sum(cost.state_bytes for cost, _ in pairs)
+    limits = [limit for _, limit in pairs]
+    return _first(lambda n: sum(shape.kv_bytes(n, limit) for limit in limits) - state, limits)
 
 
-def _break_even_flops(kernels: Sequence[LayerCost], shape: AttentionShape) -> int:
-    """The first length at which decoding a token takes the converted layers fewer FLOPs than softmax would.
+def _break_even_flops(pairs: Sequence[tuple[LayerCost, int]], shape: AttentionShape) -> int | None:
+    """The first length at which decoding a token takes the converted layers fewer FLOPs than softmax would."""
+    memory = sum(cost.memory_flops for cost, _ in pairs)
+    limits, exact = [limit for _, limit in pairs], [cost.positions for cost, _ in pairs]
+    return _first(lambda n: shape.softmax_flops(_seen(n, limits) - _seen(n, exact)) - memory, [*limits, *exact])
 
-    At length n softmax spends Σ max(0, n − positions) more on tokens; the largest sum over the first j layers, sorted
-    by positions, is that sum, so the first n at which it exceeds the memories' cost is the least over j.
-    """
-    memory = sum(cost.memory_flops for cost in kernels) / shape.softmax_flops(1)
-    sums = accumulate(sorted(cost.positions for cost in kernels))
-    return min(int((memory + total) // j) + 1 for j, total in enumerate(sums, 1))
+
+def _first(gain: Callable[[int], float], borders: Sequence[int]) -> int | None:
+    """The first length at which `gain` is above 0; between two borders it only grows, or only falls."""
+    low = 1
+    for high in sorted({1, *borders}):
+        if gain(high) > 0:
+            return low + bisect_left(range(low, high), True, key=lambda n: gain(n) > 0)
+        low = high
+    return None

@@ -245,7 +245,7 @@ def _teacher_cache(shape: AttentionShape, stage: Stage) -> float:
     if stage.chunk_tokens is None:
         return 0.0
     read = min(stage.sequence_length, shape.context)
-    return float(stage.micro_batch * read * shape.layers * shape.kv_bytes_per_token)
+    return float(stage.micro_batch * sum(shape.kv_bytes(read, limit) for limit in shape.limits))
 
 
 def _logits(config: PreTrainedConfig, stage: Stage, tokens: int, machine: Machine) -> float:

@@ -62,10 +62,10 @@ class DataSource(_Strict):
 
     @staticmethod
     def fields_of(name: str) -> dict[str, str]:
-        """`self` and `sample` are builtins, what ends like a data file is a path, all else is a Hub dataset."""
+        """`self` and `sample` are builtins, what ends like a data file or is a file is a path, else a Hub dataset."""
         if name in BUILTIN_DATA:
             return {"builtin": name}
-        return {"path": name} if name.endswith(DATA_SUFFIXES) else {"dataset": name}
+        return {"path": name} if name.endswith(DATA_SUFFIXES) or Path(name).is_file() else {"dataset": name}
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSource:

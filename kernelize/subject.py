@@ -49,12 +49,23 @@ def fingerprint(model) -> str:
 
 def check_positions(subject: Subject, reach: int) -> None:
     """Learned positions end; rotary ones only leave what was trained, which is said and allowed."""
+    check_learned(subject.model, subject.name, reach)
     limit = trained_length(subject)
-    if limit is None or reach <= limit:
-        return
-    if has_position_table(subject.model, limit):
-        raise InputError(f"length={reach} (answers included) is beyond the {limit} learned positions of {subject.name}")
-    log.warning("%s: length %d is beyond the %d positions that it was trained for", subject.name, reach, limit)
+    if limit is not None and reach > limit:
+        log.warning("%s: length %d is beyond the %d positions that it was trained for", subject.name, reach, limit)
+
+
+def check_learned(model, name: str, reach: int) -> None:
+    """InputError where `reach` tokens are more than a model with learned positions has."""
+    limit = learned_positions(model)
+    if limit is not None and reach > limit:
+        raise InputError(f"length={reach} (answers included) is beyond the {limit} learned positions of {name}")
+
+
+def learned_positions(model) -> int | None:
+    """How many positions a model has learned; None where they are no table, so that there is something beyond."""
+    limit = _positions(model.config)
+    return limit if limit is not None and has_position_table(model, limit) else None
 
 
 def has_position_table(model, limit: int) -> bool:
@@ -65,7 +76,11 @@ def has_position_table(model, limit: int) -> bool:
 
 
 def trained_length(subject: Subject) -> int | None:
-    config = subject.model.config.get_text_config()
+    return _positions(subject.model.config)
+
+
+def _positions(config) -> int | None:
+    config = config.get_text_config()
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     return config.to_dict().get(name)
 

@@ -98,6 +98,11 @@ class Perplexity(Suite):
     quick = {"lengths": (2048,), "pieces": 2}
     compares = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.lengths) < 2:
+            raise InputError(f"{self.kind}: length={min(self.lengths)} is too short, nothing is predicted; at least 2")
+
     def source(self) -> str:
         """What `read_text` reads."""
         return self.text

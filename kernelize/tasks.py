@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .recall import encode, start_ids
+from .texts import unbroken
 
 Line = Mapping[str, Any]
 
@@ -155,7 +156,7 @@ def _schemas() -> str:
 
 def _rows(path: Path, raw: bytes) -> list[Line]:
     try:
-        rows = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in raw.decode("utf-8-sig").split("\n") if line.strip()]
     except ValueError as error:
         raise InputError(f"{path} is not JSON lines: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -179,6 +180,7 @@ def _question(path: Path, number: int, row: Line, kind: Kind) -> Question:
         sound = 0 <= asked.gold < len(asked.pairs) and all(a.strip() and b.strip() for a, b in asked.pairs)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}, row {number}: {type(error).__name__}: {error}") from error
+    unbroken("".join(map("".join, asked.pairs)), f"{path}, row {number}")
     if not sound:
         raise InputError(f"{path}, row {number}: a text is empty, or gold={asked.gold} is none of the choices")
     return asked

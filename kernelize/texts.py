@@ -33,11 +33,11 @@ def read_text(source: str) -> str:
     path = Path(source)
     try:
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-            raw = file.read(LARGEST + 1).decode("utf-8")
+            raw = file.read(LARGEST + 1).decode("utf-8-sig")
         if len(raw) > LARGEST:
             raise ValueError(f"longer than {LARGEST:,} bytes")
         text = _joined(raw) if path.suffix == ".jsonl" else raw
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, InputError, lzma.LZMAError) as error:
         raise InputError(f"text={source!r} cannot be read: {error}; a sample ({', '.join(SAMPLES)}), .txt, .txt.xz "
                          "or .jsonl with `text` is allowed") from error  # fmt: skip
     if not text.strip():
@@ -47,7 +47,27 @@ def read_text(source: str) -> str:
 
 def _joined(lines: str) -> str:
     """The texts of JSON lines. They end in newlines alone: in a string other separators may stand as they are."""
-    return "".join(json.loads(line)["text"] for line in lines.split("\n") if line.strip())
+    return "".join(_text(line, number) for number, line in enumerate(lines.split("\n"), 1) if line.strip())
+
+
+def _text(line: str, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError(f"text holds {type(text).__name__}, not text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"line {number}: {type(error).__name__}: {error}") from error
+    return unbroken(text, f"line {number}")
+
+
+def unbroken(text: str, where: str) -> str:
+    """`text`; InputError where it holds half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(f"{where}: {half} is half of a surrogate pair, and no character of its own") from error
+    return text
 
 
 def parse_length(text: str) -> int:

@@ -249,7 +249,7 @@ class _Run:
                 + ("" if has_position_table(self.model, limit) else " (distil.beyond weighs what comes after)")
             )
         fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
-        if self.teacher is None and self.recipe.source is None and _needs_teacher(stage):
+        if self.teacher is None and self.recipe.source is None and needs_teacher(stage):
             raise InputError(
                 f"stage {stage.name!r} needs the original model: give a teacher, or a source in the recipe"
             )
@@ -286,15 +286,30 @@ class _Run:
             raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
         with ExitStack() as held:
             if self.accelerator.is_main_process:
+                new = not self.output.exists()
                 held.enter_context(alone(self.output))
                 if not resume:
                     self._clear()
+                    held.enter_context(self._leaving_nothing(new))
                 self.journal = _Journal(self.output, self.on_event)
                 held.callback(self.journal.close)
             for problem in damaged:
                 self._tell(event="damaged", problem=problem)
             with self.stop.listening():
                 return self._stages(last)
+
+    @contextmanager
+    def _leaving_nothing(self, new: bool) -> Iterator[None]:
+        """Within it a run whose data are wrong before the first checkpoint leaves no trace: it can be run again."""
+        try:
+            yield
+        except InputError:
+            if not (self.output / CHECKPOINTS).exists():
+                self._clear()
+                if new:
+                    with suppress(OSError):  # what somebody else has put there stays
+                        self.output.rmdir()
+            raise
 
     def _clear(self) -> None:
         """Removes what an earlier run in this folder has left: only what this module writes."""
@@ -734,7 +749,7 @@ def _means(losses: Losses, counts: Tensor, divisors: list[int]) -> Tensor:
     return torch.cat((loss, divided, losses.layers / counts[0])).float()
 
 
-def _needs_teacher(stage: Stage) -> bool:
+def needs_teacher(stage: Stage) -> bool:
     return stage.kind == "distil" or any(source.builtin == "self" for source in stage.data)
 
 

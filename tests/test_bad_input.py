@@ -18,6 +18,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.cli import main
 from kernelize.convert import load
+from kernelize.data import read_documents
 from kernelize.errors import InputError, first_line
 from kernelize.evaluate import Store
 from kernelize.recipe import Recipe
@@ -250,6 +251,7 @@ DATA = {
     "binary": ("d.txt", b"\0\1\2" * 999, "binary"),
     "latin-1": ("d.txt", "grün\n".encode("latin-1") * 99, "not UTF-8"),
     "UTF-16": ("d.jsonl", '{"text": "x"}\n'.encode("utf-16"), "not UTF-8"),
+    "half of a surrogate pair": ("d.jsonl", b'{"text": "x"}\n{"text": "\\ud800 abc"}\n', "line 2: '\\ud800' is half"),
     "a line that is no object": ("d.jsonl", b'{"text": "x"}\n[1]\n', "line 2"),
     "an enormous line": ("d.jsonl", b'{"text": "' + b"x" * (65 << 20) + b'"}\n', "line 1"),
     "no parquet": ("d.parquet", b"PAR1" + b"\xff" * 99, "cannot be read"),
@@ -267,7 +269,17 @@ def test_data_that_cannot_be_used_is_one_line_and_nothing_is_trained(name, tmp_p
     assert main(["finetune", str(converted), *map(str, options)]) == 2
     shown = capsys.readouterr().err
     assert said in next(line for line in shown.splitlines() if line.startswith("error: ")), shown
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_there_before_bad_data_is_as_it_was(tmp_path, converted):
+    (tmp_path / "d.jsonl").write_bytes(DATA["a line that is no object"][1])
+    (tmp_path / "r.yaml").write_text(f"name: x\ndescription: y\n{STAGE}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    options = ["--config", tmp_path / "r.yaml", "--data", tmp_path / "d.jsonl", "-o", tmp_path / "out", "--tokens", 128]
+    assert main(["finetune", str(converted), *map(str, options), "--overwrite"]) == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +290,28 @@ def converted(tmp_path_factory) -> Path:
     flags = ["--window", "9", "--block", "4", "--slots", "4", "--feature-dim", "8", "--budget", "uniform"]
     assert main(["convert", str(folder / "source"), "-o", str(folder / "made"), *flags]) == 0
     return folder / "made"
+
+
+def test_evaluation_text_names_the_line_that_cannot_be_read(tmp_path):
+    for number, (second, said) in enumerate([
+        (rb'{"text": "\ud800 abc"}', r"line 2: '\\ud800' is half of a surrogate pair"),
+        (b'{"words": "x"}', "line 2: KeyError: 'text'"), (b'{"text": 3}', "line 2: TypeError: text holds int"),
+    ]):  # fmt: skip
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(b'{"text": "x"}\n' + second)
+        with pytest.raises(InputError, match=said):
+            read_text(str(path))
+    question = {"context": "\udc00 a", "target": " b"}
+    (tmp_path / "set.jsonl").write_text(json.dumps(question))
+    with pytest.raises(InputError, match=r"row 1: '\\udc00' is half"):
+        read_set(tmp_path / "set.jsonl")
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    for name, raw in (("bom.txt", "x\n"), ("bom.jsonl", '{"text": "x\\n"}\n')):
+        (tmp_path / name).write_text(raw, "utf-8-sig")
+        assert read_text(str(tmp_path / name)) == "x\n"
+        assert list(read_documents(str(tmp_path / name))) == [{"text": "x\n"}]
 
 
 # --- code, and paths --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import families
 import pytest
 import torch
 from families import tiny_student, tiny_teacher
@@ -13,6 +14,7 @@ from kernelize.check import LAWS, check
 from kernelize.errors import InputError
 from kernelize.runtime import attention, chunked, layout, modeling
 from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.spec import SpecError
 
 pytestmark = pytest.mark.fast
 MUTABLE = [name for name in LAWS if name not in ("clean process", "save and load", "state bytes", "working dtype")]
@@ -71,8 +73,29 @@ def test_trained_weights_are_not_held_against_the_teacher():
     student = tiny_student("llama")
     student.lm_head.weight.data += 0.1
     row = check(student, against=tiny_teacher("llama"), only=["identity with the teacher"])[0]
-    assert row.passed
+    assert row.passed is None
     assert "lm_head.weight" in row.note
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "gemma3_text"])
+def test_a_reach_below_the_whole_window_is_set_aside_and_not_a_law_that_passes_unrun(name):
+    student = tiny_student(name)
+    reach = families.SPEC.least_reach
+    for layer in modeling.kernelized_layers(student).values():
+        layer.kernelize.spec = layer.kernelize.spec.replace(reach=reach)
+    laws = ["window ≥ length is softmax", "identity with the teacher"]
+    rows = check(student, against=tiny_teacher(name), only=laws, length=160)
+    assert [(row.passed, row.difference is None) for row in rows] == [(True, False)] * 2
+    assert {x.kernelize.spec.reach for x in modeling.kernelized_layers(student).values()} == {reach}
+
+
+def test_a_way_of_running_that_is_refused_was_not_run(monkeypatch):
+    def refused(subject):
+        raise SpecError("window=0")
+
+    monkeypatch.setitem(LAWS, "crop", refused)
+    (row,) = check(tiny_student("llama"), only=["crop"])
+    assert (row.passed, row.failed, row.note) == (None, False, "refused: window=0")
 
 
 def test_low_precision_stays_within_its_bound():

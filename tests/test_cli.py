@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 from tiny import byte_tokenizer, tiny_llama
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import kernelize
 from kernelize.cli import main
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
 from kernelize.errors import InputError, KernelizeError
-from kernelize.pipeline import short_names
+from kernelize.pipeline import override_stages, short_names
 from kernelize.recipe import Recipe
 from kernelize.runtime.spec import KernelSpec
 
@@ -126,6 +126,11 @@ BAD = {
                       "--data", "{1}/nowhere.txt"], "nowhere.txt"),
     "sequence too long": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
                            "--sequence-length", "512"], "512"),
+    "data of another kind": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/source",
+                              "--data", "{0}/recipe.yaml"], "allowed: .txt, .txt.xz, .jsonl, .parquet"),
+    "kernelized teacher": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml", "--teacher", "{0}/made"],
+                           "is kernelized itself (kernelized_llama); give the original model"),
+    "negative seed": (["generate", "{0}/source", "x", "--temperature", "1", "--seed", "-1"], "--seed"),
     "no teacher": (["finetune", "{0}/made", "--config", "{0}/recipe.yaml"], "teacher"),
     "not converted": (["finetune", "{0}/source", "--config", "{0}/recipe.yaml"], "no kernelized checkpoint"),
     "demo of an encoder": (["demo", "--source", "{0}/encoder"], "no causal language model"),
@@ -147,6 +152,29 @@ def test_bad_input_is_one_line_and_writes_nothing(name, folder, tmp_path, capsys
     assert said in lines[0]
     assert "Traceback" not in shown
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output", "{}"], "cannot be written: not a file in an existing folder"),
+        (["--output", "/proc/x.yaml"], "/proc/x.yaml cannot be written"),
+        (["--machine", "foo"], "machine='foo' is not one of"),
+        (["--dtype", "int8"], "dtype='int8' is not one of auto, float32, bfloat16, float16, float64"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_shows_no_table(folder, options, said, capsys):
+    assert run("plan", folder / "source", *(option.format(folder) for option in options)) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
+def test_a_sequence_length_alone_leaves_batches_of_whole_sequences():
+    recipe = Recipe.from_yaml(RECIPE, "x")
+    for length, tokens in ((50, 100), (64, 128), (99, 99), (500, 500)):
+        changed = override_stages(recipe, sequence_length=length)
+        assert [(s.sequence_length, s.batch_tokens) for s in changed.stages] == [(length, tokens)] * 2
 
 
 @pytest.mark.parametrize("command", ["convert", "finetune", "demo", "report"])
@@ -231,6 +259,42 @@ def test_a_failing_check_is_exit_code_1(folder, capsys, monkeypatch):
     monkeypatch.setattr(check, "check", lambda *_, **__: [failing])
     assert run("check", folder / "made") == 1
     assert "fails 1 of 1 checks: one token at a time" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A model of 64 learned positions."""
+    folder = tmp_path_factory.mktemp("learned") / "gpt2"
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "length"),
+    [
+        ("generate", ["the", "--max-new-tokens", "62"], 65),
+        ("generate", ["x" * 60, "--max-new-tokens", "5"], 65),
+        ("generate", ["x" * 65, "--save-state", "state"], 65),
+        ("bench", ["--lengths", "32", "--tokens", "32"], 66),
+        ("bench", ["--lengths", "32", "--tokens", "2", "--train"], 2048),
+        ("inspect", ["--tokens", "256"], 256),
+    ],
+)
+def test_learned_positions_end_before_anything_is_written(
+    learned, command, options, length, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(command, learned, *options) == 2
+    said = capsys.readouterr()
+    assert f"length={length} (answers included) is beyond the 64 learned positions of " in said.err
+    assert (said.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_prompt_of_half_a_surrogate_pair_is_one_line(folder, capsys):
+    assert run("generate", folder / "made", "\ud800 abc") == 2
+    assert "the prompt: '\\ud800' is half of a surrogate pair" in capsys.readouterr().err
 
 
 def test_generate_streams_what_json_keeps(folder, tmp_path, capsys):
@@ -400,6 +464,34 @@ def test_a_plan_is_made_from_what_inspect_measured_and_keeps_its_bytes(folder, t
 def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, said):
     assert run("convert", folder / "source", "-o", tmp_path / "out", *options) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench {} --window 16", "--window does nothing without --shape"),
+        ("bench {} --no-sink-logits", "--sink-logits does nothing without --shape"),
+        ("bench {} --alone", "--alone does nothing without --shape"),
+        ("plan {} --processes 1", "--processes does nothing without --machine"),
+        ("plan {} --engine ddp", "--engine does nothing without --machine"),
+        ("plan {} --revision foo", "revision='foo' is one of a Hub id"),
+        ("check {} --revision foo", "revision='foo' is one of a Hub id"),
+        ("list --layers 0", "--layers does nothing without --measure"),
+        ("list --map elu", "--map does nothing without --measure"),
+        ("list --size 32", "--size does nothing without --measure"),
+        ("list --device cpu", "--device does nothing without --measure"),
+        ("list --families --measure {}", "leave out one of them"),
+        ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
+        ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
+        ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
+        ("inspect {} --output x.yaml", "--output does nothing without --state-bytes"),
+    ],
+)
+def test_options_that_go_with_another_one_are_refused_alone(folder, capsys, command, said):
+    assert run(*command.format(folder / "source").split()) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
 
 
 def test_a_dry_run_asks_for_no_output_folder(folder, tmp_path, monkeypatch):

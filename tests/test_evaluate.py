@@ -405,6 +405,12 @@ def test_the_haystack_and_the_text_are_two_texts(novel, tmp_path):
     assert "pass key" in hidden
 
 
+@pytest.mark.parametrize("suite", ["ppl", "code"])
+def test_a_length_without_a_predicted_token_is_refused(suite):
+    with pytest.raises(InputError, match=f"{suite}: length=1 is too short"):
+        evaluate({"a": pair()}, [suite], lengths=[1, 256])
+
+
 def test_learned_positions_end(novel):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)

@@ -1,17 +1,21 @@
 """Plans: data that survives a round trip, refuses nonsense, and costs what the real state and layer cost."""
 
+import copy
 import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicCache
 
 from kernelize.errors import InputError
 from kernelize.plan import ConversionPlan, describe, kept_by_pattern, parse_layers
 from kernelize.recipe import Recipe
 from kernelize.runtime.attention import KernelAttention
+from kernelize.runtime.cache import CACHE, state_bytes
+from kernelize.runtime.modeling import kernelize_model
 from kernelize.runtime.ops import attend
 from kernelize.runtime.spec import DECAYS, POLICIES, RULES, KernelSpec, SpecError
 
@@ -145,6 +149,42 @@ def test_prefill_is_the_mean_of_decoding_over_the_positions():
     mean = sum(row.decode_flops for row in rows) / 60
     assert rows[-1].prefill_flops == pytest.approx(mean, rel=1e-12)
     assert rows[-1].teacher_prefill_flops == pytest.approx(sum(r.teacher_decode_flops for r in rows) / 60, rel=1e-12)
+
+
+WINDOWED = Gemma3TextConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, sliding_window=12, max_position_embeddings=64, dtype="float32",
+    layer_types=["sliding_attention", "full_attention", "full_attention"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [5, 11, 12, 40])
+@torch.no_grad()
+def test_layers_with_a_window_of_their_own_cost_what_the_real_cache_holds(length):
+    model, plan = AutoModelForCausalLM.from_config(WINDOWED), ConversionPlan((None, SPEC, None))
+    row = describe(plan, WINDOWED, lengths=[length]).lengths[0]
+    sizes = []
+    for each in (model, kernelize_model(copy.deepcopy(model), list(plan.layers))):
+        cache = DynamicCache(config=each.config)
+        each(input_ids=torch.arange(length)[None], **{CACHE: cache})
+        sizes.append(state_bytes(cache))
+    assert [row.teacher_cache_bytes, row.cache_bytes] == sizes
+    assert row.teacher_decode_flops == 4 * 4 * 8 * (min(length, 12) + 2 * length)
+
+
+def test_windows_are_in_the_report_and_prefill_is_the_mean_of_decoding_in_them():
+    report = describe(ConversionPlan((None, SPEC, None)), WINDOWED, lengths=range(1, 61))
+    assert report.to_dict()["shape"]["windows"] == (12, None, None)
+    rows = report.lengths
+    assert rows[-1].prefill_flops == pytest.approx(sum(r.decode_flops for r in rows) / 60, rel=1e-12)
+    assert rows[-1].teacher_prefill_flops == pytest.approx(sum(r.teacher_decode_flops for r in rows) / 60, rel=1e-12)
+
+
+def test_a_window_as_large_as_the_context_may_be_cheaper_at_every_length():
+    fields = {**LLAMA.to_dict(), "sliding_window": 16, "max_position_embeddings": 16}
+    report = describe(ConversionPlan.uniform(SPEC, 4), MistralConfig(**fields), lengths=[10**6])
+    assert (report.break_even_bytes, report.break_even_flops) == (None, None)
+    assert report.lengths[0].teacher_cache_bytes == 4 * 15 * report.shape.kv_bytes_per_token
 
 
 def test_report_is_json():
