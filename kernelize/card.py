@@ -64,7 +64,7 @@ TEMPLATE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{{ name }}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}", trust_remote_code=True)
 ```
 
 `trust_remote_code=True` runs the Python files listed at the end, which ship beside the weights; kernelize itself is

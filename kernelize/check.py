@@ -97,10 +97,12 @@ def check(
 
     `against` is the teacher: where its weights are the model's own, a window over the whole length must give its
     logits. `only` names some of `LAWS`; without `tokenizer` there is no clean process, which loads one. Needs memory
-    for a float64 copy. InputError if the model is not kernelized.
+    for a float64 copy. InputError if the model is not kernelized, or quantised.
     """
     if not model.config.model_type.startswith(PREFIX):
         raise InputError(f"model type {model.config.model_type!r} is not kernelized; convert the model first")
+    if model.config.to_dict().get("quantization_config"):
+        raise InputError("the model is quantised, and has no float64 copy to compare with; check what it was made from")
     unknown = [name for name in only or () if name not in LAWS]
     if unknown:
         raise InputError(f"check {unknown[0]!r} is not one of {', '.join(LAWS)}")

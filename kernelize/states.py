@@ -48,8 +48,11 @@ def generate_from(model: Any, cache: Cache, ids: Tensor, **settings: Any) -> Ten
     """Tokens [B, N] that `model.generate` writes after what `cache` has read and then `ids` [B, T]; `cache` goes on.
 
     `generate` is shown placeholders where the text was, so settings that look at the prompt (repetition penalties,
-    prompt look-up) see only `ids`.
+    prompt look-up) see only `ids`. InputError where `cache` holds another number of rows.
     """
+    rows = {layer.batch_size for layer in kernel_layers(cache) if layer.state is not None}
+    if rows - {ids.shape[0]}:
+        raise InputError(f"the state holds {max(rows)} rows, the prompt {ids.shape[0]}")
     before = torch.zeros(ids.shape[0], int(cache.get_seq_length()), dtype=ids.dtype, device=ids.device)
     prompt = torch.cat([before, ids], 1)
     mask = torch.ones_like(prompt)

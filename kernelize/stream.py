@@ -33,7 +33,7 @@ from .convert import load_config, stretched_config
 from .errors import InputError
 from .files import new_folder
 from .objectives import NEW
-from .runtime.modeling import kernelize_model, kernelized_layers
+from .runtime.modeling import kernelize_model, kernelized_layers, reset_kernels
 from .sharding import layers_of
 from .sources import INDEX, WEIGHTS, shapes_in, shard_files
 
@@ -119,8 +119,7 @@ def streamed_model(
     model = kernelize_model(model, list(plan.layers)).eval()
     for attention in kernelized_layers(model).values():
         attention.kernelize.to_empty(device=device)
-        for module in attention.kernelize.modules():
-            model._init_weights(module)
+    reset_kernels(model)
     _attach(model, shards.loader(model), device)
     for layer in layers_of(model):
         layer.register_forward_hook(lambda *_: _give_back())

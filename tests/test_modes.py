@@ -312,6 +312,11 @@ def test_a_document_read_once_is_answered_from_in_a_new_process(tmp_path):
     assert list(map(int, later.split())) == at_once[0].tolist()
 
 
+def test_a_state_of_more_rows_than_the_prompt_is_refused(model, ids):
+    with pytest.raises(InputError, match="the state holds 2 rows, the prompt 1"):
+        generate_from(model, read(model, ids), ids[:1], max_new_tokens=1)
+
+
 def test_a_state_of_other_weights_is_refused(model, ids, tmp_path):
     path = save_state(read(model, ids), tmp_path / "a.safetensors", model)
     other = copy.deepcopy(model)

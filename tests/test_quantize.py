@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kernelize.card import model_card, read_facts
+from kernelize.check import check
 from kernelize.cli import main
 from kernelize.convert import convert, load, save
 from kernelize.errors import InputError
@@ -132,6 +133,8 @@ def test_what_cannot_be_quantised_is_said(whole, made, tmp_path):
         quantize_source(str(folder), 8, tmp_path / "out", device="cpu")
     with pytest.raises(InputError, match="quantised"):
         finetune_source(str(folder), load_recipe("default"), tmp_path / "out")
+    with pytest.raises(InputError, match="quantised"):
+        check(load(str(folder))[0])
     assert not (tmp_path / "out").exists()
 
 

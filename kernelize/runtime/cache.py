@@ -175,8 +175,8 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         left = -tokens_to_remove
         if not 0 <= left <= sum(call.tokens for call in self.recorded):
             raise RuntimeError(
-                f"crop({tokens_to_remove}): a kernelized state can take back tokens read since "
-                "activate_past_recording() and the last crop; else take a snapshot() and restore() it"
+                f"crop({tokens_to_remove}): a kernelized state can take back tokens read since the last crop and "
+                "activate_past_recording(), called after the cache's first use; else take a snapshot() and restore() it"
             )
         while left:
             call = self.recorded.pop()

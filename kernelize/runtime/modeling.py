@@ -341,6 +341,13 @@ def kernels_of(model: nn.Module) -> list[FeatureMap | KernelAttention]:
     return [m for m in found if isinstance(m, (FeatureMap, KernelAttention))]
 
 
+@torch.no_grad()
+def reset_kernels(model: nn.Module) -> None:
+    """Puts what the surgery has added at its initial values."""
+    for module in kernels_of(model):
+        module.reset()
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The Transformers model inside a PEFT or parallel wrapper."""
     while not isinstance(model, PreTrainedModel):
@@ -523,9 +530,7 @@ def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> 
     register(base)
     model.__class__ = model_class(base)
     install(model, layers)
-    with torch.no_grad():
-        for module in kernels_of(model):
-            module.reset()
+    reset_kernels(model)
     return model
 
 
