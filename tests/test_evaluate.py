@@ -434,7 +434,10 @@ def test_rotary_positions_go_on_but_it_is_said(novel, caplog):
         ({"suites": ["passkey"], "settings": {"depths": (2.0,)}}, "depths="),
         ({"suites": ["ppl"], "settings": {"text": "nowhere.txt"}}, "nowhere.txt"),
         ({"suites": ["ppl"], "teacher": "nobody"}, "teacher='nobody'"),
-        ({"suites": ["passkey"], "lengths": [20]}, "too short"),
+        (
+            {"suites": ["passkey"], "lengths": [20]},
+            r"^recall: task 'passkey': length=20 is too short; it needs \d+ tok",
+        ),
     ],
 )
 def test_bad_input_is_named(novel, call, message):
@@ -442,6 +445,19 @@ def test_bad_input_is_named(novel, call, message):
     call = {"settings": where, **call}
     with pytest.raises(InputError, match=message):
         evaluate({"a": pair()}, **call)
+
+
+def test_a_completion_without_room_is_named(novel):
+    with pytest.raises(
+        InputError, match=r"^generation: completion 'copying': length=40 is too short; it needs \d+ tok"
+    ):
+        Generation(lengths=(40,), text=novel).units(TOKENIZER)
+
+
+def test_a_text_of_too_few_words_is_named(tmp_path):
+    (tmp_path / "few.txt").write_text("one small text " * 40)
+    with pytest.raises(InputError, match=r"^recall: haystack='.*few.txt': the text is too short: it has 2 different"):
+        Recall(haystack=str(tmp_path / "few.txt")).units(TOKENIZER)
 
 
 def test_a_text_shorter_than_a_piece_is_named(tmp_path):
