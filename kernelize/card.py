@@ -519,12 +519,9 @@ def _spec(spec) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    if facts.tokens is None:
-        said = (
-            f"Tokens trained after the conversion: not recorded. `kernelize finetune {facts.name} --output NEW` trains."
-        )
-    else:
-        said = f"Tokens trained after the conversion: {facts.tokens:,}."
+    said = f"Tokens trained after the conversion: {'not recorded' if facts.tokens is None else f'{facts.tokens:,}'}."
+    if not facts.tokens:
+        said += f" `kernelize finetune {facts.name} --output NEW` trains."
     return f"{said}\n\nRecipe:\n\n```yaml\n{portable(facts.recipe.rstrip())}\n```" if facts.recipe else said
 
 
