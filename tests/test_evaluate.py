@@ -469,6 +469,12 @@ def test_a_text_shorter_than_a_piece_is_named(tmp_path):
 # --- rows, intervals, samples
 
 
+def test_sizes_are_decimal_in_every_table():
+    for metric in ("cache_bytes", "state_bytes", "peak_bytes"):
+        shown = [METRICS[metric].show(size) for size in (0.0, 999.0, 45_336.0, 8_985_600.0, 3e12)]
+        assert shown == ["0 B", "999 B", "45.3 kB", "9.0 MB", "3,000.0 GB"]
+
+
 def test_rows_survive_a_file_and_every_metric_is_described(novel, tmp_path):
     rows = evaluate({"teacher": pair(), "b": pair(1)}, everything(novel))
     save_rows(rows, tmp_path / "rows.json")
