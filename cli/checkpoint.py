@@ -189,7 +189,8 @@ def info(
     ):
         say(f"prefill and training run on {how}")
     origin = facts.source.name if facts.source else "not recorded"
-    say(f"made from {origin}; {facts.tokens or 0:,} tokens trained; {len(facts.rows)} measured values")
+    trained = "not recorded" if facts.tokens is None else f"{facts.tokens:,}"
+    say(f"made from {origin}; tokens trained: {trained}; {len(facts.rows)} measured values")
     write_json(json, {"name": facts.name, "source": origin, "tokens": facts.tokens, "plan": facts.cost.to_dict(),
                       "rows": list(facts.rows), "commands": list(facts.commands)})  # fmt: skip
 

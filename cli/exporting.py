@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from kernelize.units import data_size
+
 from .options import Json, Overwrite, Revision, Trust
-from .output import data_size, say, table, write_json
+from .output import say, table, write_json
 
 
 def export(

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kernelize.units import data_size
+
 from .options import Device, DType, Json, Revision, Source, Trust, in_a_folder, only_with
-from .output import data_size, say, stream, write_json
+from .output import say, stream, write_json
 from .progress import doing
 
 PROMPT_MARK = "> "

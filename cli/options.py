@@ -109,7 +109,8 @@ class KernelFlags:
         from kernelize.plan import kept_by_pattern, parse_auto, parse_layers
         from kernelize.recipe import Recipe, load_recipe
 
-        data = load_recipe(self.config or default).to_dict()
+        before = load_recipe(self.config or default).to_dict()
+        data = dict(before)
         data["kernel"] = {**data.get("kernel", {}), **self.fields()}
         if self.reach is not None:
             data.pop("reach", None)
@@ -125,7 +126,18 @@ class KernelFlags:
             data["keep"] = parse_layers(self.keep)
         if self.pattern is not None:
             data["keep"] = kept_by_pattern(self.pattern, layers)
+        if data != before:
+            data["description"] = self._described(before)
         return Recipe.from_dict(data, self.config or "options")
+
+    def _described(self, before: Mapping[str, Any]) -> str:
+        """What the recipe `before` is under these flags: the sizes in its own description need not hold any more."""
+        name, said = before["name"], before["description"]
+        changed = said if said.startswith(f"{name}, changed by ") else f"{name}, changed by"
+        flags = {flag: value for flag, value in self.options.items() if flag != "--config"}
+        if (own := flags.pop("--sink-logits", None)) is not None:
+            flags |= {"--sink-logits" if own else "--no-sink-logits": ""}
+        return " ".join([changed, *(f"{flag} {value}".rstrip() for flag, value in flags.items())])
 
 
 def with_kernel_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernelize.files import write_file
+from kernelize.units import data_size
 
 from .progress import speaks
 
@@ -53,15 +54,6 @@ def show(shown: Table) -> None:
         console.width = 200  # a file or a pipe: no reason to fold
     if speaks():
         console.print(shown)
-
-
-def data_size(count: float) -> str:
-    """1.5 MB from 1500000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
 
 
 def _flops(count: float) -> str:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from kernelize.units import data_size
+
 from .options import Json
-from .output import data_size, say, table, write_json
+from .output import say, table, write_json
 from .progress import doing
 
 

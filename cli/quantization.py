@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from kernelize.units import data_size
+
 from .options import Device, DType, Json, Overwrite
-from .output import data_size, say, write_json
+from .output import say, write_json
 from .progress import Progress
 
 

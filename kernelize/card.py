@@ -25,6 +25,7 @@ from . import __version__
 from .errors import InputError
 from .files import write_file
 from .plan import ConversionPlan, PlanReport, describe
+from .units import data_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -383,7 +384,7 @@ def _summary(facts: CardFacts) -> str:
         f"Made from {origin} with kernelize: {converted} of {total} attention layers now read a window, the first "
         "tokens, a bounded set of exact keys and values, and a linear memory for everything else. In those layers "
         "time grows linearly with the text, and the decoding state stays at "
-        f"{_bytes(facts.cost.state_bytes)} a sequence.\n\n"
+        f"{data_size(facts.cost.state_bytes)} a sequence.\n\n"
         + (f"Licence: {licence}, inherited from the source." if licence else "Licence: not known; the source's holds.")
     )
 
@@ -428,7 +429,8 @@ def _quantisation(facts: CardFacts) -> str:
     share, before, after = made["weights"] / made["parameters"], made["bytes_before"], made["bytes_after"]
     said = (
         f"{share:.0%} of {made['parameters']:,} parameters are integers: {made['scheme']}. What kernelize added, "
-        f"embeddings, norms and the state are not. Files of weights: {_bytes(before)} before, {_bytes(after)} now. "
+        "embeddings, norms and the state are not. "
+        f"Files of weights: {data_size(before)} before, {data_size(after)} now. "
         "Loading needs `pip install torchao`. Quality and audit above were measured before; this is what was lost:"
     )
     models = list(dict.fromkeys(row["model"] for row in made["rows"]))
@@ -472,21 +474,24 @@ def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iter
 
 
 def _measured(row: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    text = _number(row["value"])
+    metric = row["metric"]
+    text = _number(row["value"], metric)
     if row.get("low") is not None and row.get("high") is not None:
-        text += f" [{_number(row['low'])}, {_number(row['high'])}]"
+        text += f" [{_number(row['low'], metric)}, {_number(row['high'], metric)}]"
     if teacher is not None and teacher is not row and teacher["value"]:
         text += f" ({row['value'] / teacher['value'] - 1:+.1%})"
     return text
 
 
-def _number(value: float) -> str:
+def _number(value: float, metric: str) -> str:
+    if metric.endswith("_bytes"):
+        return data_size(value)
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _memory(facts: CardFacts) -> str:
     cost = facts.cost
-    lines = [(f"{r.length:,}", _bytes(r.cache_bytes), _bytes(r.teacher_cache_bytes)) for r in cost.lengths]
+    lines = [(f"{r.length:,}", data_size(r.cache_bytes), data_size(r.teacher_cache_bytes)) for r in cost.lengths]
     table = _table(("tokens", "this model", "original, KV cache"), lines)
     return f"Bytes of decoding state a sequence, in {cost.shape.dtype}; computed from the plan, exact.\n\n{table}"
 
@@ -519,12 +524,9 @@ def _spec(spec) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    if facts.tokens is None:
-        said = (
-            f"Tokens trained after the conversion: not recorded. `kernelize finetune {facts.name} --output NEW` trains."
-        )
-    else:
-        said = f"Tokens trained after the conversion: {facts.tokens:,}."
+    said = f"Tokens trained after the conversion: {'not recorded' if facts.tokens is None else f'{facts.tokens:,}'}."
+    if not facts.tokens:
+        said += f" `kernelize finetune {facts.name} --output NEW` trains."
     return f"{said}\n\nRecipe:\n\n```yaml\n{portable(facts.recipe.rstrip())}\n```" if facts.recipe else said
 
 
@@ -546,7 +548,3 @@ def _code(facts: CardFacts) -> str:
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

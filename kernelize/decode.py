@@ -79,7 +79,7 @@ def refused(model: Any) -> str | None:
     config: Any = model.config
     kept = sorted(set(range(config.num_hidden_layers)) - set(model.converted))
     if kept:
-        return f"layer {kept[0]} keeps softmax attention: its keys and values grow"
+        return f"layer {kept[0]} keeps softmax attention, which the decoder does not support"
     asked = model.generation_config.to_dict()  # type: ignore[attr-defined]
     others = [name for name in FOREIGN if asked.get(name) not in NEUTRAL]
     return f"generation_config sets {others[0]}={asked[others[0]]!r}" if others else None

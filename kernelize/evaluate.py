@@ -20,10 +20,11 @@ from . import __version__
 from .errors import InputError, KernelizeError, first_line
 from .files import write_file, writing
 from .question_suites import LmEval, Tasks
-from .rows import METRICS, Metric, Row, bootstrap, data_size, load_rows, metric_of, save_rows, wilson
+from .rows import METRICS, Metric, Row, bootstrap, load_rows, metric_of, save_rows, wilson
 from .subject import Subject, check_positions, greedy, has_position_table, trained_length
 from .suites import Code, Generation, Passkey, Perplexity, Recall, Record, Suite, Unit
 from .texts import choose_input, parse_length, parse_lengths, read_text, sample_text
+from .units import data_size
 
 __all__ = [
     "METRICS", "SUITES", "Code", "Generation", "LmEval", "Metric", "OnProgress", "Passkey", "Perplexity",

@@ -66,8 +66,8 @@ def export(
     """Writes a kernelized checkpoint for an edge runtime, and compares it with the original.
 
     InputError for a target or precision that is not known, a target whose packages are missing, a model that is not
-    kernelized, is quantised or keeps layers whose state grows, and an output that is not empty; KernelizeError where
-    the files do not compute what the checkpoint does.
+    kernelized, is quantised or keeps softmax attention in a layer, and an output that is not empty; KernelizeError
+    where the files do not compute what the checkpoint does.
     """
     from .convert import load
     from .files import check_apart, check_output
@@ -100,7 +100,7 @@ def refuse(model: Any) -> None:
     kept = sorted(set(range(config.num_hidden_layers)) - set(model.converted))
     if kept:
         layers = ", ".join(map(str, kept))
-        raise InputError(f"layers {layers} keep softmax attention: their keys and values grow, so no graph holds them")
+        raise InputError(f"layers {layers} keep softmax attention, which an exported graph does not support")
     rope = (config.to_dict().get("rope_parameters") or {}).get("rope_type")
     if rope in HOST_ROPES:
         raise InputError(f"rope_type={rope!r} chooses its frequencies by the length, on the host: no graph holds it")

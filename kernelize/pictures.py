@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .comparison import AUDIT, depth_text, length_text, series_of, suites_of
-from .rows import Row, data_size, metric_of
+from .rows import Row, metric_of
+from .units import data_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -152,7 +152,7 @@ def convert_source(
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
     command = _command("convert", source, output)
     origin = read_source(source, loading.get("revision"))
-    save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, commands=[command]))
+    save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, tokens=0, commands=[command]))
     return report
 
 

@@ -65,7 +65,9 @@ class Writer:
         self.filler_ids = self.encode(self.text)
         self.words = sorted(set(re.findall(r"\b[a-z]{4,8}\b", self.text)))
         if not self.filler_ids or len(self.words) < 100:
-            raise InputError("the text for the recall tasks is too short: it needs at least 100 different words")
+            raise InputError(
+                f"the text is too short: it has {len(self.words)} different words of 4 to 8 small letters; at least 100"
+            )
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -81,7 +83,7 @@ class Writer:
     def room(self, length: int, *parts: Sequence[int]) -> int:
         left = length - len(self.start) - sum(map(len, parts))
         if left < 0:
-            raise InputError(f"length={length} is too short for this recall task; it needs {length - left} tokens")
+            raise InputError(f"length={length} is too short; it needs {length - left} tokens")
         return left
 
     def hide(self, facts: list[tuple[float, str]], question: str, length: int, rng: random.Random) -> list[int]:

@@ -17,6 +17,7 @@ from .completion import COMPLETIONS
 from .errors import InputError
 from .files import write_file
 from .recall import TASKS
+from .units import data_size
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,6 @@ class Metric:
     title: str
     better: str
     show: Callable[[float], str]
-
-
-def data_size(value: float) -> str:
-    """8985600 → "8.57 MiB"."""
-    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 METRICS: dict[str, Metric] = {

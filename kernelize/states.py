@@ -62,8 +62,8 @@ def generate_from(model: Any, cache: Cache, ids: Tensor, **settings: Any) -> Ten
 def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
     """Writes what `cache` holds for `model` as a safetensors file, of a size that does not depend on the text.
 
-    The file is complete or not there; one that was there is replaced. InputError where a layer keeps softmax (its keys
-    and values grow), where nothing was read yet, or where weights are offloaded, so that they have no fingerprint.
+    The file is complete or not there; one that was there is replaced. InputError where a layer keeps softmax, full
+    or in a window of its own, where nothing was read yet, or where weights are offloaded: they have no fingerprint.
     """
     layers, path = _states(cache), Path(path)
     tensors = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in _fields(layer).items()}
@@ -95,9 +95,7 @@ def _states(cache: Cache) -> list[KernelState]:
         raise InputError("the cache has read nothing yet; there is no state to save")
     if len(layers) < len(cache.layers):
         kept = [i for i, layer in enumerate(cache.layers) if not isinstance(layer, KernelState)]
-        raise InputError(
-            f"layer {kept[0]} keeps softmax attention: its keys and values grow, and have no state to save"
-        )
+        raise InputError(f"layer {kept[0]} keeps softmax attention, whose cache a saved state does not hold")
     return layers
 
 

@@ -10,6 +10,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -227,6 +228,21 @@ class Code(Perplexity):
         return iter(())  # the bytes are those of any other text
 
 
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Says `what` before an InputError of a writer: one writer serves several suites and tasks."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def _writer(tokenizer, text: str, what: str) -> Writer:
+    novel = read_text(text)
+    with _saying(what):
+        return Writer(tokenizer, novel)
+
+
 @dataclass(frozen=True)
 class Recall(Suite):
     """What a model finds again in a long prompt, by depth and length; the tasks are in `kernelize.recall`."""
@@ -252,13 +268,14 @@ class Recall(Suite):
         return max(self.lengths) + 64  # the answer's tokens
 
     def units(self, tokenizer) -> list[Unit]:
-        writer = Writer(tokenizer, read_text(self.haystack))
+        writer = _writer(tokenizer, self.haystack, f"{self.kind}: haystack={self.haystack!r}")
         return [unit for task in self.tasks for length in self.lengths for unit in self._cells(writer, task, length)]
 
     def _cells(self, writer: Writer, task: str, length: int) -> Iterator[Unit]:
         for depth in self.depths:
             rng = random.Random(f"{self.seed} {task} {length} {depth}")
-            prompts = [TASKS[task](writer, length, depth, rng) for _ in range(self.trials)]
+            with _saying(f"{self.kind}: task {task!r}"):
+                prompts = [TASKS[task](writer, length, depth, rng) for _ in range(self.trials)]
             settings = {"task": task, "length": length, "depth": depth, "chunk": self.chunk}
             settings["asked"] = [prompt._replace(ids=[]) for prompt in prompts]
             yield Unit([prompt.ids for prompt in prompts], settings, length * self.trials)
@@ -324,14 +341,15 @@ class Generation(Suite):
         return max(self.lengths) + self.new_tokens
 
     def units(self, tokenizer) -> list[Unit]:
-        writer = Writer(tokenizer, read_text(self.text))
+        writer = _writer(tokenizer, self.text, f"{self.kind}: text={self.text!r}")
         return [self._unit(cut_pieces(tokenizer, self.text, length), length) for length in self.lengths] + [
             self._completions(writer, task, length) for task in self.completions for length in self.lengths
         ]
 
     def _completions(self, writer: Writer, task: str, length: int) -> Unit:
         rng = random.Random(f"{self.seed} {task} {length}")
-        prompts = [COMPLETIONS[task](writer, length, rng) for _ in range(self.trials)]
+        with _saying(f"{self.kind}: completion {task!r}"):
+            prompts = [COMPLETIONS[task](writer, length, rng) for _ in range(self.trials)]
         asked = [prompt._replace(ids=[]) for prompt in prompts]
         new_tokens = max(prompt.new_tokens for prompt in prompts)
         settings = {"completion": task, "length": length, "new_tokens": new_tokens, "asked": asked}

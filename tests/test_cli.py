@@ -189,6 +189,28 @@ def test_an_output_folder_that_is_not_empty_stays_as_it_is(command, folder, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+# --- what a conversion says of itself -------------------------------------------------------------------------
+
+
+def test_a_recipe_changed_by_flags_says_by_which(folder):
+    recipe = Recipe.from_yaml((folder / "made" / "recipe.yaml").read_text("utf-8"))
+    flags = "--window 16 --sinks 2 --slots 8 --block 8 --feature-dim 16 --budget uniform"
+    assert recipe.description == f"default, changed by {flags}"
+    again = KernelFlags(config=str(folder / "made" / "recipe.yaml"), slots=4, sink_logits=False).recipe(2)
+    assert again.description == f"default, changed by {flags} --slots 4 --no-sink-logits"
+    assert KernelFlags(window=64).recipe(2).description == KernelFlags().recipe(2).description
+
+
+def test_a_conversion_records_that_nothing_was_trained(folder, tmp_path, capsys):
+    assert "after the conversion: 0. `kernelize finetune made" in (folder / "made" / "README.md").read_text("utf-8")
+    assert run("info", folder / "made") == 0
+    assert "tokens trained: 0;" in capsys.readouterr().out
+    shutil.copytree(folder / "made", tmp_path / "foreign")
+    (tmp_path / "foreign" / "kernelize.json").unlink()
+    assert run("info", tmp_path / "foreign") == 0
+    assert "tokens trained: not recorded;" in capsys.readouterr().out
+
+
 # --- exit codes ---------------------------------------------------------------------------------------------
 
 

@@ -177,7 +177,7 @@ def test_a_capture_that_fails_leaves_the_step_as_it_was(model, ids, monkeypatch,
 
 def test_what_the_decoder_cannot_do_is_refused(model):
     hybrid = tiny_student("gemma2")
-    assert "layer 0 keeps softmax" in str(refused(hybrid))
+    assert "layer 0 keeps softmax attention, which the decoder does not" in str(refused(hybrid))
     with pytest.raises(InputError, match="layer 0"):
         Decoder(hybrid)
     assert refused(model) is None

@@ -434,7 +434,10 @@ def test_rotary_positions_go_on_but_it_is_said(novel, caplog):
         ({"suites": ["passkey"], "settings": {"depths": (2.0,)}}, "depths="),
         ({"suites": ["ppl"], "settings": {"text": "nowhere.txt"}}, "nowhere.txt"),
         ({"suites": ["ppl"], "teacher": "nobody"}, "teacher='nobody'"),
-        ({"suites": ["passkey"], "lengths": [20]}, "too short"),
+        (
+            {"suites": ["passkey"], "lengths": [20]},
+            r"^recall: task 'passkey': length=20 is too short; it needs \d+ tok",
+        ),
     ],
 )
 def test_bad_input_is_named(novel, call, message):
@@ -444,6 +447,19 @@ def test_bad_input_is_named(novel, call, message):
         evaluate({"a": pair()}, **call)
 
 
+def test_a_completion_without_room_is_named(novel):
+    with pytest.raises(
+        InputError, match=r"^generation: completion 'copying': length=40 is too short; it needs \d+ tok"
+    ):
+        Generation(lengths=(40,), text=novel).units(TOKENIZER)
+
+
+def test_a_text_of_too_few_words_is_named(tmp_path):
+    (tmp_path / "few.txt").write_text("one small text " * 40)
+    with pytest.raises(InputError, match=r"^recall: haystack='.*few.txt': the text is too short: it has 2 different"):
+        Recall(haystack=str(tmp_path / "few.txt")).units(TOKENIZER)
+
+
 def test_a_text_shorter_than_a_piece_is_named(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(InputError, match="9 tokens, too few"):
@@ -451,6 +467,12 @@ def test_a_text_shorter_than_a_piece_is_named(tmp_path):
 
 
 # --- rows, intervals, samples
+
+
+def test_sizes_are_decimal_in_every_table():
+    for metric in ("cache_bytes", "state_bytes", "peak_bytes"):
+        shown = [METRICS[metric].show(size) for size in (0.0, 999.0, 45_336.0, 8_985_600.0, 3e12)]
+        assert shown == ["0 B", "999 B", "45.3 kB", "9.0 MB", "3,000.0 GB"]
 
 
 def test_rows_survive_a_file_and_every_metric_is_described(novel, tmp_path):

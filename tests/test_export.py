@@ -141,7 +141,7 @@ def test_int4_keeps_weights_that_have_sixteen_even_levels_in_a_block():
 def test_what_has_no_constant_state_is_refused_by_name():
     with pytest.raises(InputError, match=r"not kernelized \(llama\)"):
         refuse(tiny_llama())
-    with pytest.raises(InputError, match="layers 1 keep softmax"):
+    with pytest.raises(InputError, match="layers 1 keep softmax attention, which an exported graph does not support"):
         refuse(convert(tiny_llama(), ConversionPlan((SPEC, None))))
     quantised = convert(tiny_llama(hidden_size=64), ConversionPlan((SPEC, SPEC)))
     quantize_model(quantised, 8)

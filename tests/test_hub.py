@@ -493,6 +493,7 @@ def test_card_is_filled_from_what_was_recorded(copied):
         {**row, "model": "teacher", "value": 20.0, "low": 19.0, "high": 21.0},
         {**row, "model": "kernelized", "value": 21.0, "low": None, "high": None},
         {**row, "model": "kernelized", "suite": "passkey", "metric": "passkey", "depth": 0.5, "value": 0.75},
+        {**row, "model": "kernelized", "suite": "memory", "metric": "cache_bytes", "value": 45336.0},
     ]
     card.record(copied, source=source, tokens=1_234_567)
     card.record(copied, rows=rows, commands=["kernelize convert org/base"])
@@ -501,6 +502,7 @@ def test_card_is_filled_from_what_was_recorded(copied):
     assert (data["license"], data["base_model"], data["language"]) == ("apache-2.0", "org/base", ["en", "fr"])
     assert "| perplexity | ppl | 2048 |  | 20 [19, 21] | 21 (+5.0%) |" in text
     assert "| passkey | passkey | 2048 | 0.5 | not measured | 0.75 |" in text
+    assert "| memory | cache_bytes | 2048 |  | not measured | 45.3 kB |" in text
     for part in ('from_pretrained("me/new", trust_remote_code=True)', "1,234,567", "name: tried", "convert org/base"):
         assert part in text
 

@@ -359,5 +359,5 @@ def test_state_of_another_plan_is_refused(model, ids, tmp_path):
     with pytest.raises(InputError, match="nothing yet"):
         save_state(DynamicCache(), path, model)
     hybrid = tiny_student("gemma2")
-    with pytest.raises(InputError, match="layer 0 keeps softmax"):
+    with pytest.raises(InputError, match="layer 0 keeps softmax attention, whose cache a saved"):
         save_state(read(hybrid, ids), path, hybrid)
