@@ -368,13 +368,10 @@ class KernelizedModelMixin:
         install(self, plan_of(config))
         self.post_init()  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
         """Also of the kernels: Transformers asks the model inside, which does not know them. Loaded tensors stay."""
-        new = [module for module in kernels_of(self) if not getattr(module, "_is_hf_initialized", False)]  # type: ignore[arg-type]
         super().initialize_weights()  # type: ignore[misc]
-        for module in new:
-            module.reset()
+        reset_kernels(self)  # type: ignore[arg-type]
 
     def forward(
         self,
