@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .chunked import Grid, align
 from .fused_exact import Exact, ExactFunction, parts_of_tile
-from .fused_map import factor_of, fits, mapped, plain
-from .fused_memory import ClockFunction, MemoryFunction, order_of, read_mapped, recall_errors
+from .fused_map import fits, mapped, plain
+from .fused_memory import ClockFunction, MemoryFunction, holds_halves, order_of, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
 from .kept import kept
@@ -130,13 +130,14 @@ def attend_plainly(
     """`attend` outside of autocast."""
     kernel = within_reach(kernel, state, q.shape[2])
     store = fresh(q, k, v, kernel) if state is None and valid is None else resumed(q, k, v, kernel, state, valid)
-    phi_k, k = key_features(store, kernel)
-    store = store._replace(k=k)  # the map hands on to its own gradient what the others say
+    matrices = matrices_of(store, kernel)
+    phi_k, k = key_features(store, kernel, alone=matrices is not None)
+    store = store._replace(k=k)  # a map with a backward of its own hands on to its gradient what the others say
     clock, clock_end = clocks(store, kernel)
     far = turned(store, kernel)
     lives, scores = select(store, kernel, far, phi_k, clock, clock_end)
     heads = kernel.scaling, kernel.softcap
-    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos)
+    given = Exact(kernel.spec, lives.table, lives.death, store.bounds, store.front, *heads, far.pos, matrices)
     out, total = read_branches(store, kernel, given, far, lives, phi_k, clock, clock_end, branches)
     state = final_state(store, kernel, lives, scores, clock, clock_end, total) if keep else store.state
     return store.unalign(out), state
@@ -151,28 +152,26 @@ def read_branches(
     store = store._replace(q=q, v=v)  # what the memory says about them is added in the exact branch's backward
     if kernel.sink_logits is not None:
         exact, lse = add_sink_logits(exact, lse, kernel)
-        exact, merges = exact.to(store.q.dtype), [None] * 3
+        exact, merges = exact.to(store.q.dtype), [*merges[:2], None, None, None]
     if not kernel.spec.has_memory:
         empty = torch.zeros_like(exact), torch.full_like(lse, -torch.inf)
         return AttentionOutput(exact, exact, lse, *empty), store.state.memory
-    return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, merges, branches)
+    return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, given.matrices, merges, branches)
 
 
 def read_memory(
     store: Store, kernel: Kernel, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor,
-    exact: Tensor, lse: Tensor, merges: list, branches: bool,
+    exact: Tensor, lse: Tensor, matrices: tuple[Tensor, Tensor] | None, merges: list, branches: bool,
 ) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
     """(the output of both branches merged, the memory at the end)."""
     assert kernel.log_gate is not None
     order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
     given = phi_k, store.v, clock, clock_end, store.state.memory, exact, lse, gate
-    if fits(kernel.map_q) and not torch.is_grad_enabled():
-        y, memory, memory_lse, total = read_mapped(
-            store.q, plain(kernel.map_q), factor_of(kernel.scaling**0.5), *given, order, branches
-        )
-    else:
-        phi_q = query_features(store, kernel)
-        y, memory, memory_lse, total = MemoryFunction.apply(phi_q, *given, *merges, order, branches)
+    queries = query_features(store, kernel) if matrices is None else store.q
+    y, memory, memory_lse, total = MemoryFunction.apply(
+        queries, store.k, *(matrices or (None, None)), *given, *merges, order, kernel.scaling**0.5, branches,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     return AttentionOutput(y, exact, lse, memory, memory_lse), total
 
 
@@ -315,6 +314,16 @@ def feature_dtype(store: Store) -> torch.dtype:
     return torch.float32 if store.q.dtype == torch.float32 else torch.bfloat16  # features outgrow float16
 
 
+def matrices_of(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
+    """The matrices [H, D, C] and [Hk, D, C] of both maps in float32, where kernels of the memory map the queries and
+    the backward of both maps is spread over others': for that they need all features at once."""
+    if not (fits(kernel.map_q) and fits(kernel.map_k)):
+        return None
+    if torch.is_grad_enabled() and not holds_halves(kernel.spec.feature_dim, store.v.shape[-1], feature_dtype(store)):
+        return None
+    return plain(kernel.map_q), plain(kernel.map_k)
+
+
 def query_features(store: Store, kernel: Kernel) -> Tensor:
     """phi of all queries [B, H, W, F]."""
     assert kernel.map_q is not None
@@ -325,11 +334,11 @@ def query_features(store: Store, kernel: Kernel) -> Tensor:
     return mapped(kernel, kernel.map_q, store.q, at, feature_dtype(store))[0]
 
 
-def key_features(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """(phi of the store [B, Hk, X, F]; without a memory, nothing; its keys, for who else reads them)."""
+def key_features(store: Store, kernel: Kernel, alone: bool = False) -> tuple[Tensor, Tensor]:
+    """(phi of the store [B, Hk, X, F]; without a memory, nothing; its keys, for who else reads them); see `mapped`."""
     if kernel.map_k is None:
         return store.k[..., :0], store.k
-    return mapped(kernel, kernel.map_k, store.k, lambda: store_pos(store, kernel.spec), feature_dtype(store))
+    return mapped(kernel, kernel.map_k, store.k, lambda: store_pos(store, kernel.spec), feature_dtype(store), alone)
 
 
 def store_pos(store: Store, spec: KernelSpec) -> Tensor:

@@ -34,6 +34,7 @@ SMALL = LAUNCH | {  # of up to 64
 WIDE = dict.fromkeys(LAUNCH, Launch(heads=1, chunk=64, warps=4, stages=1))
 WIDE["sink_grad"] = WIDE["sink_grad"]._replace(chunk=16)
 PROGRAMS = 264  # of the sinks' gradients: two a multiprocessor of the largest GPUs
+CAST = 1 << 19  # rows that are taken back through a map from which on its matrices are first cast, by a launch more
 WALKS = 64  # programs, and fewer than twice as many, for a row's holders: the longer it is, the longer these stay
 
 
@@ -290,14 +291,16 @@ def keys_seen(at, low, until):
 
 @jit
 def query_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradQ, GradQFar,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, Out, GradLse, More, GradLogits, Matrices, GradQ, GradQFar,
     Lse, Grad, Delta, smb, smh, smt, gqb, gqh, gqt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, PARTS: constexpr, NEAR: constexpr, SINKS: constexpr, SP: constexpr,
-    SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, PRECISION: constexpr,
+    SLOTS: constexpr, SOFTCAP: constexpr, FAR: constexpr, MORE: constexpr, KNOWN: constexpr, C: constexpr,
+    CP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries, and Δ where it is not KNOWN.
+    """Gradients of a tile of queries, and Δ where it is not KNOWN; C: columns of the map's logits, whose gradients are
+    added.
 
     The loops come first: what a product before them reads would hold shared memory beside their chunks, and there
     would be no room for as many programs a multiprocessor.
@@ -374,6 +377,13 @@ def query_grad_kernel(
             ds = tl.where(away, 0.0, ds)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     keep, acc = live[:, None] & wide, acc * scaling
+    if C:
+        z = tl.arange(0, HP * CP)
+        c, of = z % CP, part * HP + z // CP  # columns of the map, head by head
+        there = (c < C) & (of < G)
+        own = (live[:, None] & there[None, :]) & (head[:, None] == of[None, :])
+        g_z = tl.load(GradLogits + (out * C)[:, None] + c[None, :], mask=own, other=0.0)
+        acc = add_through(acc, g_z, Matrices, (h * G + of) * D * C + c, C, there, d, D, PRECISION)
     b, head, at = b.to(tl.int64), h * G + head, at.to(tl.int64)
     if MORE:  # what q's other readers say
         more = (b * smb + head * smh + at * smt)[:, None] + d[None, :]
@@ -382,6 +392,14 @@ def query_grad_kernel(
     tl.store(GradQ + to, acc.to(GradQ.dtype.element_ty), mask=keep)
     if FAR:
         tl.store(GradQFar + out[:, None] * D + d[None, :], (far_acc * scaling).to(GradQ.dtype.element_ty), mask=keep)
+
+
+@jit
+def add_through(acc, grad_z, Matrices, column, stride, there, d, D: constexpr, PRECISION: constexpr):
+    """Adds the gradient of a map's logits [rows, columns] times its columns, which begin at `column`."""
+    at, mine = column[:, None] + d[None, :] * stride, there[:, None] & (d < D)[None, :]
+    matrix = tl.load(Matrices + at, mask=mine, other=0.0).to(grad_z.dtype)
+    return tl.dot(grad_z, matrix, acc, input_precision=PRECISION)
 
 
 @jit
@@ -410,9 +428,12 @@ def add_key_grads(
         far_q = tl.load(QFar + out[:, None] * D + d[None, :], mask=wide, other=0.0)
         away = (base + at)[None, :] - there[:, None] > limit
         s = tl.where(away, scaled_scores(far_k, far_q, scaling, softcap, SOFTCAP, PRECISION), s)
+    if D <= 64:  # more channels have no registers for it so early
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     p = tl.where(visible & live[None, :], tl.exp2(s - lse[None, :]), 0.0)
     grad_v = tl.dot(p.to(g.dtype), g, grad_v, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    if D > 64:
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     ds = grad_scores(s, p, dp, delta[None, :], softcap, SOFTCAP)
     if FAR:
         far_ds = tl.where(away, ds, 0.0).to(q.dtype)
@@ -448,15 +469,16 @@ def clear_kernel(
 
 @jit
 def window_grad_kernel(
-    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, HeldK, HeldV, More, GradK, GradV, Lse, Grad, Delta,
-    gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
+    Q, K, V, Table, Death, Bounds, QFar, KFar, Pos, HeldK, HeldV, More, GradLogits, Matrices, GradK, GradV,
+    Lse, Grad, Delta, gkb, gkh, gkt, gvb, gvh, gvt, sgb, sgh, sgt, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt,
     scaling, softcap, W, X, front, n, kv_heads, width, limit, chunks,
     G: constexpr, HP: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, CHUNK: constexpr, BLOCK: constexpr,
     BACK: constexpr, REACH: constexpr, SINKS: constexpr, SP: constexpr, SLOTS: constexpr, SOFTCAP: constexpr,
-    FAR: constexpr, HELD: constexpr, MORE: constexpr, PRECISION: constexpr,
+    FAR: constexpr, HELD: constexpr, MORE: constexpr, C: constexpr, CP: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values: from all queries that reach them through the window, with those that they
-    have as holders (HELD), and of the values with what their other readers say (MORE)."""
+    have as holders (HELD), of the values with what their other readers say (MORE), and of the keys by the logits of
+    their map, which has C columns."""
     first, row = tl.program_id(0) - tl.cdiv(front, TILE), tl.program_id(1)  # the tile of keys
     b, h = row // kv_heads, row % kv_heads
     d = tl.arange(0, DP)
@@ -487,9 +509,15 @@ def window_grad_kernel(
             grad_k, grad_v, 0, k, v, k, c, visible, Q, QFar, Lse, Grad, Delta, step % G, tile, row, b, h,
             sgb, sgh, sgt, sqb, sqh, sqt, scaling, softcap, W, 0, limit, d, G, D, TILE, SOFTCAP, False, PRECISION,
         )  # fmt: skip
+    grad_k = grad_k * scaling
+    if C:
+        x = tl.arange(0, CP)
+        of_map = GradLogits + (row.to(tl.int64) * X + at) * C + x[None, :]
+        g_z = tl.load(of_map, mask=(at >= 0) & (at < X) & (x < C)[None, :], other=0.0)
+        grad_k = add_through(grad_k, g_z, Matrices, h * D * C + x, C, x < C, d, D, PRECISION)
     to_k = GradK + b.to(tl.int64) * gkb + h.to(tl.int64) * gkh + at * gkt + d[None, :]
     to_v = GradV + b.to(tl.int64) * gvb + h.to(tl.int64) * gvh + at * gvt + d[None, :]
-    tl.store(to_k, (grad_k * scaling).to(GradK.dtype.element_ty), mask=mine)
+    tl.store(to_k, grad_k.to(GradK.dtype.element_ty), mask=mine)
     tl.store(to_v, grad_v.to(GradV.dtype.element_ty), mask=mine)
 
 
@@ -600,6 +628,7 @@ class Exact(NamedTuple):
     scaling: float
     softcap: float | None
     pos: Tensor | None  # [R, X] int32, of the keys; None: no key is further back than the spec's reach
+    matrices: tuple[Tensor, Tensor] | None  # [H, D, C] and [Hk, D, C] float32 of the maps; None: nobody asks
 
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, given: Exact, launch: Launch) -> tuple[list, dict]:
@@ -659,10 +688,12 @@ class Asked(NamedTuple):
 
 class ExactFunction(torch.autograd.Function):
     """q [B, H, W, D], k and v [B, Hk, X, D] -> (exact [B, H, W, D] of q's dtype, lse [B, H, W] float32, q, v,
-    three more).
+    two logits, three more).
 
-    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass. Who
-    merges the branch gives as gradients of the three more, which hold nothing, an `Asked`.
+    Who reads the q and v that come back has its gradient added inside the backward's kernels, not by another pass. So
+    has who reads q @ matrix or k @ matrix, with `given.matrices`: the logits [B, H, W, C] and
+    [B, Hk, X, C], which hold nothing, take its gradient. Who merges the branch gives as gradients of the three more,
+    which hold nothing either, an `Asked`.
     `far_q` and `far_k` are q and k turned to where they are seen from beyond reach, contiguous; without `given.pos`
     they are not looked at.
     """
@@ -684,12 +715,14 @@ class ExactFunction(torch.autograd.Function):
         ctx.given = given
         ctx.set_materialize_grads(False)  # of what nobody looks at
         merges = (x.new_empty(()).expand(x.shape) for x in (lse, out, lse))
-        return out, lse, q.view_as(q), v.view_as(v), *merges
+        C, nothing = 0 if given.matrices is None else given.matrices[0].shape[2], out.new_empty(())
+        logits = (nothing.expand(*x.shape[:3], C) for x in (q, k))
+        return out, lse, q.view_as(q), v.view_as(v), *logits, *merges
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, more_q: Tensor | None, more_v: Tensor | None,
-        *merged: Any,
+        grad_z: Tensor | None, grad_z_k: Tensor | None, *merged: Any,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         q, k, v, far_q, far_k, out, lse = ctx.saved_tensors
         given: Exact = ctx.given
@@ -698,17 +731,29 @@ class ExactFunction(torch.autograd.Function):
         known = grad is None and grad_lse is None and merged[0] is not None
         asked, grad_lse = (Asked(*merged), lse) if known else asked_alone(out, lse, grad, grad_lse, *merged)
         added = asked.grad if more_q is None else rows_first(more_q)  # what is missing is not read
+        (C, *of_q), of_k = of_map(q, grad_z, given, 0), of_map(k, grad_z_k, given, 1)
         grad_q, grad_far_q, held = laid_out_as(q), torch.empty_like(far_q), room_for_held(k, given)
         launch = launch_of("query_grad", q, H // Hk, given)
         scalars, sizes = arguments(q, k, v, given, launch)
         query_grad_kernel[(-(-W // launch.tile), -(-(H // Hk) // launch.heads), B * Hk)](
-            *tensors, out, grad_lse, added, grad_q, grad_far_q, *asked, *added.stride()[:3],
+            *tensors, out, grad_lse, added, *of_q, grad_q, grad_far_q, *asked, *added.stride()[:3],
             *grad_q.stride()[:3], *asked.grad.stride()[:3], *scalars, MORE=more_q is not None, KNOWN=known,
-            PARTS=TILE // launch.tile, NEAR=near_sizes(given.spec, launch)["NEAR"], **sizes,
+            C=C, CP=power_of_two(C), PARTS=TILE // launch.tile, NEAR=near_sizes(given.spec, launch)["NEAR"], **sizes,
         )  # fmt: skip
-        grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v)
+        grad_k, grad_v = key_grads(q, k, v, given, tensors, asked, held, more_v, of_k)
         far = (None, None) if given.pos is None else (grad_far_q, (held[2] * given.scaling).to(k.dtype))
         return grad_q, grad_k, grad_v, *far, None
+
+
+def of_map(x: Tensor, grad_z: Tensor | None, given: Exact, which: int) -> tuple[int, Tensor, Tensor]:
+    """(how many columns the map of x has, the gradient of its logits, its matrices); 0 where there is no such gradient,
+    and nothing is read."""
+    if grad_z is None or given.matrices is None:
+        return 0, x, x
+    matrices = given.matrices[which]
+    if x.shape[:-1].numel() >= CAST:
+        matrices = matrices.to(x.dtype)
+    return grad_z.shape[-1], grad_z.contiguous(), matrices
 
 
 def asked_alone(
@@ -741,9 +786,10 @@ def room_for_held(k: Tensor, given: Exact) -> tuple[Tensor, Tensor, Tensor]:
 
 def key_grads(
     q: Tensor, k: Tensor, v: Tensor, given: Exact, tensors: tuple[Tensor, ...], asked: Asked,
-    held: tuple[Tensor, Tensor, Tensor], more_v: Tensor | None,
+    held: tuple[Tensor, Tensor, Tensor], more_v: Tensor | None, of_map: tuple[int, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v: those of holders are added to those of sinks, and all that to those through the window."""
+    C, *of_keys = of_map
     rows, n, strides = k.shape[0] * k.shape[1], -(-q.shape[2] // TILE), asked.grad.stride()[:3]
     if given.spec.sinks:
         launch = launch_of("sink_grad", q, 1, given)
@@ -765,8 +811,8 @@ def key_grads(
     added = grad_v if more_v is None else more_v.contiguous()  # what is missing is not read
     scalars, sizes = arguments(q, k, v, given, launch_of("window_grad", q, 1, given))
     window_grad_kernel[(n + -(-given.front // TILE), rows)](
-        *tensors, *held[:2], added, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3], *strides,
-        *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, **sizes,
+        *tensors, *held[:2], added, *of_keys, grad_k, grad_v, *asked, *grad_k.stride()[:3], *grad_v.stride()[:3],
+        *strides, *scalars, HELD=held[0].numel() > 0, MORE=more_v is not None, C=C, CP=power_of_two(C), **sizes,
     )  # fmt: skip
     return grad_k, grad_v
 

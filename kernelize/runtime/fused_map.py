@@ -1,4 +1,9 @@
-"""The hedgehog map (arXiv:2402.04347) in one pass: softmax(xW) ⊕ softmax(−xW), forward and backward."""
+"""The hedgehog map (arXiv:2402.04347) in one pass: softmax(xW) ⊕ softmax(−xW), forward and backward.
+
+The backward is spread: the memory's kernels, which have the features, turn their gradient into one of xW, half as wide;
+the exact branch's kernels take that back to x; here it becomes that of W. Where a memory's program has not all features
+of a tile, `HedgehogFunction` has a backward of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,11 @@ from .fused_triton import Launch, constexpr, jit, laid_out_as, power_of_two, pre
 from .state import Kernel, features
 
 STEPS = 8  # steps that one program of the backward takes
+WALKS = 16  # steps of one that has nothing but W's gradient to find
 LAUNCH = {  # chunk: tokens a step
     "hedgehog": Launch(heads=1, chunk=64, warps=4, stages=3),
     "hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=1),
+    "matrix_grad": Launch(heads=1, chunk=64, warps=4, stages=3),
 }
 SMALL = LAUNCH | {"hedgehog_grad": Launch(heads=1, chunk=64, warps=4, stages=3)}  # matrices of up to 2048 entries
 # and of up to 4096: so many registers that three programs fit, each with its next tokens on their way
@@ -149,9 +156,71 @@ def hedgehog_grad_kernel(
     tl.store(out, total * scale, mask=(d < D)[:, None] & (c < C)[None, :])
 
 
+@jit
+def logits_grad(phi, grad, scale):
+    """(gradient of the logits [rows, C], Σ phi · grad [rows]) from the map [rows, 2 C] of scale times the logits, and
+    its gradient, in float32."""
+    ROWS: constexpr = phi.shape[0]
+    C: constexpr = phi.shape[1] // 2
+    phi, grad = tl.reshape(phi, [ROWS, 2, C]), tl.reshape(grad, [ROWS, 2, C])
+    said = phi * grad
+    turns = tl.sum(said, 2)
+    said = said - phi * turns[:, :, None]
+    return tl.sum(tl.where((tl.arange(0, 2) == 0)[None, :, None], said, -said), 1) * scale, tl.sum(turns, 1)
+
+
+@jit
+def of_halves(f, C: constexpr, CP: constexpr):
+    """The features at the places f of two halves of CP, each for C; 2 C, which is beyond all, where there is none."""
+    if C < CP:
+        return tl.where(f % CP < C, f // CP * C + f % CP, 2 * C)
+    else:
+        return f
+
+
+@jit
+def matrix_grad_kernel(
+    Input, GradZ, GradW, sxb, sxh, sxt, T, heads, splits, steps,
+    D: constexpr, DP: constexpr, C: constexpr, CP: constexpr, ROWS: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Gradient of W from that of the logits, summed over this program's tokens."""
+    row, split = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    d, c, r = tl.arange(0, DP), tl.arange(0, CP), tl.arange(0, ROWS)
+    own = Input + row // heads * sxb + row % heads * sxh
+    total = tl.zeros([DP, CP], tl.float32)
+    for step in tl.range(steps):
+        first = (split * steps + step) * ROWS
+        live = first + r < T
+        x = tl.load(own + first.to(tl.int64) * sxt + (r[:, None] * sxt + d[None, :]),
+                    mask=live[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        g_z = tl.load(GradZ + (row * T + first) * C + (r[:, None] * C + c[None, :]),
+                      mask=live[:, None] & (c < C)[None, :], other=0.0)  # fmt: skip
+        total = tl.dot(tl.trans(x), g_z, total, input_precision=PRECISION)
+    out = GradW + (row * splits + split) * D * C + d[:, None] * C + c[None, :]
+    tl.store(out, total, mask=(d < D)[:, None] & (c < C)[None, :])
+
+
 def launch_of(name: str, sizes: dict[str, int]) -> Launch:
     entries = sizes["DP"] * sizes["CP"]
     return (SMALL if entries <= 2048 else MEDIUM if entries <= 4096 else LAUNCH)[name]
+
+
+def sizes_of(x: Tensor, weight: Tensor) -> dict[str, int]:
+    """The kernels' compile-time sizes, of x [..., D] and weight [H, D, C]."""
+    D, C = x.shape[-1], weight.shape[2]
+    return {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}
+
+
+def hedgehog(x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """phi [B, H, T, 2C] of `dtype`, of x [B, H, T, D] by weight [H, D, C] in float32."""
+    (B, H, T, _), sizes = x.shape, sizes_of(x, weight)
+    out = torch.empty(B, H, T, 2 * sizes["C"], device=x.device, dtype=dtype)
+    launch = launch_of("hedgehog", sizes)
+    hedgehog_kernel[(-(-T // launch.chunk), B * H)](
+        x, weight, out, factor_of(scale), *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk,
+        PRECISION=precision(x.dtype), **launch.options,
+    )  # fmt: skip
+    return out
 
 
 class HedgehogFunction(torch.autograd.Function):
@@ -162,37 +231,42 @@ class HedgehogFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        B, H, T, D = x.shape
-        C = weight.shape[2]
-        out = torch.empty(B, H, T, 2 * C, device=x.device, dtype=dtype)
-        sizes = {"D": D, "DP": power_of_two(D), "C": C, "CP": power_of_two(C)}
-        launch = launch_of("hedgehog", sizes)
-        hedgehog_kernel[(-(-T // launch.chunk), B * H)](
-            x, weight, out, factor_of(scale), *x.stride()[:3], T, H, **sizes, ROWS=launch.chunk,
-            PRECISION=precision(x.dtype), **launch.options,
-        )  # fmt: skip
         ctx.save_for_backward(x, weight)
-        ctx.scale, ctx.sizes = scale, sizes
+        ctx.scale = scale
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return out, x.view_as(x)
+        return hedgehog(x, weight, scale, dtype), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return more, None, None, None
         x, weight = ctx.saved_tensors
-        B, H, T, D = x.shape
-        launch = launch_of("hedgehog_grad", ctx.sizes)
+        (B, H, T, D), sizes = x.shape, sizes_of(x, weight)
+        launch = launch_of("hedgehog_grad", sizes)
         splits = -(-T // (launch.chunk * STEPS))
         grad_x, added = laid_out_as(x), x if more is None else rows_first(more)  # what is missing is not read
         grad_w = torch.empty(B, H, splits, D, weight.shape[2], device=x.device, dtype=torch.float32)
         hedgehog_grad_kernel[(splits, B * H)](
             x, weight, grad.contiguous(), added, grad_x, grad_w, factor_of(ctx.scale),
             *added.stride()[:3], *grad_x.stride()[:3], *x.stride()[:3], ctx.scale, T, H, splits,
-            **ctx.sizes, ROWS=launch.chunk, STEPS=STEPS, MORE=more is not None, PRECISION=precision(x.dtype),
+            **sizes, ROWS=launch.chunk, STEPS=STEPS, MORE=more is not None, PRECISION=precision(x.dtype),
             **launch.options,
         )  # fmt: skip
         return grad_x, grad_w.sum((0, 2)), None, None
+
+
+def matrix_grad(x: Tensor, weight: Tensor, grad_z: Tensor) -> Tensor:
+    """Gradient of weight [H, D, C], from that of x @ weight [B, H, T, C]; x [B, H, T, D]."""
+    (B, H, T, D), sizes = x.shape, sizes_of(x, weight)
+    launch = LAUNCH["matrix_grad"]
+    steps = min(WALKS, -(-T // launch.chunk))
+    splits = -(-T // (launch.chunk * steps))
+    grad_w = torch.empty(B, H, splits, D, sizes["C"], device=x.device, dtype=torch.float32)
+    matrix_grad_kernel[(splits, B * H)](
+        x, grad_z.contiguous(), grad_w, *x.stride()[:3], T, H, splits, steps, **sizes, ROWS=launch.chunk,
+        PRECISION=precision(x.dtype), **launch.options,
+    )  # fmt: skip
+    return grad_w.sum((0, 2))
 
 
 def fits(mapping: Callable[[Tensor, Tensor], Tensor] | None) -> TypeGuard[Hedgehog]:
@@ -224,9 +298,16 @@ def mapped(
     x: Tensor,
     pos: Callable[[], Tensor],
     dtype: torch.dtype,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(phi of x [B, H, T, D] at pos() [B, 1 or H, T]: [B, H, T, F] of `dtype`; x, for who else reads it)."""
-    if fits(mapping):
-        phi, same = HedgehogFunction.apply(rows_first(x), plain(mapping), kernel.scaling**0.5, dtype)
-        return phi, same if x.requires_grad else x  # where the map alone is trained, nobody need say anything about x
-    return features(kernel, mapping, x, pos()).to(dtype).contiguous(), x
+    """(phi of x [B, H, T, D] at pos() [B, 1 or H, T]: [B, H, T, F] of `dtype`; x, for who else reads it).
+
+    `alone`: without a backward, for others make it.
+    """
+    if not fits(mapping):
+        return features(kernel, mapping, x, pos()).to(dtype).contiguous(), x
+    rows, matrices, scale = rows_first(x), plain(mapping), kernel.scaling**0.5
+    if alone:
+        return hedgehog(rows.detach(), matrices.detach(), scale, dtype), x
+    phi, same = HedgehogFunction.apply(rows, matrices, scale, dtype)
+    return phi, same if x.requires_grad else x  # where the map alone is trained, nobody need say anything about x

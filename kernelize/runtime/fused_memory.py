@@ -3,8 +3,8 @@
 Entry j of the order died at block j // block, and is seen from that block on. The sequence is cut into segments of
 tiles. One pass adds up what every segment brings, and writes down before every tile what is the segment's own; a scan
 over the few segments gives what each begins with; then all tiles are read at once, and their readers add the two. The
-backward does the same from the end. For a kernel that reads the memory alone a second pass, or where segments are tiles
-the scan, writes it as a whole.
+backward does the same from the end. Where segments are tiles, the scan writes the memory as a whole for a kernel that
+reads it alone.
 M [F, D + 1]: the last column is the normaliser. With clock_end(b) the clock when block b's predecessors have been
 folded, edge(i) is clock_end of the block before tile i (`edge_at`), and M stands at edge.
 """
@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from .fused_exact import Asked
-from .fused_map import both_halves, matrix_of, parts_at, product_of, rounded, split_matrices
+from .fused_map import (
+    both_halves,
+    factor_of,
+    logits_grad,
+    matrix_grad,
+    matrix_of,
+    of_halves,
+    parts_at,
+    product_of,
+    rounded,
+    split_matrices,
+)
 from .fused_select import TILE
 from .fused_triton import AMPLE, Launch, constexpr, jit, power_of_two, precision, rows_first, shared_memory, tl
 
@@ -43,9 +54,9 @@ SMALL = LAUNCH | {"phi_q_grad": Launch(heads=1, chunk=16384, warps=4, stages=3)}
 WIDE = Launch(heads=1, chunk=4096, warps=4, stages=2)  # features in float32
 
 
-def launch_of(name: str, phi: Tensor, entries: int = 2 * LITTLE) -> Launch:
-    """How the kernel is launched for such features; `entries` of a memory, for those that ask for it."""
-    return WIDE if phi.dtype == torch.float32 else (SMALL if entries <= LITTLE else LAUNCH)[name]
+def launch_of(name: str, dtype: torch.dtype, entries: int = 2 * LITTLE) -> Launch:
+    """How the kernel is launched for features of the dtype; `entries` of a memory, for those that ask for it."""
+    return WIDE if dtype == torch.float32 else (SMALL if entries <= LITTLE else LAUNCH)[name]
 
 
 @jit
@@ -118,22 +129,17 @@ def entries(
 
 @jit
 def states_kernel(
-    Order, Phi, V, Clock, ClockEnd, Start, StartNorm, Out, OutNorm, Gain, GainNorm,
+    Order, Phi, V, Clock, ClockEnd, Out, OutNorm, Gain, GainNorm,
     svb, svh, svt, X, n, length, segments, tiles, kv_heads,
     F: constexpr, FP: constexpr, D: constexpr, DV: constexpr, TILE: constexpr, BLOCK: constexpr, DECAY: constexpr,
-    GAINS: constexpr, TILES: constexpr, PRECISION: constexpr,
+    TILES: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """GAINS: what a segment that begins with none brings together. TILES: the memory before each tile of a segment."""
+    """What a segment that begins with none brings together, and before each of its TILES."""
     segment, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FP), part * DV + tl.arange(0, DV)
     wide = (f < F)[:, None] & (d < D)[None, :]
-    if GAINS:
-        acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
-    else:
-        begin = (row * (segments + 1) + segment) * F + f
-        acc = tl.load(Start + begin[:, None] * D + d[None, :], mask=wide, other=0.0)
-        norm = tl.load(StartNorm + begin, mask=f < F, other=0.0)
+    acc, norm = tl.zeros([FP, DV], tl.float32), tl.zeros([FP], tl.float32)
     for tile in tl.range(segment * tiles, tl.minimum((segment + 1) * tiles, n)):
         if TILES:
             to = (row * n + tile) * F + f
@@ -150,10 +156,9 @@ def states_kernel(
             phi = (phi * tl.where(here, tl.exp(tl.minimum(after - clock, 0.0)), 0.0)[:, None]).to(phi.dtype)
         acc = tl.dot(tl.trans(phi), v, acc, input_precision=PRECISION)
         norm += tl.sum(phi.to(tl.float32), 0)
-    if GAINS:
-        out = (row * segments + segment) * F + f
-        tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
-        tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
+    out = (row * segments + segment) * F + f
+    tl.store(Gain + out[:, None] * D + d[None, :], acc, mask=wide)
+    tl.store(GainNorm + out, norm, mask=(f < F) & (part == 0))
 
 
 @jit
@@ -392,12 +397,12 @@ def logits_at(
 @jit
 def mapped_memory_kernel(
     Order, Q, Weight, Phi, V, Clock, ClockEnd, Memory, Norm, Start, StartNorm, Exact, Lse, Gate, Y, Branch, BranchLse,
-    factor, sqb, sqh, sqt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Total, PhiQ, factor, sqb, sqh, sqt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, C: constexpr, CP: constexpr, D: constexpr, DP: constexpr, DV: constexpr, TILE: constexpr,
-    BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, SPLIT: constexpr,
+    BLOCK: constexpr, DECAY: constexpr, BRANCHES: constexpr, TRAINS: constexpr, SPLIT: constexpr,
     AHEAD: constexpr, WHOLE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """`memory_kernel` with the hedgehog map of the queries in it: phi(q) never leaves the registers.
+    """`memory_kernel` with the hedgehog map of the queries in it: phi(q) leaves the registers for a backward alone.
 
     SPLIT: by matrices that `split_kernel` has cut in two, else by the map's own. AHEAD: a head's product with them
     stands at the end of the head before, so that with two stages its operands are on their way all that time; so is
@@ -407,9 +412,7 @@ def mapped_memory_kernel(
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     d, r = part * DV + tl.arange(0, DV), tl.arange(0, TILE)
-    f = tl.arange(0, 2 * CP)
-    if C < CP:
-        f = tl.where(f % CP < C, f // CP * C + f % CP, 2 * C)  # which is beyond all
+    f = of_halves(tl.arange(0, 2 * CP), C, CP)
     at = tile * TILE + r
     block, live = at // BLOCK, at < W
     own_q = Q + b * sqb + h * G * sqh + (tile * TILE).to(tl.int64) * sqt
@@ -436,6 +439,9 @@ def mapped_memory_kernel(
             exact = tl.load(Exact + first * D + where, mask=wide, other=0.0)
             z = logits_at(own_q + g * sqh, Weight, factor, head, sqt, live, True, C, CP, D, DP, SPLIT, PRECISION)
         phi_q = both_halves(z, C)
+        if TRAINS:
+            to = PhiQ + first * (2 * C) + (r[:, None] * (2 * C) + f[None, :])
+            tl.store(to, phi_q.to(phi.dtype), mask=live[:, None] & (f < 2 * C)[None, :] & (part == 0))
         a = tl.dot(phi_q.to(phi.dtype), tl.trans(phi), input_precision=PRECISION) * weight
         phi_q = phi_q * far[:, None]
         if phi.dtype != tl.float32:
@@ -443,8 +449,9 @@ def mapped_memory_kernel(
         total = tl.dot(phi_q.to(phi.dtype), memory, input_precision=PRECISION)
         total = tl.dot(a.to(phi.dtype), v, total, input_precision=PRECISION)
         norms = tl.sum(a, 1) + tl.sum(phi_q * norm[None, :], 1)
-        merge(total, norms, exact, own, gate, Y + first * D, Branch + first * D, BranchLse + first, Lse,
-              r, r, live, d, part, D, BRANCHES, False)  # fmt: skip
+        y, heads = Y + ((b * W + tile * TILE) * (kv_heads * G) + head) * D, kv_heads * G
+        merge(total, norms, exact, own, gate, y, Branch + first * D, BranchLse + first, Total + first,
+              r, r * heads, live, d, part, D, BRANCHES, TRAINS)  # fmt: skip
         if AHEAD:
             exact = tl.load(Exact + (first + W) * D + where, mask=wide & (g + 1 < G), other=0.0)
             z = logits_at(own_q + (g + 1) * sqh, Weight, factor, head + 1, sqt, live, g + 1 < G,
@@ -496,14 +503,20 @@ def unit_of(gate, total):
 @jit
 def phi_q_grad_kernel(
     Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, Y, GradPhiQ, GradClock, GradGate,
-    Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Total, Grad, Delta, Gate, scale, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, F: constexpr, FB: constexpr, D: constexpr, DP: constexpr, TILE: constexpr, BLOCK: constexpr,
-    DECAY: constexpr, KNOWN: constexpr, PRECISION: constexpr,
+    DECAY: constexpr, KNOWN: constexpr, LOGITS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradient of phi(q), for FB of its features, and what it says about clocks and gate; delta where not KNOWN."""
+    """Gradient of phi(q), for FB of its features, and what it says about clocks and gate; delta where not KNOWN.
+
+    LOGITS: not of phi but of the logits, of which it is the hedgehog map; F = 2 C, all in one program.
+    """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d, r = part * FB + tl.arange(0, FB), tl.arange(0, DP), tl.arange(0, TILE)
+    C: constexpr = F // 2
+    if LOGITS:
+        f = of_halves(f, C, FB // 2)
     at = tile * TILE + r
     block, live = at // BLOCK, at < W
     now, far = clocks_of(ClockEnd, row, tile, block, n, TILE, TILE // BLOCK, DECAY, False)
@@ -534,8 +547,14 @@ def phi_q_grad_kernel(
         a = (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * weight
         total = tl.dot(grad, tl.trans(low), input_precision=PRECISION) - delta[:, None] * norm[None, :]
         total = tl.dot(a.to(phi.dtype), phi, total * far[:, None], input_precision=PRECISION) * unit[:, None]
-        tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=keep)
-        turn = tl.sum(phi_q.to(tl.float32) * total, 1)
+        if LOGITS:
+            g_z, turn = logits_grad(phi_q.to(tl.float32), total, scale)
+            c = tl.arange(0, FB // 2)
+            to, mine = out * C + (r[:, None] * C + c[None, :]), live[:, None] & (c < C)[None, :]
+            tl.store(GradPhiQ + to, g_z.to(GradPhiQ.dtype.element_ty), mask=mine)
+        else:
+            tl.store(GradPhiQ + where, total.to(GradPhiQ.dtype.element_ty), mask=keep)
+            turn = tl.sum(phi_q.to(tl.float32) * total, 1)
         of_part = (part * tl.num_programs(2) + row) * G + g
         tl.store(GradGate + of_part * n + tile, tl.sum(turn, 0))
         if DECAY:
@@ -625,11 +644,14 @@ def late_weights(block, first, here, now, clock, TILE: constexpr, BLOCK: constex
 @jit
 def key_grads_kernel(
     Order, PhiQ, Phi, V, Clock, ClockEnd, Local, LocalNorm, Start, StartNorm, GradPhi, GradClock, GradV,
-    Total, Grad, Delta, Gate, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
+    Total, Grad, Delta, Gate, scale, sgb, sgh, sgt, svb, svh, svt, W, X, n, length, segments, tiles, kv_heads,
     G: constexpr, GP: constexpr, F: constexpr, FB: constexpr, D: constexpr, DB: constexpr, TILE: constexpr,
-    BLOCK: constexpr, DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, PRECISION: constexpr,
+    BLOCK: constexpr, DECAY: constexpr, OF_PHI: constexpr, OF_V: constexpr, LOGITS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients of phi(k), and of v. A program that does but one of them takes FB of its features, or DB channels."""
+    """Gradients of phi(k), and of v. A program that does but one of them takes FB of its features, or DB channels.
+
+    LOGITS: not of phi but of the logits, as `phi_q_grad_kernel`.
+    """
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     f, d = tl.arange(0, FB), tl.arange(0, DB)
@@ -637,6 +659,8 @@ def key_grads_kernel(
         f += part * FB
     if not OF_PHI:
         d += part * DB
+    if LOGITS:
+        f = of_halves(f, F // 2, FB // 2)
     at = tile * TILE + tl.arange(0, TILE)
     block = at // BLOCK
     index, here, phi, v, clock = entries(
@@ -668,10 +692,19 @@ def key_grads_kernel(
             g_phi = tl.dot(a.to(phi.dtype), phi_q, g_phi, input_precision=PRECISION)
     if OF_PHI:
         where, wide = (row * X + index)[:, None] * F + f[None, :], here[:, None] & (f < F)[None, :]
-        tl.store(GradPhi + where, g_phi.to(GradPhi.dtype.element_ty), mask=wide)
+        turn = tl.zeros([TILE], tl.float32)
+        if LOGITS:
+            C: constexpr = F // 2
+            mine, c = tl.load(Phi + where, mask=wide, other=0.0).to(tl.float32), tl.arange(0, FB // 2)
+            g_z, turn = logits_grad(mine, g_phi, scale)
+            to = GradPhi + (row * X + index)[:, None] * C + c[None, :]
+            tl.store(to, g_z.to(GradPhi.dtype.element_ty), mask=here[:, None] & (c < C)[None, :])
+        else:
+            tl.store(GradPhi + where, g_phi.to(GradPhi.dtype.element_ty), mask=wide)
+            if DECAY:
+                turn = tl.sum(tl.load(Phi + where, mask=wide, other=0.0).to(tl.float32) * g_phi, 1)
         if DECAY:
-            mine = tl.load(Phi + where, mask=wide, other=0.0).to(tl.float32)
-            tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -tl.sum(mine * g_phi, 1), mask=here)
+            tl.store(GradClock + (part * tl.num_programs(2) + row) * X + index, -turn, mask=here)
     if OF_V:
         out = GradV + (row * X + index)[:, None] * D + d[None, :]
         tl.store(out, g_v.to(GradV.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
@@ -785,39 +818,34 @@ class States(NamedTuple):
 
     at: Tensor  # [R, n, F, D] of phi's dtype
     norm: Tensor  # [R, n, F] float32
-    start: Tensor  # [R, segments + 1, F, D] float32: at every segment's start, and after the last
+    start: Tensor  # [R, segments + 1, F, D] float32: at every segment's start, and after the last; empty if whole
     start_norm: Tensor  # [R, segments + 1, F] float32
 
 
 def states_of(
     order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, whole: bool
 ) -> tuple[States, Tensor]:
-    """(the states, `whole` or not; the memory after the last token).
+    """(the states, `whole` or not; the memory after the last token). Whole they can be where segments are tiles.
 
     phi [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], memory [B, Hk, F, D + 1] before the first token.
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
-    launch = launch_of("states", phi)
+    launch = launch_of("states", phi.dtype)
     DV, parts = split(D, F, launch.chunk)
     gain = torch.empty(B * Hk, order.segments, F, D, device=v.device, dtype=torch.float32)
     gain_norm = gain.new_empty(B * Hk, order.segments, F)
-    at, norm = gain.new_empty(B * Hk, order.n, F, D, dtype=phi.dtype), gain.new_empty(B * Hk, order.n, F)
-
-    def run(start: Tensor, start_norm: Tensor, gains: bool, tiles: bool) -> None:
-        states_kernel[(order.segments, parts, B * Hk)](
-            order.tokens, phi, v, clock, clock_end, start, start_norm, at, norm, gain, gain_norm, *v.stride()[:3],
-            X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
-            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            GAINS=gains, TILES=tiles, PRECISION=precision(phi.dtype), **launch.options,
-        )  # fmt: skip
-
-    run(gain, gain_norm, gains=True, tiles=not whole)  # a start is not read
-    if whole and order.tiles == 1:  # segments are tiles, so that the walk gives the states
+    n = 0 if whole else order.n
+    at, norm = gain.new_empty(B * Hk, n, F, D, dtype=phi.dtype), gain.new_empty(B * Hk, n, F)
+    states_kernel[(order.segments, parts, B * Hk)](
+        order.tokens, phi, v, clock, clock_end, at, norm, gain, gain_norm, *v.stride()[:3],
+        X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
+        F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays, TILES=not whole,
+        PRECISION=precision(phi.dtype), **launch.options,
+    )  # fmt: skip
+    if whole:  # the walk gives them
         at, norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False, dtype=phi.dtype)
         return States(at, norm, gain[:0], gain_norm[:0]), end
     start, start_norm, end = walk(memory, gain, gain_norm, clock_end, order, back=False)
-    if whole:
-        run(start, start_norm, gains=False, tiles=True)
     return States(at, norm, start, start_norm), end
 
 
@@ -828,7 +856,7 @@ def recall_errors(order: Order, phi: Tensor, v: Tensor, clock: Tensor, clock_end
     """
     (B, Hk, X, F), D = phi.shape, v.shape[-1]
     states, _ = states_of(order, phi, v, clock, clock_end, memory, whole=False)
-    launch = launch_of("recall", phi)
+    launch = launch_of("recall", phi.dtype)
     DV, parts = split(D, F, launch.chunk)
     out = torch.zeros(parts, B * Hk, X, device=v.device, dtype=torch.float32)
     recall_kernel[(order.n, parts, B * Hk)](
@@ -847,49 +875,58 @@ def unwritten(exact: Tensor, lse: Tensor, branches: bool) -> tuple[Tensor, Tenso
     return torch.empty_like(exact), torch.empty_like(lse)
 
 
+class Read(NamedTuple):
+    """What a read of the memory gives, and what its backward needs."""
+
+    y: Tensor  # [B, H, W, D], laid out by token, as the layer's last product reads it
+    branch: Tensor  # [B, H, W, D] the memory alone, or empty
+    branch_lse: Tensor  # [B, H, W], or empty
+    total: Tensor  # [B, H, W] the normaliser of both branches; empty without a backward
+    phi_q: Tensor  # [B, H, W, F]; likewise
+    states: States
+    end: Tensor  # [B, Hk, F, D + 1]
+
+
 class MemoryFunction(torch.autograd.Function):
     """Reads the memory and merges it with the exact branch.
 
-    phi_q [B, H, W, F], phi_k [B, Hk, X, F], v [B, Hk, X, D], clock [B, Hk, X], clock_end [B, Hk, blocks], memory
-    [B, Hk, F, D + 1], exact [B, H, W, D], lse [B, H, W], gate [H] (its log), the last three outputs of `ExactFunction`
-    or Nones where exact and lse are not as they came from it ->
+    queries: phi [B, H, W, F], or with a weight_q [H, D, C] of their hedgehog map q [B, H, W, D] themselves; with that
+    keys [B, Hk, X, D] and weight_k [Hk, D, C], of which phi_k is the map; phi_k [B, Hk, X, F], v [B, Hk, X, D], clock
+    [B, Hk, X], clock_end [B, Hk, blocks], memory [B, Hk, F, D + 1], exact [B, H, W, D], lse [B, H, W], gate [H] (its
+    log), the last outputs of `ExactFunction` (logits of queries and keys, which with those weights take what is said
+    about q and keys, and three more, or Nones where exact and lse are not as they came from it) ->
     (y, memory's branch [B, H, W, D], its lse [B, H, W], the memory at the end). Without `branches` the second and
-    third are empty.
+    third are empty, and there is a backward only if it `trains`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor,
-        exact: Tensor, lse: Tensor, gate: Tensor, total: Tensor | None, grad: Tensor | None, delta: Tensor | None,
-        order: Order, branches: bool,
+        ctx: Any, queries: Tensor, keys: Tensor, weight_q: Tensor | None, weight_k: Tensor | None, phi_k: Tensor,
+        v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor,
+        logits_q: Tensor, logits_k: Tensor, total: Tensor | None, grad: Tensor | None, delta: Tensor | None,
+        order: Order, scale: float, branches: bool, trains: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
-        states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=False)
-        launch = launch_of("memory", phi_q)
-        DV, parts = split(D, F, launch.chunk)
+        given = phi_k, v, clock, clock_end, memory, exact, lse, gate, order
         ctx.apart = total is None
-        branches = branches or (ctx.apart and any(ctx.needs_input_grad))
-        branch, branch_lse = unwritten(exact, lse, branches)
-        y, both = exact.new_empty(B, W, H, D), torch.empty_like(lse)  # as the layer's last product reads it
-        memory_kernel[(order.n, parts, B * Hk)](
-            order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, branch, branch_lse, both,
-            *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
-            G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
-            BRANCHES=branches, AHEAD=DV <= 64, PRECISION=precision(phi_q.dtype), **launch.options,
-        )  # fmt: skip
-        y = y.transpose(1, 2)
-        merged = y, both, exact, lse, branch, branch_lse
-        ctx.save_for_backward(phi_q, phi_k, v, clock, clock_end, memory, gate, *states, *merged)
-        ctx.order = order
+        branches = branches or (ctx.apart and trains)
+        if weight_q is None:
+            got = read_features(queries, *given, branches)
+        else:
+            got = read_mapped(queries, weight_q, factor_of(scale), *given, branches, trains)
+        merged = got.y, got.total, exact, lse, got.branch, got.branch_lse
+        of_maps = (None,) * 4 if weight_q is None else (queries, weight_q, keys, weight_k)
+        kept = phi_k, v, clock, clock_end, memory, gate, *got.states, *merged
+        ctx.save_for_backward(*of_maps, got.phi_q, *kept)
+        ctx.order, ctx.scale = order, scale
         ctx.set_materialize_grads(False)  # of what nobody looks at
-        return y, branch, branch_lse, end
+        return got.y, got.branch, got.branch_lse, got.end
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, grad_branch: Tensor | None, grad_lse: Tensor | None, grad_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        phi_q, phi_k, v, clock, clock_end, memory, gate, *saved = ctx.saved_tensors
-        order, states, (y, total, *apart) = ctx.order, States(*saved[:4]), saved[4:]
+        *of_maps, phi_q, phi_k, v, clock, clock_end, memory, gate = ctx.saved_tensors[:11]
+        order, states, (y, total, *apart) = ctx.order, States(*ctx.saved_tensors[11:15]), ctx.saved_tensors[15:]
         grad = torch.zeros_like(y) if grad is None else rows_first(grad)
         grad_end = torch.zeros_like(memory) if grad_end is None else grad_end
         known = ctx.apart or grad_branch is not None or grad_lse is not None
@@ -900,42 +937,88 @@ class MemoryFunction(torch.autograd.Function):
         else:  # the gradients of both branches are those of one softmax
             merged = asked = Asked(total, grad, torch.empty_like(total))
         given = (order, phi_q, phi_k, v, clock, clock_end)
-        g_phi_q, turn, g_gate = phi_q_grad(*given, states, y, asked, gate, known)
+        logits = None if of_maps[0] is None else Logits(of_maps[0].dtype, ctx.scale)
+        g_q, turn, g_gate = phi_q_grad(*given, states, y, asked, gate, known, logits)
         back, g_memory = reverse_states(*given, asked, gate, grad_end)
-        g_phi_k, g_v, g_clock = key_grads(*given, back, asked, gate)
+        g_k, g_v, g_clock = key_grads(*given, back, asked, gate, logits)
         clocks = (g_clock, clock_end_grad(order, g_clock, turn, states, back)) if order.decays else (None, None)
-        return g_phi_q, g_phi_k, g_v, *clocks, g_memory, *of_exact, g_gate, *merged, None, None
+        others = g_v, *clocks, g_memory, *of_exact, g_gate
+        if logits is None:
+            return g_q, None, None, None, g_k, *others, None, None, *merged, *(None,) * 4
+        (q, weight_q, keys, weight_k), asks = of_maps, ctx.needs_input_grad[2:4]
+        weights = (
+            matrix_grad(q, weight_q, g_q) if asks[0] else None,
+            matrix_grad(keys, weight_k, g_k) if asks[1] else None,
+        )
+        return None, None, *weights, None, *others, g_q, g_k, *merged, *(None,) * 4
 
 
 def mapped_launch(phi: Tensor, D: int, programs: int) -> Launch:
     """Of so many programs of `mapped_memory_kernel`: with operands ahead where they fit, twice a multiprocessor."""
-    launch, has = launch_of("mapped_memory", phi), shared_memory(phi.device)
+    launch, has = launch_of("mapped_memory", phi.dtype), shared_memory(phi.device)
     few = programs < MANY or power_of_two(phi.shape[-1]) * power_of_two(D) > LITTLE
     if phi.dtype == torch.float32 or not (few or 0 < has < AMPLE):
         return launch
     return launch._replace(split=False, stages=1)
 
 
+class Logits(NamedTuple):
+    """Of what a gradient is to be: of x @ matrix, where phi is the map of `scale` times that."""
+
+    dtype: torch.dtype  # of the gradient
+    scale: float
+
+
+def scale_of(logits: Logits | None) -> float:
+    return 1.0 if logits is None else logits.scale  # which is not looked at
+
+
+def room_for_y(exact: Tensor) -> Tensor:
+    """For rows like exact's [B, H, W, D], laid out by token."""
+    B, H, W, D = exact.shape
+    return exact.new_empty(B, W, H, D).transpose(1, 2)
+
+
+def read_features(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, exact: Tensor,
+    lse: Tensor, gate: Tensor, order: Order, branches: bool,
+) -> Read:  # fmt: skip
+    """`MemoryFunction` of phi_q [B, H, W, F]."""
+    (B, H, W, F), (_, Hk, X, D) = phi_q.shape, v.shape
+    states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole=False)
+    launch = launch_of("memory", phi_q.dtype)
+    DV, parts = split(D, F, launch.chunk)
+    y, branch, total = room_for_y(exact), unwritten(exact, lse, branches), torch.empty_like(lse)
+    memory_kernel[(order.n, parts, B * Hk)](
+        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, exact, lse, gate, y, *branch, total,
+        *v.stride()[:3], W, X, order.n, order.tokens.shape[1], order.segments, order.tiles, Hk,
+        G=H // Hk, F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, BLOCK=order.block, DECAY=order.decays,
+        BRANCHES=branches, AHEAD=DV <= 64, PRECISION=precision(phi_q.dtype), **launch.options,
+    )  # fmt: skip
+    return Read(y, *branch, total, phi_q, states, end)
+
+
 def read_mapped(
     q: Tensor, weight: Tensor, factor: float, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`MemoryFunction` for q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map; no gradients."""
+    memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor, order: Order, branches: bool, trains: bool,
+) -> Read:  # fmt: skip
+    """`MemoryFunction` of q [B, H, W, D] and the matrices [H, D, C] of its hedgehog map."""
     (B, H, W, D), (_, Hk, X, F) = q.shape, phi_k.shape
     launch = mapped_launch(phi_k, D, order.n * B * Hk)
-    whole = launch.whole or order.tiles == 1
+    whole = not trains and order.tiles == 1
     states, end = states_of(order, phi_k, v, clock, clock_end, memory, whole)
     DV, parts = split(D, F, launch.chunk)
-    y, (branch, branch_lse) = torch.empty_like(exact), unwritten(exact, lse, branches)
+    y, branch = room_for_y(exact), unwritten(exact, lse, branches)
+    total, phi_q = lse.new_empty(lse.shape if trains else 0), phi_k.new_empty((B, H, W, F) if trains else 0)
     matrices = split_matrices(weight, factor, q.dtype) if launch.split else weight
     mapped_memory_kernel[(order.n, parts, B * Hk)](
         order.tokens, q, matrices, phi_k, v, clock, clock_end, *states, exact, lse, gate,
-        y, branch, branch_lse, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
+        y, *branch, total, phi_q, factor, *q.stride()[:3], *v.stride()[:3], W, X, order.n, order.tokens.shape[1],
         order.segments, order.tiles, Hk, G=H // Hk, C=F // 2, CP=power_of_two(F // 2), D=D, DP=power_of_two(D), DV=DV,
-        TILE=TILE, BLOCK=order.block, DECAY=order.decays, BRANCHES=branches, SPLIT=launch.split,
+        TILE=TILE, BLOCK=order.block, DECAY=order.decays, BRANCHES=branches, TRAINS=trains, SPLIT=launch.split,
         AHEAD=launch.split and launch.stages > 1, WHOLE=whole, PRECISION=precision(q.dtype), **launch.options,
     )  # fmt: skip
-    return y, branch, branch_lse, end
+    return Read(y, *branch, total, phi_q, states, end)
 
 
 def clock_end_grad(order: Order, g_clock: Tensor, turn: Tensor, states: States, back: States) -> Tensor:
@@ -985,24 +1068,33 @@ def sizes_of(order: Order, phi_q: Tensor, v: Tensor, asked: Asked) -> tuple[list
 
 def phi_q_grad(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    states: States, y: Tensor, asked: Asked, gate: Tensor, known: bool,
+    states: States, y: Tensor, asked: Asked, gate: Tensor, known: bool, logits: Logits | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradient of phi_q, each query's part [B, H, W] of that of its block's clock, the gate's [H]).
 
-    Unless it is `known`, writes the delta of what is asked, of y.
+    Unless it is `known`, writes the delta of what is asked, of y. With `logits` the first is their gradient
+    [B, H, W, F / 2].
     """
     (B, H, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    launch = launch_of("phi_q_grad", phi_q, power_of_two(F) * power_of_two(D))
-    FB, parts = split(F, D, launch.chunk)
+    launch = launch_of("phi_q_grad", phi_q.dtype, power_of_two(F) * power_of_two(D))
+    FB, parts = split(F, D, launch.chunk) if logits is None else (2 * power_of_two(F // 2), 1)
     scalars, sizes = sizes_of(order, phi_q, v, asked)
-    out = torch.empty_like(phi_q)
+    out = torch.empty_like(phi_q) if logits is None else phi_q.new_empty(B, H, W, F // 2, dtype=logits.dtype)
     turn = torch.empty(parts, B, H, W if order.decays else 0, device=v.device, dtype=torch.float32)
     g_gate = turn.new_empty(parts, B, H, order.n)
     phi_q_grad_kernel[(order.n, parts, B * Hk)](
-        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, y, out, turn, g_gate, *asked, gate,
-        *scalars, **sizes, FB=FB, DP=power_of_two(D), KNOWN=known, **launch.options,
+        order.tokens, phi_q, phi_k, v, clock, clock_end, *states, y, out, turn, g_gate, *asked, gate, scale_of(logits),
+        *scalars, **sizes, FB=FB, DP=power_of_two(D), KNOWN=known, LOGITS=logits is not None,
+        **launch.options,
     )  # fmt: skip
     return out, summed(turn), g_gate.sum((0, 1, 3))
+
+
+def holds_halves(F: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether one program of each kernel that has a gradient of features has all F of a tile, so that it knows the
+    sums of both halves; for features of a dtype and values of D channels."""
+    entries = 2 * power_of_two(F // 2) * power_of_two(D)
+    return entries <= min(launch_of(name, dtype, entries).chunk for name in ("phi_q_grad", "phi_k_grad"))
 
 
 def reverse_states(
@@ -1011,7 +1103,7 @@ def reverse_states(
 ) -> tuple[States, Tensor]:  # fmt: skip
     """The gradient of the memory after every tile, and before the first token; `end` is that of the last memory."""
     (B, _, W, F), (_, Hk, _, D) = phi_q.shape, v.shape
-    launch = launch_of("reverse_states", phi_q)
+    launch = launch_of("reverse_states", phi_q.dtype)
     DV, parts = split(D, F, launch.chunk)
     _, sizes = sizes_of(order, phi_q, v, asked)
     local = torch.empty(B * Hk, order.n, F, D, device=v.device, dtype=phi_q.dtype)
@@ -1027,29 +1119,35 @@ def reverse_states(
 
 def key_grads(
     order: Order, phi_q: Tensor, phi_k: Tensor, v: Tensor, clock: Tensor, clock_end: Tensor,
-    back: States, asked: Asked, gate: Tensor,
+    back: States, asked: Asked, gate: Tensor, logits: Logits | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of phi_k [B, Hk, X, F], v [B, Hk, X, D] and clock [B, Hk, X], zero for tokens not in the memory."""
+    """Gradients of phi_k [B, Hk, X, F], v [B, Hk, X, D] and clock [B, Hk, X], zero for tokens not in the memory.
+
+    With `logits` the first is their gradient [B, Hk, X, F / 2].
+    """
     F, (B, Hk, X, D) = phi_q.shape[-1], v.shape
     scalars, sizes = sizes_of(order, phi_q, v, asked)
-    g_phi = torch.zeros_like(phi_k)
+    g_phi = torch.zeros_like(phi_k) if logits is None else phi_k.new_zeros(B, Hk, X, F // 2, dtype=logits.dtype)
     g_v = torch.zeros(B, Hk, X, D, device=v.device, dtype=v.dtype)
     given = (order.tokens, phi_q, phi_k, v, clock, clock_end, *back)
-    FP, DP, most = power_of_two(F), power_of_two(D), launch_of("key_grads", phi_q).chunk
+    FP = power_of_two(F) if logits is None else 2 * power_of_two(F // 2)
+    DP, most = power_of_two(D), launch_of("key_grads", phi_q.dtype).chunk
     together = most >= FP * DP and FP <= DP  # else it takes more shared memory than any other kernel
-    FB, parts = (FP, 1) if together else split(F, D, launch_of("phi_k_grad", phi_q).chunk)
+    alone = together or logits is not None
+    FB, parts = (FP, 1) if alone else split(F, D, launch_of("phi_k_grad", phi_q.dtype).chunk)
     g_clock = torch.zeros(parts, B, Hk, X if order.decays else 0, device=v.device, dtype=torch.float32)
 
     def run(name: str, parts: int, FB: int, DB: int, of_phi: bool, of_v: bool) -> None:
         key_grads_kernel[(order.n, parts, B * Hk)](
-            *given, g_phi, g_clock, g_v, *asked, gate, *scalars, **sizes, GP=power_of_two(sizes["G"], 1), FB=FB, DB=DB,
-            OF_PHI=of_phi, OF_V=of_v, **launch_of(name, phi_q).options,
+            *given, g_phi, g_clock, g_v, *asked, gate, scale_of(logits), *scalars, **sizes,
+            GP=power_of_two(sizes["G"], 1), FB=FB, DB=DB, OF_PHI=of_phi, OF_V=of_v,
+            LOGITS=of_phi and logits is not None, **launch_of(name, phi_q.dtype).options,
         )  # fmt: skip
 
     if together:
         run("key_grads", 1, FP, DP, of_phi=True, of_v=True)
     else:
         run("phi_k_grad", parts, FB, DP, of_phi=True, of_v=False)
-        DB, parts = split(D, F, launch_of("value_grad", phi_q).chunk)
+        DB, parts = split(D, F, launch_of("value_grad", phi_q.dtype).chunk)
         run("value_grad", parts, FP, DB, of_phi=False, of_v=True)
     return g_phi, g_v, summed(g_clock)

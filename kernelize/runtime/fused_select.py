@@ -25,6 +25,7 @@ LEAST_LIST = 64  # places of a list: with fewer nothing is faster, and every siz
 ALONE = 16  # lists that are merged at once where there are no more; powers of two
 GROUP = 8  # and of more, in groups, the groups, and each list again
 FOLDED = 512  # keys of one program that adds up their mass
+PLACED = 1024  # programs that list holders by tile from which on one warp for each is faster than four
 JUDGED = 64  # holders or applicants of one program that finds deaths
 NONE = -0x8000000000000000  # the key of no token
 LAUNCH = {"mass": Launch(heads=4, chunk=64, warps=1, stages=2, tile=32)}  # warps for one head, of 16-bit keys
@@ -486,7 +487,7 @@ def compete(
     place_kernel[(n, R)](
         applicants, lists, here, rejected, lives.table,
         length, count, n, room.most, start, width,
-        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE, PARTS=parts,
+        L=SEGMENT, CP=CP, BLOCK=spec.block, TILE=TILE, PARTS=parts, num_warps=1 if n * R >= PLACED else 4,
     )  # fmt: skip
     return rejected
 

@@ -73,7 +73,6 @@ class Launch(NamedTuple):
     tile: int = LONG  # tokens, of each of its heads
     near: int = 0  # keys of the window before the tile, at most, that the exact branch reads together with the tile's
     split: bool = False  # the queries' matrices are cut in two by a launch of its own, where many programs read them
-    whole: bool = True  # the memory is written as a whole before every tile of a prefill, by a second pass
 
     def of_group(self, group: int, block: int, window: int) -> Launch:
         """For `group` heads a key head, for blocks, and for queries that look back so far.
