@@ -292,15 +292,18 @@ def graphed(f):
     return graph.replay
 
 
-def ours(policy: str, slots: int, T: int, shape=(1, 32, 8, 128)):
+SHAPE = (1, 32, 8, 128)  # of what `time` measures: B, H, Hk, D
+
+
+def ours(policy: str, slots: int, T: int, shape=SHAPE):
     B, H, Hk, D = shape
     attention = layer(KernelSpec(**{**LLAMA, "policy": policy, "slots": slots}), H, Hk, D)
     return attention, tokens(B, H, Hk, D, T, BFLOAT)
 
 
-def time_forward(row: dict, policy: str, slots: int, T: int) -> dict:
-    attention, qkv = ours(policy, slots, T)
-    kernel = attention.kernel(128**-0.5)
+def time_forward(row: dict, policy: str, slots: int, T: int, shape: tuple) -> dict:
+    attention, qkv = ours(policy, slots, T, shape)
+    kernel = attention.kernel(shape[3] ** -0.5)
 
     @torch.no_grad()
     def call(keep=False):
@@ -313,8 +316,8 @@ def time_forward(row: dict, policy: str, slots: int, T: int) -> dict:
     return row
 
 
-def time_training(row: dict, policy: str, slots: int, T: int) -> dict:
-    attention, qkv = ours(policy, slots, T)
+def time_training(row: dict, policy: str, slots: int, T: int, shape: tuple) -> dict:
+    attention, qkv = ours(policy, slots, T, shape)
     leaves = [x.requires_grad_() for x in qkv]
     up = torch.randn_like(qkv[0])
 
@@ -326,10 +329,10 @@ def time_training(row: dict, policy: str, slots: int, T: int) -> dict:
     return row
 
 
-def softmax(backend: str, T: int, train: bool):
+def softmax(backend: str, T: int, shape: tuple, train: bool):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (x.requires_grad_(train) for x in tokens(1, 32, 8, 128, T, BFLOAT))
+    q, k, v = (x.requires_grad_(train) for x in tokens(*shape, T, BFLOAT))
     up = torch.randn_like(q)
 
     def call():
@@ -341,11 +344,11 @@ def softmax(backend: str, T: int, train: bool):
     return call
 
 
-def linear(T: int, train: bool):
+def linear(T: int, shape: tuple, train: bool):
     from fla.ops.linear_attn import chunk_linear_attn
 
-    q, k, v = (x.transpose(1, 2).contiguous() for x in tokens(1, 32, 8, 128, T, BFLOAT))
-    k, v = (x.repeat_interleave(4, 2) for x in (k, v))  # it has no grouped heads
+    q, k, v = (x.transpose(1, 2).contiguous() for x in tokens(*shape, T, BFLOAT))
+    k, v = (x.repeat_interleave(shape[1] // shape[2], 2) for x in (k, v))  # it has no grouped heads
     q, k, v = (x.requires_grad_(train) for x in (q, k, v))
     up = torch.randn_like(q)
 
@@ -366,9 +369,9 @@ def peer(row: dict, make, *arguments) -> dict:
     return row
 
 
-def time_all(lengths: list[int], peers: bool, keep) -> None:
+def time_all(lengths: list[int], peers: bool, shape: tuple, keep) -> None:
     def add(row: dict) -> None:
-        row["features"] = LLAMA["feature_dim"]
+        row |= {"features": LLAMA["feature_dim"], "shape": shape}
         torch.cuda.empty_cache()
         keep(row)
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
@@ -376,18 +379,18 @@ def time_all(lengths: list[int], peers: bool, keep) -> None:
     for T in lengths:
         for policy, slots in (("attention", 128), ("mixed", 128), ("mixed", 176), ("value", 0)):
             if T in (2048, 32768, 131072) or (policy, slots) == ("attention", 128):
-                add(time_forward({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T))
+                add(time_forward({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T, shape))
         if peers:
-            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, False))
+            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, shape, False))
             if T <= 32768:
-                add(peer({"what": "sdpa flash", "T": T}, softmax, "FLASH_ATTENTION", T, False))
-                add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, False))
+                add(peer({"what": "sdpa flash", "T": T}, softmax, "FLASH_ATTENTION", T, shape, False))
+                add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, shape, False))
     for T in [t for t in lengths if t in (2048, 32768)]:
         for policy, slots in (("attention", 128), ("mixed", 128)):
-            add(time_training({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T))
+            add(time_training({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T, shape))
         if peers:
-            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, True))
-            add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, True))
+            add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, shape, True))
+            add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, shape, True))
 
 
 # (module, kernel) -> what to try instead of its row of LAUNCH
@@ -403,17 +406,13 @@ FORWARD = {
     ("fused_memory", "states"): [FREE, {"chunk": 4096}, {"chunk": 16384, "warps": 8, "registers": 128},
                                  {"stages": 2}, {"stages": 4}],
 }  # fmt: skip
-PREFILL = FORWARD | {
+MEMORY = {
     ("fused_memory", "mapped_memory"): [
         {"stages": 1}, {"stages": 1, "split": False}, {"stages": 1, "registers": 168}, {"stages": 3}, {"warps": 8},
-        {"chunk": 4096}, {"whole": False},
+        {"chunk": 4096},
     ],
 }  # fmt: skip
 RECALL = {("fused_memory", "recall"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}]}
-MEMORY = {
-    ("fused_memory", "memory"): [{"warps": 8}, {"chunk": 8192}, {"chunk": 8192, "stages": 3}, {"stages": 3},
-                                 {"stages": 1}, {"warps": 8, "registers": 128}],
-}  # fmt: skip
 TRAINING = {
     ("fused_exact", "query_grad"): [
         {"stages": 3}, {"stages": 1}, FREE, {"heads": 4, "registers": 128}, {"heads": 4, "registers": 128, "stages": 3},
@@ -431,13 +430,12 @@ TRAINING = {
     ("fused_memory", "phi_k_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_memory", "value_grad"): [{"warps": 8}, {"chunk": 8192}, {"stages": 1}],
     ("fused_map", "hedgehog"): [{"chunk": 128}, {"chunk": 128, "warps": 8}, {"stages": 1}],
-    ("fused_map", "hedgehog_grad"): [{"stages": 2}, {"stages": 3}, {"warps": 8}, {"warps": 8, "stages": 2},
-                                     {"chunk": 128, "warps": 8}, {"chunk": 32}, {"registers": 128}],
+    ("fused_map", "matrix_grad"): [{"stages": 2}, {"stages": 4}, {"warps": 8}, {"chunk": 128}, {"chunk": 32}],
 }  # fmt: skip
 # what is tuned: as `time` measures it, and as a distillation of SmolLM2 trains
 TUNED = {
-    "prefill": (PREFILL, ("attention", 128, 131072, (1, 32, 8, 128)), False),
-    "training": (TRAINING, ("attention", 128, 32768, (1, 32, 8, 128)), True),
+    "prefill": (FORWARD | MEMORY, ("attention", 128, 131072, SHAPE), False),
+    "training": (MEMORY | TRAINING, ("attention", 128, 32768, SHAPE), True),
     "small": (FORWARD | MEMORY | RECALL | TRAINING, ("mixed", 176, 2048, (16, 9, 3, 64)), True),
 }
 
@@ -568,8 +566,7 @@ def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) 
 
 
 def profile_all(workers: int) -> None:
-    shape = 1, 32, 8, 128
-    calls = [(("mixed", 128, 131072, shape), False), (("attention", 128, 2048, shape), False),
+    calls = [(("mixed", 128, 131072, SHAPE), False), (("attention", 128, 2048, SHAPE), False),
              *(row[1:] for row in TUNED.values())]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
@@ -593,6 +590,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072, 262144])
     parser.add_argument("--tuned", nargs="+", choices=TUNED, help="what `tune` looks at")
     parser.add_argument("--features", type=int, default=KernelSpec().feature_dim, help="of the memory; not of `check`")
+    parser.add_argument("--shape", type=int, nargs=4, default=SHAPE, metavar=("B", "H", "Hk", "D"), help="of `time`")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -611,7 +609,7 @@ def run(what: str, given: argparse.Namespace, keep) -> None:
     if what == "check":
         check_all(given.only, given.workers, keep)
     elif what == "time":
-        time_all(given.lengths, not given.no_peers, keep)
+        time_all(given.lengths, not given.no_peers, tuple(given.shape), keep)
     elif what == "tune":
         for call in given.tuned or TUNED:
             tune(call, given.only, given.workers, keep)
