@@ -37,7 +37,7 @@ def finetune(
         typer.Option(help="Tokens to train on, in each stage: rounded up to whole steps of the recipe's batch_tokens."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and dropout.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into --output stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run into --output stopped.")] = False,
     overwrite: Overwrite = False,
     dtype: DType = None,
     json: Json = None,

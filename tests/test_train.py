@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,6 +299,36 @@ def test_resuming_a_finished_run_trains_nothing(text, tmp_path):
     assert_same_weights(again, model)
     with pytest.raises(InputError, match="another recipe"):
         run(recipe(text, TRANSFER), tmp_path / "out", resume=True)
+
+
+def test_a_run_resumes_from_what_it_started_with_or_not_at_all(text, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(Path(text).read_bytes())
+    made = recipe(str(data), LORA)
+    with pytest.raises(CrashError):
+        run(made, tmp_path / "out", on_event=crash_at("lora", 4))
+    for other in (kernelize_model(tiny_llama(seed=1), [SPEC, SPEC]), student().bfloat16()):
+        with pytest.raises(InputError, match="trained from another model or in another type"):
+            run(made, tmp_path / "out", resume=True, model=other)
+    data.write_bytes(data.read_bytes() + b'{"text": "a line more"}\n')
+    with pytest.raises(InputError, match=f"{data}: has changed since"):
+        run(made, tmp_path / "out", resume=True)
+    data.write_bytes(Path(text).read_bytes())
+    assert run(made, tmp_path / "out", resume=True)[1].completed
+
+
+@pytest.mark.parametrize("held", [("config.json",), ("notes.txt",), ("config.json", "train.jsonl")])
+def test_resuming_takes_nothing_away_that_no_run_has_left(text, tmp_path, held):
+    for name in held:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        run(recipe(text, TRANSFER), tmp_path, resume=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(held, "mine")
+
+
+def test_a_run_goes_on_or_begins_anew(text, tmp_path):
+    with pytest.raises(InputError, match="give one of them"):
+        run(recipe(text, TRANSFER), tmp_path / "out", resume=True, overwrite=True)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
