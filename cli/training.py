@@ -64,6 +64,7 @@ def finetune(
         )
     write_json(json, dataclasses.asdict(result))
     if not result.completed:
-        say(f"stopped early; the same command with --resume goes on, from {output}")
+        instead = " in place of --overwrite" if overwrite else ""
+        say(f"stopped early; the same command with --resume{instead} goes on, from {output}")
         raise typer.Exit(INTERRUPTED)
     say(f"wrote {output}; next: kernelize evaluate {output} --teacher SOURCE --card")

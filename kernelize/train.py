@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, LOG, WRITTEN, HIDDEN = "checkpoints", "train.jsonl", "data", "hidden"
 COMPILED_ON, BACKEND = ("cuda",), "inductor"
+STDERR, SECOND = 2, b"stopping after this step; Ctrl-C once more stops at once\n"
 SKIPPED = 8  # steps in a row that cannot be used end a run even if its recipe skips them
 
 Event = dict[str, Any]
@@ -81,7 +82,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`completed` is False when a SIGTERM ended the run early; `finetune(resume=True)` goes on from there."""
+    """`completed` is False when SIGTERM or Ctrl-C ended the run early; `finetune(resume=True)` goes on from there."""
 
     output: Path
     stages: tuple[StageResult, ...]
@@ -144,7 +145,7 @@ class NonfiniteError(KernelizeError):
 
 
 class _Stop:
-    """Notes a SIGTERM, so that the step can be finished and saved. Only a process's main thread can.
+    """Notes a SIGTERM or a first Ctrl-C, so that the step can be finished and saved. Only a process's main thread can.
 
     `asked` is what this process was told, at any moment; `agreed` is what all processes have heard from one of them in
     the same step: only by that may a process leave the others.
@@ -158,11 +159,27 @@ class _Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        told = {signal.SIGTERM: self._terminate}
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # else somebody ignores it, or has other plans
+            told[signal.SIGINT] = self._interrupt
+        before = {number: signal.signal(number, handler) for number, handler in told.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _terminate(self, *_: Any) -> None:
+        self.asked = True
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        with suppress(OSError):  # and not print, which may be what was interrupted
+            os.write(STDERR, SECOND)
 
 
 class _Journal:

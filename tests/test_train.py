@@ -256,16 +256,17 @@ def test_a_crashed_run_resumes_to_the_same_bits(interrupted, tmp_path, stage, st
     assert_same_weights(resumed, undisturbed)
 
 
-def test_sigterm_finishes_the_step_and_saves(interrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_finish_the_step_and_save(interrupted, tmp_path, number):
     made, undisturbed = interrupted
 
     def terminate(event):
         if event["event"] == "step" and event["stage"] == "lora" and event["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     _, result, events = run(made, tmp_path / "out", on_event=terminate)
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(number) is handler
     assert not result.completed
     assert events[-1] == {"event": "stopped", "stage": "lora"}
     assert sum(event["event"] == "step" for event in events) <= 5 + 3
@@ -274,6 +275,18 @@ def test_sigterm_finishes_the_step_and_saves(interrupted, tmp_path):
     steps = [(event["stage"], event["step"]) for event in events if event["event"] == "step"]
     assert steps[0] in (("lora", 3), ("lora", 4))
     assert_same_weights(resumed, undisturbed)
+
+
+def test_a_second_ctrl_c_stops_at_once(text, tmp_path, capfd):
+    def impatient(event):
+        if event["event"] == "step":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(text, LORA), tmp_path / "out", on_event=impatient)
+    assert "Ctrl-C once more stops at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_two_runs_do_not_write_into_one_folder(text, tmp_path):
