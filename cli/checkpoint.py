@@ -23,7 +23,7 @@ from .options import (
     only_with,
     with_kernel_flags,
 )
-from .output import say, show_plan, show_predictions, table, write_json
+from .output import followed, say, show_plan, show_predictions, table, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def plan(
         found = predict_stages(source, recipe, machine, **where, **loading)
         show_predictions(found, f"{where['processes']} x {machine}, {where['engine']}")
     if output is not None:
-        write_file(output.resolve(), recipe.to_yaml())
+        write_file(followed(output), recipe.to_yaml())
         say(f"wrote {output}; next: kernelize convert {source} --config {output}")
     predicted = {"predictions": [prediction.to_dict() for prediction in found]}
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs, **(predicted if found else {})})

@@ -271,6 +271,9 @@ def evaluate_sources(
     suites: Sequence[str],
     *,
     teacher: str | None = None,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    quick: bool = False,
+    settings: Mapping[str, Any] | None = None,
     card: bool = False,
     device: str | None = None,
     dtype: str | None = None,
@@ -278,15 +281,16 @@ def evaluate_sources(
 ) -> list[Row]:
     """Evaluates sources beside a teacher; with `card`, the first one's model card takes up the numbers.
 
-    `options` go to `evaluate`: lengths, quick, settings, cache, on_progress.
+    `options` go to `evaluate`: cache, on_progress. What cannot be asked is refused before a weight is loaded.
     """
-    from .evaluate import evaluate
+    from .evaluate import choose_suites, evaluate
 
+    chosen = choose_suites(suites, lengths=lengths, quick=quick, settings=settings)
     if card:
         read_facts(sources[0])
     named = {**({"teacher": teacher} if teacher else {}), **dict(zip(short_names(sources), sources, strict=True))}
     loaded = {name: load_for_use(source, device=device, dtype=dtype) for name, source in named.items()}
-    rows = evaluate(loaded, suites, **options)
+    rows = evaluate(loaded, chosen, **options)
     if card:
         document(sources[0], rows=_with_other_suites(sources[0], as_rows(rows)))
     return rows
@@ -475,12 +479,13 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None,
 
 
 def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:
-    """What `document` keeps of a training."""
+    """What `document` keeps of a training; what is not known of the time before it stays unknown."""
     trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
+    earlier = None if before is None else before.tokens
     return {
         "recipe": recipe,
         "source": read_source(source),
-        "tokens": trained + ((before.tokens or 0) if before else 0),
+        "tokens": None if earlier is None else earlier + trained,
         "commands": [*(before.commands if before else ()), _command("finetune", source, output)],
     }
 

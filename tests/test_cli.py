@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -451,6 +452,32 @@ def test_names_are_short_and_distinct(sources, names):
         short_names([*sources, sources[0]])
 
 
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr("kernelize.pipeline.load_for_use", lambda *_, **__: pytest.fail("a model was loaded"))
+    for options in (["--suite", "pppl"], ["--suite", "ppl", "--pieces", "0"], ["--suite", "ppl", "--limit", "3"]):
+        assert run("evaluate", folder / "made", *options) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+
+
+def test_tokens_of_a_past_that_is_not_known_are_not_counted_as_none(folder, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(folder / "made", made)
+    facts = json.loads((made / "kernelize.json").read_text())
+    (made / "kernelize.json").write_text(json.dumps({name: value for name, value in facts.items() if name != "tokens"}))
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source"]
+    assert run("finetune", made, "-o", tmp_path / "tuned", *options) == 0
+    assert "Tokens trained after the conversion: not recorded" in (tmp_path / "tuned" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("option", ["--json", "--output"])
+def test_a_file_may_be_a_pipe(folder, option):
+    reading, writing = os.pipe()
+    assert run("plan", folder / "source", option, f"/dev/fd/{writing}") == 0
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "feature_map" in pipe.read()
+
+
 def test_the_card_keeps_the_suites_that_are_not_measured_anew(folder, tmp_path):
     made = tmp_path / "made"
     shutil.copytree(folder / "made", made)
@@ -504,8 +531,11 @@ def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, s
         ("list --device cpu", "--device does nothing without --measure"),
         ("list --families --measure {}", "leave out one of them"),
         ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
+        ("generate {} x --temperature 1 --seed 4294967296", "less than or equal to 4294967295"),
         ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
         ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
+        ("evaluate {} --suite ppl --haystack novel", "(--haystack) does nothing without the suite passkey or recall"),
+        ("evaluate {} --suite ppl --task gaps", "(--task) does nothing without the suite tasks or lm-eval"),
         ("inspect {} --output x.yaml", "--output does nothing without --state-bytes"),
     ],
 )

@@ -395,6 +395,11 @@ def test_a_suite_can_have_lengths_of_its_own(novel):
         lengths_by_suite(["pppl=64"])
 
 
+def test_a_suite_that_is_named_twice_is_measured_once(novel):
+    models, options = {"a": (tiny_llama(), TOKENIZER)}, {"lengths": [64], "settings": {"text": novel, "pieces": 2}}
+    assert evaluate(models, ["ppl", "ppl"], **options) == evaluate(models, ["ppl"], **options)
+
+
 def test_the_haystack_and_the_text_are_two_texts(novel, tmp_path):
     (tmp_path / "code.txt").write_text("def f(x):\n    return x\n" * 60)
     settings = {"haystack": novel, "text": str(tmp_path / "code.txt"), "pieces": 1, "trials": 1, "depths": (0.5,)}
