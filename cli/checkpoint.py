@@ -23,7 +23,7 @@ from .options import (
     only_with,
     with_kernel_flags,
 )
-from .output import followed, say, show_plan, show_predictions, table, write_json
+from .output import followed, say, show_plan, show_predictions, table, typed, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def plan(
         show_predictions(found, f"{where['processes']} x {machine}, {where['engine']}")
     if output is not None:
         write_file(followed(output), recipe.to_yaml())
-        say(f"wrote {output}; next: kernelize convert {source} --config {output}")
+        say(f"wrote {output}; next: kernelize convert {typed(source)} --config {typed(output)}")
     predicted = {"predictions": [prediction.to_dict() for prediction in found]}
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs, **(predicted if found else {})})
 
@@ -170,7 +170,7 @@ def convert(
                 device=device, on_progress=progress, **loading,
             )  # fmt: skip
     show_plan(report)
-    say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
+    say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {typed(output)}")
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
 

@@ -10,7 +10,7 @@ import typer
 
 from .codes import INTERRUPTED
 from .options import DType, Json, Overwrite, Source
-from .output import say, write_json
+from .output import say, typed, write_json
 from .progress import TrainingProgress
 
 Data = Annotated[
@@ -67,4 +67,4 @@ def finetune(
         instead = " in place of --overwrite" if overwrite else ""
         say(f"stopped early; the same command with --resume{instead} goes on, from {output}")
         raise typer.Exit(INTERRUPTED)
-    say(f"wrote {output}; next: kernelize evaluate {output} --teacher SOURCE --card")
+    say(f"wrote {output}; next: kernelize evaluate {typed(output)} --teacher SOURCE --card")

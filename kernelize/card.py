@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -391,7 +392,7 @@ def _summary(facts: CardFacts) -> str:
 
 def _quality(facts: CardFacts) -> str:
     if not facts.rows:
-        command = f"kernelize evaluate {facts.name} --teacher {_origin(facts)} --card"
+        command = f"kernelize evaluate {quote(facts.name)} --teacher {quote(_origin(facts))} --card"
         return f"Not measured. `{command}` measures it beside the original model."
     models = list(dict.fromkeys(row["model"] for row in facts.rows))
     lines = _table(("suite", "metric", "length", "depth", *models), _quality_lines(facts.rows, models))
@@ -404,7 +405,8 @@ def _quality(facts: CardFacts) -> str:
 def _audit(facts: CardFacts) -> str:
     """What the parts are worth: a line an ablation; and a line a layer."""
     if facts.audit is None:
-        return f"Not measured. `kernelize audit {facts.name} --against {_origin(facts)} --card` takes each part away."
+        command = f"kernelize audit {quote(facts.name)} --against {quote(_origin(facts))} --card"
+        return f"Not measured. `{command}` takes each part away."
     found: dict[str, dict[str, str]] = {}
     for row in facts.audit["rows"]:
         found.setdefault(row["model"].rpartition(", ")[2], {})[row["metric"]] = _measured(row, None)
@@ -498,7 +500,9 @@ def _memory(facts: CardFacts) -> str:
 
 def _speed(facts: CardFacts) -> str:
     if facts.speed is None:
-        return f"Not measured. `kernelize bench {facts.name} --against {_origin(facts)} --card` times both."
+        return (
+            f"Not measured. `kernelize bench {quote(facts.name)} --against {quote(_origin(facts))} --card` times both."
+        )
     rows = facts.speed["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = _table(("case", "measured", "length", "", *models), _quality_lines(rows, models))
@@ -526,7 +530,7 @@ def _spec(spec) -> str:
 def _training(facts: CardFacts) -> str:
     said = f"Tokens trained after the conversion: {'not recorded' if facts.tokens is None else f'{facts.tokens:,}'}."
     if not facts.tokens:
-        said += f" `kernelize finetune {facts.name} --output NEW` trains."
+        said += f" `kernelize finetune {quote(facts.name)} --output NEW` trains."
     return f"{said}\n\nRecipe:\n\n```yaml\n{portable(facts.recipe.rstrip())}\n```" if facts.recipe else said
 
 

@@ -150,7 +150,7 @@ def convert_source(
     run = _convert_streamed if stream else _convert_in_memory
     model, save_to = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
-    command = _command("convert", source, output)
+    command = _command("convert", source, output, dtype=dtype, stream=stream, **loading)
     origin = read_source(source, loading.get("revision"))
     save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, tokens=0, commands=[command]))
     return report
@@ -441,7 +441,7 @@ def finetune_source(
         raise InputError(
             f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
         )
-    documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output))
+    documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output, dtype))
     return finetune(
         model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event, document=documented
     )
@@ -478,7 +478,9 @@ def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None,
     return recipe.model_copy(update=changes)
 
 
-def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:
+def _training_facts(
+    source: str, before: CardFacts | None, recipe: Recipe, output: str | Path, dtype: str | None
+) -> dict[str, Any]:
     """What `document` keeps of a training; what is not known of the time before it stays unknown."""
     trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
     earlier = None if before is None else before.tokens
@@ -486,14 +488,19 @@ def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, outpu
         "recipe": recipe,
         "source": read_source(source),
         "tokens": None if earlier is None else earlier + trained,
-        "commands": [*(before.commands if before else ()), _command("finetune", source, output)],
+        "commands": [*(before.commands if before else ()), _command("finetune", source, output, dtype=dtype)],
     }
 
 
-def _command(name: str, source: str, output: str | Path) -> str:
-    """The command as it is recorded: of what lies on this machine only the name; the recipe stands beside the card."""
+def _command(name: str, source: str, output: str | Path, **options: str | bool | None) -> str:
+    """The command as it is recorded: of what lies on this machine only the name; the recipe stands beside the card.
+
+    `options`: what else the result follows from, by its name in Python; what is None or False was not given.
+    """
     named = Path(source).name if Path(source).exists() else source
-    return shlex.join(["kernelize", name, named, "--config", RECIPE_NAME, "--output", _name(output)])
+    given = {f"--{option.replace('_', '-')}": value for option, value in options.items() if value}
+    more = [part for option, value in given.items() for part in ([option] if value is True else [option, str(value)])]
+    return shlex.join(["kernelize", name, named, "--config", RECIPE_NAME, "--output", _name(output), *more])
 
 
 def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:

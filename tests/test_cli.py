@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import kernelize
-from kernelize.cli import main
+from kernelize.card import VARIANTS
+from kernelize.cli import main, publication
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
 from kernelize.errors import InputError, KernelizeError
@@ -200,6 +203,29 @@ def test_a_recipe_changed_by_flags_says_by_which(folder):
     again = KernelFlags(config=str(folder / "made" / "recipe.yaml"), slots=4, sink_logits=False).recipe(2)
     assert again.description == f"default, changed by {flags} --slots 4 --no-sink-logits"
     assert KernelFlags(window=64).recipe(2).description == KernelFlags().recipe(2).description
+
+
+def test_what_to_do_next_can_be_copied(folder, tmp_path, capsys):
+    """Run as it is shown, the next command finds what the last one wrote."""
+    assert run("convert", folder / "source", "-o", tmp_path / "two words", *KERNEL) == 0
+    shown = capsys.readouterr().out
+    following = shlex.split(shown[shown.rindex("next: kernelize ") :])[2:]
+    assert following == ["check", str(tmp_path / "two words")]
+    assert "`kernelize audit 'two words' --against source" in (tmp_path / "two words/README.md").read_text("utf-8")
+
+
+def test_the_record_has_every_option_that_the_result_follows_from(folder, tmp_path, capsys):
+    assert run("convert", folder / "source", "-o", tmp_path / "made", *KERNEL, "--dtype", "bfloat16") == 0
+    assert run("convert", folder / "source", "-o", tmp_path / "streamed", *KERNEL, "--stream") == 0
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source", "--dtype", "float32"]
+    assert run("finetune", tmp_path / "made", "-o", tmp_path / "tuned", *options) == 0
+    records = (json.loads((tmp_path / name / "kernelize.json").read_text()) for name in ("tuned", "streamed"))
+    assert [command.split("--output ")[1] for record in records for command in record["commands"]] == [
+        "made --dtype bfloat16", "tuned --dtype float32", "streamed --stream"]  # fmt: skip
+
+
+def test_the_help_of_push_names_every_variant():
+    assert set(VARIANTS) <= set(re.findall(r"[\w-]+", publication.push.__doc__ or ""))
 
 
 def test_a_conversion_records_that_nothing_was_trained(folder, tmp_path, capsys):
