@@ -116,6 +116,10 @@ def _check_spec(spec: str | None, state_bytes: int | None, stream: bool, kernel:
         )
 
 
+def _stretched(make: Callable[[int], Recipe], context: int, layers: int) -> Recipe:
+    return make(layers).model_copy(update={"context": context})
+
+
 @with_kernel_flags
 def convert(
     source: Source,
@@ -155,12 +159,12 @@ def convert(
     if spec == "auto":
         inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
         make = partial(lambda found, layers: found, inspected)
+    if context is not None:
+        make = partial(_stretched, make, parse_length(context))
     if stream:
         make = partial(streamable, make)
     with Progress("layers") as progress:
         recipe, report = plan_source(source, make, dtype=dtype, device=device, on_progress=progress, **loading)
-    if context is not None:
-        recipe = recipe.model_copy(update={"context": parse_length(context)})
     show_kept(recipe)
     if not dry_run:
         typer.echo(f"converting {source} …", err=True)

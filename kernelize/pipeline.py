@@ -112,11 +112,14 @@ def keep_chosen(
 def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
     """The recipe's plan for a model; layers with a window of their own stay as they are, unless the recipe names them.
 
-    Raises InputError or SpecError for what cannot be converted.
+    Raises InputError or SpecError for what cannot be converted, and for positions that cannot be stretched.
     """
+    from .convert import stretched_config
     from .plan import ConversionPlan
     from .runtime.modeling import native_windows, refuse, rotary_context
 
+    if recipe.context:
+        stretched_config(config, recipe.context)
     context = recipe.context or rotary_context(config)
     plan = ConversionPlan.from_recipe(recipe, config.num_hidden_layers, native_windows(config), context)
     refuse(config, list(plan.layers))

@@ -82,7 +82,7 @@ def test_what_makes_no_sense_is_named(fields, message):
 
 @pytest.mark.parametrize("data", [None, [], "text", 3])
 def test_a_recipe_is_a_mapping(data):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="a recipe is a mapping of fields"):
         Recipe.from_dict(data)
 
 
@@ -112,6 +112,27 @@ def test_layers_override_ranges_and_keep_stays_softmax():
 def test_bad_yaml_is_one_clear_line(text, message):
     with pytest.raises(InputError, match=message):
         Recipe.from_yaml(text)
+
+
+@pytest.mark.parametrize("number", ["020", "1:30", "0x10", "0b11"])
+def test_a_whole_number_is_what_it_looks_like_or_none(number):
+    with pytest.raises(InputError, match=f"seed: .*integer, not '{number}'"):
+        Recipe.from_yaml(f"name: a\ndescription: b\nseed: {number}")
+    assert Recipe.from_yaml("name: a\ndescription: b\nseed: 1_000").seed == 1000
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "clip"])
+def test_numbers_are_finite(field):
+    with pytest.raises(InputError, match=f"{field}: .*finite"):
+        recipe(stages=[STAGE | {field: float("inf")}])
+
+
+def test_what_stages_share_may_be_written_once():
+    shared = "&s {kind: transfer, steps: 2, data: [sample]}"
+    read = Recipe.from_yaml(
+        f"name: a\ndescription: b\nstages: [{{name: x, <<: {shared}}}, {{<<: *s, name: y, steps: 3}}]"
+    )
+    assert [(stage.name, stage.steps) for stage in read.stages] == [("x", 2), ("y", 3)]
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
