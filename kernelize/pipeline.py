@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .recipe import DataSource, Recipe
     from .train import TrainResult
 
+CONVERSION = ("keep", "keep_costs", "layers", "reach", "context", "budget")  # what of a recipe a conversion has used up
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
 BUDGET_TOKENS, BUDGET_TEXTS = 2048, (1, 2)  # the texts by which the slots are shared out
 
@@ -463,22 +464,24 @@ def _check_original(recipe: Recipe, teacher: str | None) -> None:
 
 
 def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, model: PreTrainedModel) -> Recipe:
-    """The stages of `recipe` for the kernels that the checkpoint has.
+    """The stages of `recipe` for the kernels that the checkpoint has: by its own recipe or, without one, by its plan.
 
     Of an earlier release the checkpoint's recipe may leave out what was then the default: 128 features.
     """
+    from .plan import ConversionPlan
     from .recipe import Recipe
-    from .runtime.modeling import kernelized_layers
+    from .runtime.modeling import kernelized_layers, plan_of
 
-    changes: dict[str, Any] = {"source": teacher} if teacher else {}
+    features = [layer.kernelize.spec.feature_dim for layer in kernelized_layers(model).values()]
+    if not features:
+        return recipe.model_copy(update={"source": teacher} if teacher else {})
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
-        features = [layer.kernelize.spec.feature_dim for layer in kernelized_layers(model).values()]
-        known = {"feature_dim": features[0]} if features else {}
-        changes |= {"kernel": known | made.kernel, "keep": made.keep, "layers": made.layers}
-        changes |= {"reach": made.reach, "context": made.context}
-        changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
-    return recipe.model_copy(update=changes)
+    else:
+        made = ConversionPlan(tuple(plan_of(model.config))).to_recipe(recipe.name, recipe.description)
+    kept: dict[str, Any] = {field: getattr(made, field) for field in CONVERSION}
+    kept |= {"kernel": {"feature_dim": features[0]} | made.kernel, "keep_auto": None}
+    return recipe.model_copy(update=kept | ({"source": teacher} if teacher else {}))
 
 
 def _training_facts(

@@ -23,8 +23,9 @@ from kernelize.card import VARIANTS
 from kernelize.cli import main, publication
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
+from kernelize.convert import load_config
 from kernelize.errors import InputError, KernelizeError
-from kernelize.pipeline import override_stages, short_names
+from kernelize.pipeline import override_stages, plan_for, short_names
 from kernelize.recipe import Recipe
 from kernelize.runtime.spec import KernelSpec
 
@@ -425,6 +426,20 @@ def test_the_record_says_all_of_the_kernels_whatever_the_defaults_will_be(folder
     options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source"]
     assert run("finetune", made, "-o", tmp_path / "tuned", *options) == 0
     assert Recipe.from_yaml((tmp_path / "tuned" / "recipe.yaml").read_text("utf-8")).kernel["feature_dim"] == 16
+
+
+def test_the_record_of_a_training_has_the_kernels_of_the_checkpoint_by_its_recipe_or_its_plan(folder, tmp_path):
+    """A checkpoint from the Hub, or one that Python code has saved, comes without a recipe."""
+    made, other = tmp_path / "made", tmp_path / "other.yaml"
+    shutil.copytree(folder / "made", made)
+    other.write_text(RECIPE.replace("window: 16", "window: 24") + "budget: auto\n")
+    for name in ("with", "without"):
+        assert run("finetune", made, "-o", tmp_path / name, "--config", other, "--teacher", folder / "source") == 0
+        recorded = Recipe.from_yaml((tmp_path / name / "recipe.yaml").read_text("utf-8"))
+        plan = json.loads((made / "config.json").read_text())["kernelize"]
+        assert plan_for(recorded, load_config(folder / "source")).to_dict() == plan
+        assert recorded.budget == "uniform"
+        (made / "recipe.yaml").unlink(missing_ok=True)
 
 
 def test_finetune_evaluate_report_and_push_keep_the_record(folder, tmp_path, capsys):
