@@ -67,6 +67,8 @@ def generate(
         raise InputError("--save-state reads plain text; leave out --chat, or give it with --load-state")
     with doing(f"loading {source}"):
         model, tokenizer = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    if save_state is not None:
+        states.check_savable(model)
     before = None if load_state is None else states.load_state(load_state, model)
     if save_state is not None:
         text = sys.stdin.read() if prompt is None else prompt

@@ -325,6 +325,17 @@ def serve_source(source: str, **options: Any) -> None:
     serve(source, **options)
 
 
+def check_address(host: str, port: int) -> None:
+    """InputError for an address at which nothing can listen: another server does, or it is none of this machine."""
+    import socket
+
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
+
+
 def audit_source(
     source: str,
     teacher: str,

@@ -326,7 +326,6 @@ def learned(tmp_path_factory) -> Path:
     [
         ("generate", ["the", "--max-new-tokens", "62"], 65),
         ("generate", ["x" * 60, "--max-new-tokens", "5"], 65),
-        ("generate", ["x" * 65, "--save-state", "state"], 65),
         ("bench", ["--lengths", "32", "--tokens", "32"], 66),
         ("bench", ["--lengths", "32", "--tokens", "2", "--train"], 2048),
         ("inspect", ["--tokens", "256"], 256),
@@ -340,6 +339,13 @@ def test_learned_positions_end_before_anything_is_written(
     said = capsys.readouterr()
     assert f"length={length} (answers included) is beyond the 64 learned positions of " in said.err
     assert (said.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_document_past_learned_positions_is_not_read_for_its_state(learned, capsys, tmp_path):
+    assert run("convert", learned, "-o", tmp_path / "made", *KERNEL) == 0
+    assert run("generate", tmp_path / "made", "x" * 65, "--save-state", tmp_path / "state") == 2
+    assert "length=65 (answers included) is beyond the 64 learned positions of " in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_prompt_of_half_a_surrogate_pair_is_one_line(folder, capsys):
@@ -379,7 +385,8 @@ def test_generate_reads_once_and_answers_later(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["{0}/source", "x", "--save-state", "{1}/book"], "has read nothing yet"),
+        (["{0}/source", "x", "--save-state", "{1}/book"], "what a kernelized model has; this is a llama"),
+        (["{0}/source", "x", "--load-state", "{1}/book"], "what a kernelized model has; this is a llama"),
         (["{0}/made", "x", "--save-state", "{1}/book", "--chat"], "leave out --chat"),
         (["{0}/made", "x", "--save-state", "{1}/book", "--compile"], "leave out --compile"),
         (["{0}/made", "x", "--compile", "--device", "cpu"], "the model is on cpu, not on a GPU"),
@@ -394,6 +401,13 @@ def test_generate_refuses_states(options, said, folder, tmp_path, capsys):
     assert run("generate", *(option.format(folder, tmp_path) for option in options)) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_document_is_not_read_for_a_state_that_cannot_be_saved(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kernelize.generate.read_text", lambda *_: pytest.fail("it was read"))
+    assert run("convert", folder / "source", "-o", tmp_path / "hybrid", *KERNEL, "--keep", "1") == 0
+    assert run("generate", tmp_path / "hybrid", "x", "--save-state", tmp_path / "book") == 2
+    assert "layer 1 keeps softmax attention" in capsys.readouterr().err
 
 
 def test_bench_compiles_on_a_gpu_alone(folder, capsys):

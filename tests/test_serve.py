@@ -137,6 +137,16 @@ def test_continuous_batching_is_refused(folder):
         load(folder)[0].init_continuous_batching()
 
 
+def test_an_address_that_is_taken_or_is_none_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(tmp_path), "--port", port]) == 2
+    assert main(["serve", str(tmp_path), "--host", "nowhere.invalid"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("error: cannot listen at ") == 2
+    assert shown.out == ""
+
+
 def test_what_is_not_converted_is_refused(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "plain")
     byte_tokenizer().save_pretrained(tmp_path / "plain")
