@@ -423,5 +423,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error

@@ -279,7 +279,7 @@ class _Run:
         if limit is not None and stage.sequence_length > limit and not self._may_exceed(stage, limit):
             raise InputError(
                 f"stage {stage.name!r}: sequence_length={stage.sequence_length}; the model's positions end at {limit}"
-                + ("" if has_position_table(self.model, limit) else " (distil.beyond weighs what comes after)")
+                + (" (distil.beyond weighs what comes after)" if self._can_exceed(stage, limit) else "")
             )
         fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
         if self.teacher is None and self.recipe.source is None and needs_teacher(stage):
@@ -309,7 +309,10 @@ class _Run:
     def _may_exceed(self, stage: Stage, limit: int) -> bool:
         """Whether a sequence may go past the model's positions: rotary ones, and the recipe says what counts there."""
         says = stage.distil is not None and stage.distil.beyond is not None
-        return says and not has_position_table(self.model, limit)
+        return says and self._can_exceed(stage, limit)
+
+    def _can_exceed(self, stage: Stage, limit: int) -> bool:
+        return stage.kind == "distil" and not has_position_table(self.model, limit)
 
     # --- the whole ---
 

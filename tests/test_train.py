@@ -368,7 +368,8 @@ def test_a_gradient_that_is_no_number_names_the_parameter(text, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
-        (TRANSFER | {"sequence_length": 512, "batch_tokens": 512}, {}, "sequence_length=512.*end at 256"),
+        (TRANSFER | {"sequence_length": 512, "batch_tokens": 512}, {}, "sequence_length=512.*end at 256$"),
+        (LORA | {"sequence_length": 512, "batch_tokens": 512}, {}, r"end at 256 \(distil.beyond weighs"),
         (LORA, {"teacher": None}, "needs the original model"),
         (TRANSFER | {"data": ["nothing.txt"]}, {}, "nothing.txt"),
         (LORA | {"lora": {"targets": ["qq_proj"]}}, {}, "'qq_proj' ends no linear"),
