@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager, server, utils
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
 
 from .convert import load_config
 from .errors import InputError
@@ -53,6 +55,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that the server reads over, an
     "response_format": ({"type": "text"},), "tool_choice": ("auto", "none"), "functions": ([],),
 }  # fmt: skip
 RANGES = {"temperature": (0, 2), "top_p": (0, 1)}
+NEEDED = {ChatCompletionHandler: "messages", CompletionHandler: "prompt"}
 COUNTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -90,7 +93,7 @@ def _validate(handler: Any, body: dict[str, Any]) -> None:
     from fastapi import HTTPException
 
     _usual_check(handler, body)
-    if said := problem(body):
+    if said := problem(body, NEEDED.get(type(handler))):
         raise HTTPException(status_code=400, detail=said)
 
 
@@ -101,12 +104,14 @@ def _settings(handler: Any, body: dict[str, Any], *args: Any, **options: Any) ->
     return settings
 
 
-def problem(body: dict[str, Any]) -> str | None:
-    """What is wrong with a request, or what of it would be left out; None if it can be answered as it is."""
+def problem(body: dict[str, Any], needed: str | None = None) -> str | None:
+    """What is wrong with a request, or what of it would be left out; None if it can be answered as it is. `needed`
+    is the field that holds what is to be answered."""
     given = {name: value for name, value in body.items() if value is not None}
-    for name in ("messages", "prompt"):
-        if name in given and not given[name]:
-            return f"{name} is empty"
+    if needed and not given.get(needed):
+        return f"{needed} is empty"
+    if needed == "messages" and not _are_messages(given[needed]):
+        return f"messages={given[needed]!r} is not a list of objects with a role"
     for name in COUNTS:
         if name in given and (not _is_number(given[name], int) or given[name] < 1):
             return f"{name}={given[name]!r} is not a whole number of at least 1"
@@ -115,6 +120,10 @@ def problem(body: dict[str, Any]) -> str | None:
             return f"{name}={given[name]!r} is not a number from {low} to {high}"
     ignored = (name for name, neutral in NEUTRAL.items() if name in given and given[name] not in neutral)
     return next((f"{name}={given[name]!r} is not supported here; leave it out" for name in ignored), None)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, dict) and "role" in part for part in value)
 
 
 def _is_number(value: Any, *kinds: type) -> bool:

@@ -104,6 +104,7 @@ def test_and_completes_at_once(client, folder):
         ({"n": 2}, "n=2 is not supported"), ({"temperature": -1}, "temperature=-1 is not a number from 0 to 2"),
         ({"top_p": 5}, "top_p=5 is not"), ({"max_tokens": 0}, "max_tokens=0 is not a whole number of at least 1"),
         ({"logprobs": True}, "logprobs=True is not supported"), ({"messages": []}, "messages is empty"),
+        ({"messages": "Hi"}, "messages='Hi' is not a list of objects with a role"),
         ({"max_completion_tokens": True}, "max_completion_tokens=True is not a whole number"),
     ],
 )  # fmt: skip
@@ -112,7 +113,9 @@ def test_what_would_be_left_out_is_refused(client, folder, options, said):
         client.chat.completions.create(**{"model": str(folder), "messages": MESSAGES, "max_tokens": 2} | options)
 
 
-@pytest.mark.parametrize("options", [{"prompt": ""}, {"temperature": 9.0}, {"n": 3}, {"echo": True}, {"best_of": 2}])
+@pytest.mark.parametrize(
+    "options", [{"prompt": ""}, {"prompt": None}, {"temperature": 9.0}, {"n": 3}, {"echo": True}, {"best_of": 2}]
+)
 def test_and_for_completions_of_text(client, folder, options):
     with pytest.raises(BadRequestError):
         client.completions.create(**{"model": str(folder), "prompt": "Hi", "max_tokens": 2} | options)
