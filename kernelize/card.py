@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, first_problem
 from .files import write_file
 from .plan import ConversionPlan, PlanReport, describe
 from .units import data_size
@@ -211,7 +211,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
     try:
         TypeAdapter(Recorded).validate_python(recorded)
     except ValidationError as error:
-        raise InputError(f"{folder / FACTS_NAME}: {error}") from error
+        raise InputError(f"{folder / FACTS_NAME}: {first_problem(error)}") from error
     source, recipe, versions = recorded.get("source"), folder / RECIPE_NAME, folder / ENVIRONMENT_NAME
     return CardFacts(
         name=name or folder.resolve().name,

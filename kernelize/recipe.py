@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
-from .errors import InputError
+from .errors import InputError, first_problem
 from .runtime.spec import MOST_LAYERS, KernelSpec, SpecError, choose
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{where}: {_first_problem(error)}") from error
+            raise InputError(f"{where}: {first_problem(error)}") from error
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
@@ -352,16 +352,6 @@ def _layer_range(key: str) -> range:
     if last >= MOST_LAYERS:
         raise ValueError(f"layers range {key!r} goes beyond {MOST_LAYERS} layers")
     return range(first, last + 1)
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-    else:
-        message = f"{problem['msg']}, not {problem['input']!r}".replace("a valid tuple", "a list")
-    return f"{place}: {message}" if place else message
 
 
 class _Loader(yaml.SafeLoader):

@@ -488,6 +488,9 @@ def test_rows_survive_a_file_and_every_metric_is_described(novel, tmp_path):
     (tmp_path / "rows.json").write_text("{}")
     with pytest.raises(InputError, match="no evaluation rows"):
         load_rows(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text('{"rows": [{"model": "a"}]}')
+    with pytest.raises(InputError, match=r"no evaluation rows \(rows\[0\].suite: Field required, not [^\n]*\)$"):
+        load_rows(tmp_path / "rows.json")
 
 
 def test_intervals_hold_the_value_and_are_seeded(novel):
