@@ -23,7 +23,7 @@ from .options import (
     only_with,
     with_kernel_flags,
 )
-from .output import say, show_plan, show_predictions, table, write_json
+from .output import followed, say, show_plan, show_predictions, table, typed, write_json
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def plan(
         found = predict_stages(source, recipe, machine, **where, **loading)
         show_predictions(found, f"{where['processes']} x {machine}, {where['engine']}")
     if output is not None:
-        write_file(output.resolve(), recipe.to_yaml())
-        say(f"wrote {output}; next: kernelize convert {source} --config {output}")
+        write_file(followed(output), recipe.to_yaml())
+        say(f"wrote {output}; next: kernelize convert {typed(source)} --config {typed(output)}")
     predicted = {"predictions": [prediction.to_dict() for prediction in found]}
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs, **(predicted if found else {})})
 
@@ -114,6 +114,10 @@ def _check_spec(spec: str | None, state_bytes: int | None, stream: bool, kernel:
         raise typer.BadParameter(
             f"--spec {spec} chooses recipe and kernels itself; leave out {next(iter(kernel.options))}"
         )
+
+
+def _stretched(make: Callable[[int], Recipe], context: int, layers: int) -> Recipe:
+    return make(layers).model_copy(update={"context": context})
 
 
 @with_kernel_flags
@@ -155,12 +159,12 @@ def convert(
     if spec == "auto":
         inspected = auto_recipe(source, state_bytes, dtype=dtype, device=device, **loading)
         make = partial(lambda found, layers: found, inspected)
+    if context is not None:
+        make = partial(_stretched, make, parse_length(context))
     if stream:
         make = partial(streamable, make)
     with Progress("layers") as progress:
         recipe, report = plan_source(source, make, dtype=dtype, device=device, on_progress=progress, **loading)
-    if context is not None:
-        recipe = recipe.model_copy(update={"context": parse_length(context)})
     show_kept(recipe)
     if not dry_run:
         typer.echo(f"converting {source} …", err=True)
@@ -170,7 +174,7 @@ def convert(
                 device=device, on_progress=progress, **loading,
             )  # fmt: skip
     show_plan(report)
-    say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {output}")
+    say("dry run: nothing was written" if dry_run else f"wrote {output}; next: kernelize check {typed(output)}")
     write_json(json, {**report.to_dict(), "keep_costs": recipe.keep_costs})
 
 

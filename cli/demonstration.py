@@ -10,14 +10,14 @@ import typer
 
 from .evaluation import show_checks
 from .options import SOURCE_HELP, Json, Overwrite
-from .output import say, show_plan, stream, table, write_json
+from .output import say, show_plan, stream, table, typed, write_json
 from .progress import Progress, TrainingProgress
 
 NEXT = """\
 Wrote {output}, an ordinary checkpoint, and {report}. What to do next:
-  kernelize generate {output} --chat            talk to it
-  kernelize info {output}                       plan, training and measured quality
-  kernelize push {output} NAME --dry-run        what would go to the Hub
+  kernelize generate {typed} --chat            talk to it
+  kernelize info {typed}                       plan, training and measured quality
+  kernelize push {typed} NAME --dry-run        what would go to the Hub
   kernelize convert SOURCE -o out               your own model: a Hub id, a folder or a .gguf file
   kernelize finetune out -o tuned --teacher SOURCE --data FILE   and your own text, for as long as you like"""
 
@@ -48,7 +48,7 @@ def demo(
     say("")
     show_checks(result.checks)
     table("Result", *summary(result.rows))
-    say(NEXT.format(output=result.output, report=result.report))
+    say(NEXT.format(output=result.output, report=result.report, typed=typed(result.output)))
     write_json(json, dataclasses.asdict(result))
     if failed := [row.name for row in result.checks if row.failed]:
         raise KernelizeError(f"checks failed: {', '.join(failed)}")

@@ -176,7 +176,7 @@ def show_audit(found: Audit) -> None:
 
 def overlap(
     training: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Training text: .txt, .xz, .jsonl, .parquet.")
+        list[str], typer.Argument(metavar="FILE...", help="Training text: .txt, .txt.xz, .jsonl, .parquet.")
     ],
     against: Annotated[list[str], typer.Option("--against", help="Evaluation text; may be repeated.")],
     json: Json = None,

@@ -11,7 +11,7 @@ import typer
 from kernelize.units import data_size
 
 from .options import Json, Overwrite, Revision, Trust
-from .output import say, table, write_json
+from .output import say, table, typed, write_json
 
 
 def export(
@@ -38,5 +38,5 @@ def export(
     )  # fmt: skip
     table("Files", ("file", "size"), ((name, data_size(size)) for name, size in done.files.items()))
     say(f"state {data_size(done.state_bytes)} a row at any length; logits differ by {done.difference:.1e}, relatively")
-    say(f"wrote {output}; next: python -m kernelize.edge {output} --prompt 'Once upon a time'")
+    say(f"wrote {output}; next: python -m kernelize.edge {typed(output)} --prompt 'Once upon a time'")
     write_json(json, dataclasses.asdict(done))

@@ -17,6 +17,7 @@ from .output import say, stream, write_json
 from .progress import doing
 
 PROMPT_MARK = "> "
+LAST_SEED = 2**32 - 1  # that NumPy takes
 SaveState = Annotated[
     Path | None,
     typer.Option(metavar="FILE", callback=in_a_folder, help="Read the prompt, write what is remembered of it to FILE."),
@@ -36,7 +37,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the sampling.")] = 0,
     save_state: SaveState = None,
     load_state: LoadState = None,
     compiled: Annotated[
@@ -66,6 +67,8 @@ def generate(
         raise InputError("--save-state reads plain text; leave out --chat, or give it with --load-state")
     with doing(f"loading {source}"):
         model, tokenizer = load_for_use(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    if save_state is not None:
+        states.check_savable(model)
     before = None if load_state is None else states.load_state(load_state, model)
     if save_state is not None:
         text = sys.stdin.read() if prompt is None else prompt

@@ -15,7 +15,7 @@ import typer
 from kernelize.files import write_file
 
 from .options import Device, DType, Json, Revision, Source, Trust, Written, in_a_folder, only_with
-from .output import say, show, show_plan, write_json
+from .output import followed, say, show, show_plan, typed, write_json
 from .progress import Progress, doing
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def inspect(
         show_plan(describe(plan, loaded[0].config))
         found["plan"] = plan.to_dict()
         if output is not None:
-            write_file(output.resolve(), recommended(plan).to_yaml())
-            say(f"wrote {output}; next: kernelize convert {source} --config {output}")
+            write_file(followed(output), recommended(plan).to_yaml())
+            say(f"wrote {output}; next: kernelize convert {typed(source)} --config {typed(output)}")
     if plot is not None:
         draw(report, plot)
         say(f"wrote {plot}")

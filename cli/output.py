@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
 def write_json(path: Path | None, data: Any) -> None:
     """Writes `data` to `path`, if one was given."""
     if path is not None and speaks():
-        write_file(path.resolve(), json.dumps(data, indent=1, default=str) + "\n")
+        write_file(followed(path), json.dumps(data, indent=1, default=str) + "\n")
+
+
+def followed(path: Path) -> Path:
+    """Where a link leads to; what is no file (a pipe, a device such as /dev/stdout) by the name that it has here."""
+    return path if path.exists() and not path.is_file() else path.resolve()
+
+
+def typed(name: object) -> str:
+    """A name as a shell takes it: what is shown as the next command can be copied."""
+    return shlex.quote(str(name))
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ def push(
     """Verify a checkpoint and upload it to the Hub.
 
     It is reloaded in a clean process and compared before anything is sent, as one commit. Sub-folders int8, int4, onnx,
-    onnx-fp16, onnx-int8 and onnx-int4 go with it.
+    onnx-fp16, onnx-int8-float, onnx-int8, onnx-int4 and executorch go with it.
     """
     from kernelize.hub import push as push_folder
 

@@ -10,7 +10,7 @@ import typer
 from kernelize.units import data_size
 
 from .options import Device, DType, Json, Overwrite
-from .output import say, write_json
+from .output import say, typed, write_json
 from .progress import Progress
 
 
@@ -40,5 +40,5 @@ def quantize(
     say(f"{made.share:.0%} of {made.parameters:,} parameters are int{bits}; files: {data_size(made.bytes_before)} → "
         f"{data_size(made.bytes_after)}")  # fmt: skip
     say(f"perplexity ×{made.value('ppl_ratio'):.4f}, KL {made.value('kl'):.5f} nats a token, beside the model before")
-    say(f"wrote {output}; next: kernelize push {output} NAME --dry-run")
+    say(f"wrote {output}; next: kernelize push {typed(output)} NAME --dry-run")
     write_json(json, made.to_dict())

@@ -22,9 +22,10 @@ def serve(
 
     It is `transformers serve`, for one model. Needs: pip install kernelize[serve]
     """
-    from kernelize.pipeline import serve_source
+    from kernelize.pipeline import check_address, serve_source
 
-    url = f"http://{host}:{port}/v1"
+    check_address(host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     write_json(json, {"url": url, "model": source})
-    say(f"serving {source} at {url}")
+    say(f"loading {source}, to be served at {url}")
     serve_source(source, host=host, port=port, device=device, dtype=dtype)

@@ -10,7 +10,7 @@ import typer
 
 from .codes import INTERRUPTED
 from .options import DType, Json, Overwrite, Source
-from .output import say, write_json
+from .output import say, typed, write_json
 from .progress import TrainingProgress
 
 Data = Annotated[
@@ -37,7 +37,7 @@ def finetune(
         typer.Option(help="Tokens to train on, in each stage: rounded up to whole steps of the recipe's batch_tokens."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order and dropout.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into --output stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run into --output stopped.")] = False,
     overwrite: Overwrite = False,
     dtype: DType = None,
     json: Json = None,
@@ -64,6 +64,7 @@ def finetune(
         )
     write_json(json, dataclasses.asdict(result))
     if not result.completed:
-        say(f"stopped early; the same command with --resume goes on, from {output}")
+        instead = " in place of --overwrite" if overwrite else ""
+        say(f"stopped early; the same command with --resume{instead} goes on, from {output}")
         raise typer.Exit(INTERRUPTED)
-    say(f"wrote {output}; next: kernelize evaluate {output} --teacher SOURCE --card")
+    say(f"wrote {output}; next: kernelize evaluate {typed(output)} --teacher SOURCE --card")

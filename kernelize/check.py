@@ -437,12 +437,13 @@ LAWS: dict[str, Callable[[Subject], tuple[float, str]]] = {
 
 @contextmanager
 def whole_window(model: Any, length: int) -> Iterator[None]:
-    """Within the context the window of every converted layer covers `length` tokens, all at their true distances."""
+    """Within the context the window of every converted layer covers `length` tokens, all at their true distances, and
+    the normaliser holds no learned logit: none was in the softmax."""
     parts = [attention.kernelize for attention in kernelized_layers(model).values()]
     specs = [part.spec for part in parts]
     try:
         for part in parts:
-            part.spec = part.spec.replace(window=length, reach=0)
+            part.spec = part.spec.replace(window=length, reach=0, sink_logits=False)
         yield
     finally:
         for part, spec in zip(parts, specs, strict=True):

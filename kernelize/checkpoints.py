@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +30,8 @@ SUMS = "SHA256SUMS"  # of all other files, as `sha256sum --check` reads it
 @dataclass(frozen=True)
 class State:
     """Where a run is. `changed` names the original parameters that ended stages have changed; `moving` is what
-    optimizer and scheduler hold besides tensors, None at the end of a stage."""
+    optimizer and scheduler hold besides tensors, None at the end of a stage. `origin` is a hash of the parameters that
+    the checkpoint does not hold, `texts` one of each data file; a checkpoint of an earlier release has neither."""
 
     stage: int
     step: int
@@ -37,11 +39,18 @@ class State:
     recipe: dict[str, Any]
     changed: list[str]
     moving: dict[str, Any] | None = None
+    origin: str | None = None
+    texts: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint(State):
     path: Path = Path()
+
+    def names(self) -> set[str]:
+        """Of the parameters that it holds."""
+        with safe_open(self.path / PARAMETERS, "pt") as file:
+            return set(file.keys())
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Copies the saved values into the parameters of these names."""
@@ -99,6 +108,11 @@ def write(
     for half in folder.glob(f".*{PART}"):  # of runs that were killed here
         shutil.rmtree(half)
     return path
+
+
+def some(folder: Path) -> bool:
+    """Whether a folder holds checkpoints, whole or not."""
+    return bool(_written(folder))
 
 
 def last(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -220,7 +220,9 @@ def _hub_dataset(source: DataSource) -> datasets.IterableDataset:
         stream = datasets.load_dataset(source.dataset, split=source.split, streaming=True)
         first = next(iter(stream), None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset {source.dataset!r}: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"data {source.dataset!r} is no file here, and as a dataset: {' '.join(str(error).split())}"
+        ) from error
     if first is None:
         raise InputError(f"dataset {source.dataset!r}: split {source.split!r} is empty")
     columns = _columns(list(first), source.text_field, f"dataset {source.dataset!r}")

@@ -47,6 +47,9 @@ SUITES: dict[str, type[Suite]] = {
 }
 
 
+OPTIONS = {"folder": "--tasks-data", "names": "--task"}  # settings that the command line calls otherwise
+
+
 def make_suite(name: str, *, quick: bool = False, **settings: Any) -> Suite:
     """The suite `name` with `settings` over its quick or usual ones. Raises InputError for an unknown setting."""
     choose_input("suite", name, SUITES)
@@ -127,8 +130,7 @@ def evaluate(
 
     Raises InputError for what cannot be evaluated, a length beyond learned positions among it.
     """
-    chosen = [s if isinstance(s, Suite) else _named(s, lengths, quick, settings or {}) for s in suites]
-    _check_settings(chosen, settings or {})
+    chosen = choose_suites(suites, lengths=lengths, quick=quick, settings=settings)
     subjects = _subjects(models, device, dtype)
     reference = _teacher(subjects, teacher)
     units = [_units(suite, subjects) for suite in chosen]
@@ -144,6 +146,23 @@ def evaluate(
             records = [store.records[_key(suite, subject, unit, reference)] for unit in plan[subject.name]]
             rows += suite.rows(subject.name, records)
     return rows
+
+
+def choose_suites(
+    suites: Sequence[str | Suite],
+    *,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    quick: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Suite]:
+    """The suites of these names with their settings, each once. Raises InputError, as `evaluate`, without a model."""
+    chosen: list[Suite] = []
+    for asked in suites:
+        suite = asked if isinstance(asked, Suite) else _named(asked, lengths, quick, settings or {})
+        if suite not in chosen:
+            chosen.append(suite)
+    _check_settings(chosen, settings or {})
+    return chosen
 
 
 def lengths_by_suite(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -171,9 +190,17 @@ def _named(
 
 
 def _check_settings(suites: Sequence[Suite], settings: Mapping[str, Any]) -> None:
-    known = {field.name for suite in suites for field in dataclasses.fields(suite)}
+    known = {field for suite in suites for field in _fields(suite)}
     for key in settings:
+        users = [name for name, suite in SUITES.items() if key in _fields(suite)]
+        if users and key not in known:
+            option = OPTIONS.get(key, f"--{key}")
+            raise InputError(f"setting {key!r} ({option}) does nothing without the suite {' or '.join(users)}")
         choose_input("setting", key, sorted(known))
+
+
+def _fields(suite: Suite | type[Suite]) -> list[str]:
+    return [field.name for field in dataclasses.fields(suite)]
 
 
 def _subjects(models: Mapping[str, Any] | Sequence[str | Path], device: str, dtype: str) -> list[Subject]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .recipe import DataSource, Recipe
     from .train import TrainResult
 
+CONVERSION = ("keep", "keep_costs", "layers", "reach", "context", "budget")  # what of a recipe a conversion has used up
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 1024, 2
 BUDGET_TOKENS, BUDGET_TEXTS = 2048, (1, 2)  # the texts by which the slots are shared out
 
@@ -112,11 +113,14 @@ def keep_chosen(
 def plan_for(recipe: Recipe, config: PretrainedConfig) -> ConversionPlan:
     """The recipe's plan for a model; layers with a window of their own stay as they are, unless the recipe names them.
 
-    Raises InputError or SpecError for what cannot be converted.
+    Raises InputError or SpecError for what cannot be converted, and for positions that cannot be stretched.
     """
+    from .convert import stretched_config
     from .plan import ConversionPlan
     from .runtime.modeling import native_windows, refuse, rotary_context
 
+    if recipe.context:
+        stretched_config(config, recipe.context)
     context = recipe.context or rotary_context(config)
     plan = ConversionPlan.from_recipe(recipe, config.num_hidden_layers, native_windows(config), context)
     refuse(config, list(plan.layers))
@@ -150,7 +154,7 @@ def convert_source(
     run = _convert_streamed if stream else _convert_in_memory
     model, save_to = run(source, recipe, output, overwrite, dtype, device, on_progress, loading)
     recipe, report = as_converted(recipe, model), describe_converted(model, dtype)
-    command = _command("convert", source, output)
+    command = _command("convert", source, output, dtype=dtype, stream=stream, **loading)
     origin = read_source(source, loading.get("revision"))
     save_to(document=partial(document, name=_name(output), recipe=recipe, source=origin, tokens=0, commands=[command]))
     return report
@@ -271,6 +275,9 @@ def evaluate_sources(
     suites: Sequence[str],
     *,
     teacher: str | None = None,
+    lengths: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    quick: bool = False,
+    settings: Mapping[str, Any] | None = None,
     card: bool = False,
     device: str | None = None,
     dtype: str | None = None,
@@ -278,15 +285,16 @@ def evaluate_sources(
 ) -> list[Row]:
     """Evaluates sources beside a teacher; with `card`, the first one's model card takes up the numbers.
 
-    `options` go to `evaluate`: lengths, quick, settings, cache, on_progress.
+    `options` go to `evaluate`: cache, on_progress. What cannot be asked is refused before a weight is loaded.
     """
-    from .evaluate import evaluate
+    from .evaluate import choose_suites, evaluate
 
+    chosen = choose_suites(suites, lengths=lengths, quick=quick, settings=settings)
     if card:
         read_facts(sources[0])
     named = {**({"teacher": teacher} if teacher else {}), **dict(zip(short_names(sources), sources, strict=True))}
     loaded = {name: load_for_use(source, device=device, dtype=dtype) for name, source in named.items()}
-    rows = evaluate(loaded, suites, **options)
+    rows = evaluate(loaded, chosen, **options)
     if card:
         document(sources[0], rows=_with_other_suites(sources[0], as_rows(rows)))
     return rows
@@ -315,6 +323,17 @@ def serve_source(source: str, **options: Any) -> None:
     from .serve import serve
 
     serve(source, **options)
+
+
+def check_address(host: str, port: int) -> None:
+    """InputError for an address at which nothing can listen: another server does, or it is none of this machine."""
+    import socket
+
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return
+    except OSError as error:
+        raise InputError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
 
 
 def audit_source(
@@ -437,7 +456,7 @@ def finetune_source(
         raise InputError(
             f"{source!r} is quantised, and integers cannot be trained; finetune the checkpoint it came from"
         )
-    documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output))
+    documented = partial(document, name=_name(output), **_training_facts(source, before, recipe, output, dtype))
     return finetune(
         model, tokenizer, recipe, output, resume=resume, overwrite=overwrite, on_event=on_event, document=documented
     )
@@ -456,39 +475,49 @@ def _check_original(recipe: Recipe, teacher: str | None) -> None:
 
 
 def _with_kernels(recipe: Recipe, before: CardFacts | None, teacher: str | None, model: PreTrainedModel) -> Recipe:
-    """The stages of `recipe` for the kernels that the checkpoint has.
+    """The stages of `recipe` for the kernels that the checkpoint has: by its own recipe or, without one, by its plan.
 
     Of an earlier release the checkpoint's recipe may leave out what was then the default: 128 features.
     """
+    from .plan import ConversionPlan
     from .recipe import Recipe
-    from .runtime.modeling import kernelized_layers
+    from .runtime.modeling import kernelized_layers, plan_of
 
-    changes: dict[str, Any] = {"source": teacher} if teacher else {}
+    features = [layer.kernelize.spec.feature_dim for layer in kernelized_layers(model).values()]
+    if not features:
+        return recipe.model_copy(update={"source": teacher} if teacher else {})
     if before and before.recipe:
         made = Recipe.from_yaml(before.recipe, RECIPE_NAME)
-        features = [layer.kernelize.spec.feature_dim for layer in kernelized_layers(model).values()]
-        known = {"feature_dim": features[0]} if features else {}
-        changes |= {"kernel": known | made.kernel, "keep": made.keep, "layers": made.layers}
-        changes |= {"reach": made.reach, "context": made.context}
-        changes |= {"keep_auto": None, "keep_costs": made.keep_costs}
-    return recipe.model_copy(update=changes)
+    else:
+        made = ConversionPlan(tuple(plan_of(model.config))).to_recipe(recipe.name, recipe.description)
+    kept: dict[str, Any] = {field: getattr(made, field) for field in CONVERSION}
+    kept |= {"kernel": {"feature_dim": features[0]} | made.kernel, "keep_auto": None}
+    return recipe.model_copy(update=kept | ({"source": teacher} if teacher else {}))
 
 
-def _training_facts(source: str, before: CardFacts | None, recipe: Recipe, output: str | Path) -> dict[str, Any]:
-    """What `document` keeps of a training."""
+def _training_facts(
+    source: str, before: CardFacts | None, recipe: Recipe, output: str | Path, dtype: str | None
+) -> dict[str, Any]:
+    """What `document` keeps of a training; what is not known of the time before it stays unknown."""
     trained = sum(stage.total_steps * stage.batch_tokens for stage in recipe.stages)
+    earlier = None if before is None else before.tokens
     return {
         "recipe": recipe,
         "source": read_source(source),
-        "tokens": trained + ((before.tokens or 0) if before else 0),
-        "commands": [*(before.commands if before else ()), _command("finetune", source, output)],
+        "tokens": None if earlier is None else earlier + trained,
+        "commands": [*(before.commands if before else ()), _command("finetune", source, output, dtype=dtype)],
     }
 
 
-def _command(name: str, source: str, output: str | Path) -> str:
-    """The command as it is recorded: of what lies on this machine only the name; the recipe stands beside the card."""
+def _command(name: str, source: str, output: str | Path, **options: str | bool | None) -> str:
+    """The command as it is recorded: of what lies on this machine only the name; the recipe stands beside the card.
+
+    `options`: what else the result follows from, by its name in Python; what is None or False was not given.
+    """
     named = Path(source).name if Path(source).exists() else source
-    return shlex.join(["kernelize", name, named, "--config", RECIPE_NAME, "--output", _name(output)])
+    given = {f"--{option.replace('_', '-')}": value for option, value in options.items() if value}
+    more = [part for option, value in given.items() for part in ([option] if value is True else [option, str(value)])]
+    return shlex.join(["kernelize", name, named, "--config", RECIPE_NAME, "--output", _name(output), *more])
 
 
 def as_rows(rows: Sequence[Row]) -> list[Mapping[str, Any]]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
-from .errors import InputError
+from .errors import InputError, first_problem
 from .runtime.spec import MOST_LAYERS, KernelSpec, SpecError, choose
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 DATA_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".parquet")
+MERGE, INTEGER = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:int"
 BUILTIN_DATA = ("self", "sample", "retrieval")
 
 Item = TypeVar("Item")
@@ -26,9 +27,9 @@ Sequence = Annotated[tuple[Item, ...], Strict(False)]  # YAML has lists only
 
 
 class _Strict(BaseModel):
-    """Frozen; no type is coerced; an unknown key is an error that names the nearest known one."""
+    """Frozen; no type is coerced; numbers are finite; an unknown key is an error that names the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -328,10 +329,13 @@ class Recipe(_Strict):
     @classmethod
     def from_dict(cls, data: object, where: str = "recipe") -> Recipe:
         """InputError with the first thing that is wrong; `where` says in which file or option."""
+        if not isinstance(data, dict):
+            held = "nothing" if data is None else f"a {type(data).__name__}"
+            raise InputError(f"{where}: holds {held}; a recipe is a mapping of fields, name and description among them")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{where}: {_first_problem(error)}") from error
+            raise InputError(f"{where}: {first_problem(error)}") from error
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
@@ -350,28 +354,25 @@ def _layer_range(key: str) -> range:
     return range(first, last + 1)
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-    else:
-        message = f"{problem['msg']}, not {problem['input']!r}"
-    return f"{place}: {message}" if place else message
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a duplicate key is an error and 1e-3 is a number."""
+    """Safe YAML in which a duplicate key is an error, 1e-3 is a number, and whole numbers are decimal."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [str(self.construct_object(key, deep=True)) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != MERGE]  # what `<<` brings, they may say anew
+        keys = [str(self.construct_object(key, deep=True)) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} stands twice, line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, wants a dot in a float: without this 1e-3 is text.
+# To YAML 1.1, which PyYAML reads, 020 is sixteen and 1:30 ninety; here they are text, which is no number.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != INTEGER]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(INTEGER, re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+# It wants a dot in a float: without this 1e-3 is text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -412,5 +413,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error

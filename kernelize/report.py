@@ -82,6 +82,8 @@ def write_report(
     pictures = draw(rows)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for name in PICTURES.keys() - {picture.name for picture in pictures}:  # of other rows, drawn here before
+            (folder / f"{name}.png").unlink(missing_ok=True)
     for picture in pictures:
         write_file(folder / f"{picture.name}.png", picture.png)
     save_rows(rows, folder / "rows.json")

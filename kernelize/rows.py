@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .completion import COMPLETIONS
-from .errors import InputError
+from .errors import InputError, first_problem
 from .files import write_file
 from .recall import TASKS
 from .units import data_size
@@ -123,6 +123,8 @@ def load_rows(path: str | Path) -> list[Row]:
     """Reads what `save_rows` wrote. Raises InputError for a file that holds no rows."""
     try:
         return as_rows(json.loads(Path(path).read_text("utf-8"))["rows"])
+    except ValidationError as error:
+        raise InputError(f"{path} holds no evaluation rows (rows{first_problem(error)})") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} holds no evaluation rows ({type(error).__name__}: {error})") from error
 

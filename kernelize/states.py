@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .errors import InputError
 from .files import write_file
 from .runtime.cache import CACHE, KernelState, adopt_cache, kernel_layers
-from .runtime.modeling import plan_of, unwrapped
+from .runtime.modeling import PREFIX, plan_of, unwrapped
 from .runtime.spec import KernelSpec
 from .runtime.state import State, empty_state
 from .weights import plain
@@ -59,6 +59,16 @@ def generate_from(model: Any, cache: Cache, ids: Tensor, **settings: Any) -> Ten
     return model.generate(prompt, attention_mask=mask, **{CACHE: cache}, **settings)[:, prompt.shape[1] :]
 
 
+def check_savable(model: Any) -> None:
+    """InputError for a model whose states no file holds: one that is not kernelized, or keeps softmax in a layer."""
+    config = unwrapped(model).config
+    if not config.model_type.startswith(PREFIX):
+        raise InputError(f"a state of constant size is what a kernelized model has; this is a {config.model_type}")
+    kept = [i for i, spec in enumerate(plan_of(config)) if spec is None]
+    if kept:
+        raise InputError(f"layer {kept[0]} keeps softmax attention, whose cache a saved state does not hold")
+
+
 def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
     """Writes what `cache` holds for `model` as a safetensors file, of a size that does not depend on the text.
 
@@ -73,6 +83,7 @@ def save_state(cache: Cache, path: str | Path, model: Any) -> Path:
 
 def load_state(path: str | Path, model: Any) -> Cache:
     """The cache that was saved at `path`, on the model's device; InputError if it is no state of a model like this."""
+    check_savable(model)
     config = unwrapped(model).config
     cache = DynamicCache(config=config)
     adopt_cache(cache, tuple(range(config.num_hidden_layers)))

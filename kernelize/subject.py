@@ -40,11 +40,16 @@ def fingerprint(model) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in plain(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        part = flat[:: max(1, flat.numel() // 65536)].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(part.view(torch.uint8).numpy().tobytes())
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_tensor(digest: hashlib.blake2b, name: str, tensor: Tensor) -> None:
+    """Takes a tensor into a hash: its name, shape and type, and 65536 evenly spaced entries."""
+    flat = tensor.detach().reshape(-1)
+    part = flat[:: max(1, flat.numel() // 65536)].contiguous().cpu()
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(part.view(torch.uint8).numpy().tobytes())
 
 
 def check_positions(subject: Subject, reach: int) -> None:

@@ -36,13 +36,18 @@ def read_text(source: str) -> str:
             raw = file.read(LARGEST + 1).decode("utf-8-sig")
         if len(raw) > LARGEST:
             raise ValueError(f"longer than {LARGEST:,} bytes")
-        text = _joined(raw) if path.suffix == ".jsonl" else raw
+        text = _joined(raw) if path.suffix == ".jsonl" else _lines(raw)
     except (OSError, EOFError, ValueError, InputError, lzma.LZMAError) as error:
         raise InputError(f"text={source!r} cannot be read: {error}; a sample ({', '.join(SAMPLES)}), .txt, .txt.xz "
                          "or .jsonl with `text` is allowed") from error  # fmt: skip
     if not text.strip():
         raise InputError(f"text={source!r} is empty")
     return text
+
+
+def _lines(raw: str) -> str:
+    """Plain text with the ends of lines that training reads: newlines, whatever machine the file comes from."""
+    return raw.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _joined(lines: str) -> str:
@@ -52,7 +57,10 @@ def _joined(lines: str) -> str:
 
 def _text(line: str, number: int) -> str:
     try:
-        text = json.loads(line)["text"]
+        row = json.loads(line)
+        if isinstance(row, dict) and "text" not in row:
+            raise InputError(f"line {number}: no column 'text'; it has {', '.join(row) or 'none'}")
+        text = row["text"]
         if not isinstance(text, str):
             raise TypeError(f"text holds {type(text).__name__}, not text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -48,9 +48,10 @@ from .data import (
     write_text,
 )
 from .errors import InputError, KernelizeError
-from .files import alone, writing
+from .files import MARK, alone, writing
 from .micro_graph import MicroSteps
 from .objectives import NEW, Distil, Forecast, Losses, Objective, Transfer, attach_lora, forecasting_layers
+from .origin import data_prints, joint_print, weight_prints
 from .recipe import DistilWeights, Lora, Recipe, Stage, TransferWeights
 from .runtime.layout import are_whole, whole_rows
 from .runtime.modeling import kernelized_layers
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, LOG, WRITTEN, HIDDEN = "checkpoints", "train.jsonl", "data", "hidden"
 COMPILED_ON, BACKEND = ("cuda",), "inductor"
+STDERR, SECOND = 2, b"stopping after this step; Ctrl-C once more stops at once\n"
 SKIPPED = 8  # steps in a row that cannot be used end a run even if its recipe skips them
 
 Event = dict[str, Any]
@@ -80,7 +82,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`completed` is False when a SIGTERM ended the run early; `finetune(resume=True)` goes on from there."""
+    """`completed` is False when SIGTERM or Ctrl-C ended the run early; `finetune(resume=True)` goes on from there."""
 
     output: Path
     stages: tuple[StageResult, ...]
@@ -143,7 +145,7 @@ class NonfiniteError(KernelizeError):
 
 
 class _Stop:
-    """Notes a SIGTERM, so that the step can be finished and saved. Only a process's main thread can.
+    """Notes a SIGTERM or a first Ctrl-C, so that the step can be finished and saved. Only a process's main thread can.
 
     `asked` is what this process was told, at any moment; `agreed` is what all processes have heard from one of them in
     the same step: only by that may a process leave the others.
@@ -157,11 +159,27 @@ class _Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        told = {signal.SIGTERM: self._terminate}
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # else somebody ignores it, or has other plans
+            told[signal.SIGINT] = self._interrupt
+        before = {number: signal.signal(number, handler) for number, handler in told.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _terminate(self, *_: Any) -> None:
+        self.asked = True
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        with suppress(OSError):  # and not print, which may be what was interrupted
+            os.write(STDERR, SECOND)
 
 
 class _Journal:
@@ -225,6 +243,7 @@ class _Run:
         self.reading: PreTrainedModel | None = None  # the teacher, as a distillation has it
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.changed: set[str] = set()  # original parameters that ended stages have changed
+        self.prints, self.texts = weight_prints(model), dict[str, str]()
         self.stop = _Stop()
         self.journal: _Journal | None = None
 
@@ -235,18 +254,32 @@ class _Run:
             raise InputError(f"recipe {self.recipe.name!r} has no stages, so there is nothing to train")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file, not a folder")
-        if not (resume or overwrite) and self.output.exists() and any(self.output.iterdir()):
-            raise InputError(f"output folder {self.output} is not empty; resume the run in it, or choose another")
+        if resume and overwrite:
+            raise InputError(
+                "resume goes on with the run in the output folder, overwrite begins anew; give one of them"
+            )
+        self._check_output(resume, overwrite)
         for stage in self.recipe.stages:
             self._check_stage(stage)
         self.accelerator.wait_for_everyone()
+
+    def _check_output(self, resume: bool, overwrite: bool) -> None:
+        """InputError for a folder with something in it that this run would take away unasked."""
+        if overwrite or not self.output.exists() or not any(self.output.iterdir()):
+            return
+        if not resume:
+            raise InputError(f"output folder {self.output} is not empty; resume the run in it, or choose another")
+        if checkpoints.some(self.output / CHECKPOINTS):
+            return
+        if (self.output / MARK).exists() or not (self.output / LOG).exists():
+            raise InputError(f"output folder {self.output} is not empty, and there is no checkpoint to resume from")
 
     def _check_stage(self, stage: Stage) -> None:
         limit = longest_sequence(self.model.config)
         if limit is not None and stage.sequence_length > limit and not self._may_exceed(stage, limit):
             raise InputError(
                 f"stage {stage.name!r}: sequence_length={stage.sequence_length}; the model's positions end at {limit}"
-                + ("" if has_position_table(self.model, limit) else " (distil.beyond weighs what comes after)")
+                + (" (distil.beyond weighs what comes after)" if self._can_exceed(stage, limit) else "")
             )
         fitting_micro_batch(stage.rows, stage.micro_batch, self.accelerator.num_processes)
         if self.teacher is None and self.recipe.source is None and needs_teacher(stage):
@@ -276,14 +309,17 @@ class _Run:
     def _may_exceed(self, stage: Stage, limit: int) -> bool:
         """Whether a sequence may go past the model's positions: rotary ones, and the recipe says what counts there."""
         says = stage.distil is not None and stage.distil.beyond is not None
-        return says and not has_position_table(self.model, limit)
+        return says and self._can_exceed(stage, limit)
+
+    def _can_exceed(self, stage: Stage, limit: int) -> bool:
+        return stage.kind == "distil" and not has_position_table(self.model, limit)
 
     # --- the whole ---
 
     def train(self, resume: bool) -> TrainResult:
         last, damaged = checkpoints.last(self.output / CHECKPOINTS) if resume else (None, [])
-        if last and last.recipe != self.recipe.to_dict():
-            raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
+        if last:
+            self._check_origin(last)
         with ExitStack() as held:
             if self.accelerator.is_main_process:
                 new = not self.output.exists()
@@ -295,8 +331,23 @@ class _Run:
                 held.callback(self.journal.close)
             for problem in damaged:
                 self._tell(event="damaged", problem=problem)
+            self.texts = data_prints(self.recipe)
             with self.stop.listening():
                 return self._stages(last)
+
+    def _check_origin(self, last: checkpoints.Checkpoint) -> None:
+        """InputError unless this run is the one that the checkpoint belongs to."""
+        if last.recipe != self.recipe.to_dict():
+            raise InputError(f"{last.path} was made by another recipe; resume with the one it was started with")
+        if last.origin and last.origin != joint_print(self.prints, last.names()):
+            raise InputError(
+                f"{last.path} was trained from another model or in another type of numbers; resume with those it was "
+                "started with"
+            )
+        before = last.texts or {}
+        for path, value in data_prints(self.recipe, last.stage).items():
+            if before.get(path, value) != value:
+                raise InputError(f"{path}: has changed since {last.path} was made; its place in the data is lost")
 
     @contextmanager
     def _leaving_nothing(self, new: bool) -> Iterator[None]:
@@ -706,13 +757,19 @@ class _Run:
             path = checkpoints.write(
                 self.output / CHECKPOINTS,
                 stage=stage,
-                state=checkpoints.State(index, step, position, self.recipe.to_dict(), sorted(self.changed)),
+                state=self._state(index, step, position),
                 parameters=self._parameters(),
                 optimizer=optimizer,
                 scheduler=None if training is None else training.scheduler.state_dict(),
             )
             self._tell(event="checkpoint", stage=stage, step=step, path=str(path))
         self.accelerator.wait_for_everyone()
+
+    def _state(self, index: int, step: int, position: dict[str, Any]) -> checkpoints.State:
+        return checkpoints.State(
+            index, step, position, self.recipe.to_dict(), sorted(self.changed),
+            origin=joint_print(self.prints, self._parameters()), texts=self.texts,
+        )  # fmt: skip
 
     def _restore(self, last: checkpoints.Checkpoint) -> None:
         """Takes over what was trained up to the end of a stage."""

@@ -295,7 +295,8 @@ def converted(tmp_path_factory) -> Path:
 def test_evaluation_text_names_the_line_that_cannot_be_read(tmp_path):
     for number, (second, said) in enumerate([
         (rb'{"text": "\ud800 abc"}', r"line 2: '\\ud800' is half of a surrogate pair"),
-        (b'{"words": "x"}', "line 2: KeyError: 'text'"), (b'{"text": 3}', "line 2: TypeError: text holds int"),
+        (b'{"words": "x"}', "line 2: no column 'text'; it has words"),
+        (b'{"text": 3}', "line 2: TypeError: text holds int"),
     ]):  # fmt: skip
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes(b'{"text": "x"}\n' + second)
@@ -312,6 +313,14 @@ def test_a_mark_of_byte_order_is_no_text(tmp_path):
         (tmp_path / name).write_text(raw, "utf-8-sig")
         assert read_text(str(tmp_path / name)) == "x\n"
         assert list(read_documents(str(tmp_path / name))) == [{"text": "x\n"}]
+
+
+@pytest.mark.parametrize("ending", [b"\r\n", b"\r"])
+def test_ends_of_lines_of_another_machine_are_newlines_in_training_and_evaluation(tmp_path, ending):
+    path = tmp_path / "text.txt"
+    path.write_bytes(ending.join([b"one", b"two", b""]))
+    assert read_text(str(path)) == "one\ntwo\n"
+    assert list(read_documents(str(path))) == [{"text": "one\ntwo\n"}]
 
 
 # --- code, and paths --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import SpecError
 
 pytestmark = pytest.mark.fast
+WHOLE = ["window ≥ length is softmax", "identity with the teacher"]
 MUTABLE = [name for name in LAWS if name not in ("clean process", "save and load", "state bytes", "working dtype")]
 
 
@@ -33,6 +34,12 @@ def test_right_model_passes_every_law():
     )  # fmt: skip
     assert [row.name for row in rows] == list(LAWS) == seen[:-1]
     assert not [row for row in rows if not row.passed]
+
+
+def test_a_learned_logit_is_no_part_of_the_softmax_that_a_whole_window_is():
+    spec = families.SPEC.replace(sink_logits=True)
+    student = modeling.kernelize_model(tiny_teacher("llama"), [spec] * tiny_teacher("llama").config.num_hidden_layers)
+    assert [row.passed for row in check(student.eval(), against=tiny_teacher("llama"), only=WHOLE)] == [True, True]
 
 
 def test_padding_that_is_not_masked(monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +19,13 @@ from tiny import byte_tokenizer, tiny_llama
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import kernelize
-from kernelize.cli import main
+from kernelize.card import VARIANTS
+from kernelize.cli import main, publication
 from kernelize.cli.app import app
 from kernelize.cli.options import KernelFlags
+from kernelize.convert import load_config
 from kernelize.errors import InputError, KernelizeError
-from kernelize.pipeline import override_stages, short_names
+from kernelize.pipeline import override_stages, plan_for, short_names
 from kernelize.recipe import Recipe
 from kernelize.runtime.spec import KernelSpec
 
@@ -201,6 +206,29 @@ def test_a_recipe_changed_by_flags_says_by_which(folder):
     assert KernelFlags(window=64).recipe(2).description == KernelFlags().recipe(2).description
 
 
+def test_what_to_do_next_can_be_copied(folder, tmp_path, capsys):
+    """Run as it is shown, the next command finds what the last one wrote."""
+    assert run("convert", folder / "source", "-o", tmp_path / "two words", *KERNEL) == 0
+    shown = capsys.readouterr().out
+    following = shlex.split(shown[shown.rindex("next: kernelize ") :])[2:]
+    assert following == ["check", str(tmp_path / "two words")]
+    assert "`kernelize audit 'two words' --against source" in (tmp_path / "two words/README.md").read_text("utf-8")
+
+
+def test_the_record_has_every_option_that_the_result_follows_from(folder, tmp_path, capsys):
+    assert run("convert", folder / "source", "-o", tmp_path / "made", *KERNEL, "--dtype", "bfloat16") == 0
+    assert run("convert", folder / "source", "-o", tmp_path / "streamed", *KERNEL, "--stream") == 0
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source", "--dtype", "float32"]
+    assert run("finetune", tmp_path / "made", "-o", tmp_path / "tuned", *options) == 0
+    records = (json.loads((tmp_path / name / "kernelize.json").read_text()) for name in ("tuned", "streamed"))
+    assert [command.split("--output ")[1] for record in records for command in record["commands"]] == [
+        "made --dtype bfloat16", "tuned --dtype float32", "streamed --stream"]  # fmt: skip
+
+
+def test_the_help_of_push_names_every_variant():
+    assert set(VARIANTS) <= set(re.findall(r"[\w-]+", publication.push.__doc__ or ""))
+
+
 def test_a_conversion_records_that_nothing_was_trained(folder, tmp_path, capsys):
     assert "after the conversion: 0. `kernelize finetune made" in (folder / "made" / "README.md").read_text("utf-8")
     assert run("info", folder / "made") == 0
@@ -298,7 +326,6 @@ def learned(tmp_path_factory) -> Path:
     [
         ("generate", ["the", "--max-new-tokens", "62"], 65),
         ("generate", ["x" * 60, "--max-new-tokens", "5"], 65),
-        ("generate", ["x" * 65, "--save-state", "state"], 65),
         ("bench", ["--lengths", "32", "--tokens", "32"], 66),
         ("bench", ["--lengths", "32", "--tokens", "2", "--train"], 2048),
         ("inspect", ["--tokens", "256"], 256),
@@ -312,6 +339,13 @@ def test_learned_positions_end_before_anything_is_written(
     said = capsys.readouterr()
     assert f"length={length} (answers included) is beyond the 64 learned positions of " in said.err
     assert (said.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_document_past_learned_positions_is_not_read_for_its_state(learned, capsys, tmp_path):
+    assert run("convert", learned, "-o", tmp_path / "made", *KERNEL) == 0
+    assert run("generate", tmp_path / "made", "x" * 65, "--save-state", tmp_path / "state") == 2
+    assert "length=65 (answers included) is beyond the 64 learned positions of " in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_prompt_of_half_a_surrogate_pair_is_one_line(folder, capsys):
@@ -351,7 +385,8 @@ def test_generate_reads_once_and_answers_later(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["{0}/source", "x", "--save-state", "{1}/book"], "has read nothing yet"),
+        (["{0}/source", "x", "--save-state", "{1}/book"], "what a kernelized model has; this is a llama"),
+        (["{0}/source", "x", "--load-state", "{1}/book"], "what a kernelized model has; this is a llama"),
         (["{0}/made", "x", "--save-state", "{1}/book", "--chat"], "leave out --chat"),
         (["{0}/made", "x", "--save-state", "{1}/book", "--compile"], "leave out --compile"),
         (["{0}/made", "x", "--compile", "--device", "cpu"], "the model is on cpu, not on a GPU"),
@@ -366,6 +401,13 @@ def test_generate_refuses_states(options, said, folder, tmp_path, capsys):
     assert run("generate", *(option.format(folder, tmp_path) for option in options)) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_document_is_not_read_for_a_state_that_cannot_be_saved(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kernelize.generate.read_text", lambda *_: pytest.fail("it was read"))
+    assert run("convert", folder / "source", "-o", tmp_path / "hybrid", *KERNEL, "--keep", "1") == 0
+    assert run("generate", tmp_path / "hybrid", "x", "--save-state", tmp_path / "book") == 2
+    assert "layer 1 keeps softmax attention" in capsys.readouterr().err
 
 
 def test_bench_compiles_on_a_gpu_alone(folder, capsys):
@@ -398,6 +440,20 @@ def test_the_record_says_all_of_the_kernels_whatever_the_defaults_will_be(folder
     options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source"]
     assert run("finetune", made, "-o", tmp_path / "tuned", *options) == 0
     assert Recipe.from_yaml((tmp_path / "tuned" / "recipe.yaml").read_text("utf-8")).kernel["feature_dim"] == 16
+
+
+def test_the_record_of_a_training_has_the_kernels_of_the_checkpoint_by_its_recipe_or_its_plan(folder, tmp_path):
+    """A checkpoint from the Hub, or one that Python code has saved, comes without a recipe."""
+    made, other = tmp_path / "made", tmp_path / "other.yaml"
+    shutil.copytree(folder / "made", made)
+    other.write_text(RECIPE.replace("window: 16", "window: 24") + "budget: auto\n")
+    for name in ("with", "without"):
+        assert run("finetune", made, "-o", tmp_path / name, "--config", other, "--teacher", folder / "source") == 0
+        recorded = Recipe.from_yaml((tmp_path / name / "recipe.yaml").read_text("utf-8"))
+        plan = json.loads((made / "config.json").read_text())["kernelize"]
+        assert plan_for(recorded, load_config(folder / "source")).to_dict() == plan
+        assert recorded.budget == "uniform"
+        (made / "recipe.yaml").unlink(missing_ok=True)
 
 
 def test_finetune_evaluate_report_and_push_keep_the_record(folder, tmp_path, capsys):
@@ -449,6 +505,32 @@ def test_names_are_short_and_distinct(sources, names):
     assert short_names(sources) == names
     with pytest.raises(InputError, match="given twice"):
         short_names([*sources, sources[0]])
+
+
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr("kernelize.pipeline.load_for_use", lambda *_, **__: pytest.fail("a model was loaded"))
+    for options in (["--suite", "pppl"], ["--suite", "ppl", "--pieces", "0"], ["--suite", "ppl", "--limit", "3"]):
+        assert run("evaluate", folder / "made", *options) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+
+
+def test_tokens_of_a_past_that_is_not_known_are_not_counted_as_none(folder, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(folder / "made", made)
+    facts = json.loads((made / "kernelize.json").read_text())
+    (made / "kernelize.json").write_text(json.dumps({name: value for name, value in facts.items() if name != "tokens"}))
+    options = ["--config", folder / "recipe.yaml", "--teacher", folder / "source"]
+    assert run("finetune", made, "-o", tmp_path / "tuned", *options) == 0
+    assert "Tokens trained after the conversion: not recorded" in (tmp_path / "tuned" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("option", ["--json", "--output"])
+def test_a_file_may_be_a_pipe(folder, option):
+    reading, writing = os.pipe()
+    assert run("plan", folder / "source", option, f"/dev/fd/{writing}") == 0
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "feature_map" in pipe.read()
 
 
 def test_the_card_keeps_the_suites_that_are_not_measured_anew(folder, tmp_path):
@@ -504,8 +586,11 @@ def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, s
         ("list --device cpu", "--device does nothing without --measure"),
         ("list --families --measure {}", "leave out one of them"),
         ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
+        ("generate {} x --temperature 1 --seed 4294967296", "less than or equal to 4294967295"),
         ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
         ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
+        ("evaluate {} --suite ppl --haystack novel", "(--haystack) does nothing without the suite passkey or recall"),
+        ("evaluate {} --suite ppl --task gaps", "(--task) does nothing without the suite tasks or lm-eval"),
         ("inspect {} --output x.yaml", "--output does nothing without --state-bytes"),
     ],
 )

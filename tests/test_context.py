@@ -63,6 +63,8 @@ def test_convert_stretches_and_records_it(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "source")
     out = tmp_path / "out"
     kernel = ["--window", "9", "--block", "4", "--slots", "4", "--feature-dim", "16"]
+    dry = ["convert", str(tmp_path / "source"), "--dry-run", *kernel, "--context"]
+    assert [main([*dry, context]) for context in ("100", "1k")] == [2, 0]
     assert main(["convert", str(tmp_path / "source"), "-o", str(out), "--context", "1k", *kernel]) == 0
     assert load(str(out))[0].config.max_position_embeddings == 1024
     assert "context: 1024" in next(out.glob("*.yaml")).read_text()

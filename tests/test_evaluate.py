@@ -395,6 +395,11 @@ def test_a_suite_can_have_lengths_of_its_own(novel):
         lengths_by_suite(["pppl=64"])
 
 
+def test_a_suite_that_is_named_twice_is_measured_once(novel):
+    models, options = {"a": (tiny_llama(), TOKENIZER)}, {"lengths": [64], "settings": {"text": novel, "pieces": 2}}
+    assert evaluate(models, ["ppl", "ppl"], **options) == evaluate(models, ["ppl"], **options)
+
+
 def test_the_haystack_and_the_text_are_two_texts(novel, tmp_path):
     (tmp_path / "code.txt").write_text("def f(x):\n    return x\n" * 60)
     settings = {"haystack": novel, "text": str(tmp_path / "code.txt"), "pieces": 1, "trials": 1, "depths": (0.5,)}
@@ -482,6 +487,9 @@ def test_rows_survive_a_file_and_every_metric_is_described(novel, tmp_path):
     assert {row.metric for row in rows} <= set(METRICS)
     (tmp_path / "rows.json").write_text("{}")
     with pytest.raises(InputError, match="no evaluation rows"):
+        load_rows(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text('{"rows": [{"model": "a"}]}')
+    with pytest.raises(InputError, match=r"no evaluation rows \(rows\[0\].suite: Field required, not [^\n]*\)$"):
         load_rows(tmp_path / "rows.json")
 
 

@@ -114,7 +114,7 @@ def test_the_loss_is_small_and_stands_in_the_card(made):
     card = model_card(folder)
     assert "## Quantisation" in card
     assert SCHEMES[bits].title in card
-    assert f"| ppl | ppl_ratio | 96 |  | not measured | {result.value('ppl_ratio'):.4g}" in card
+    assert f"| ppl | ppl_ratio | 96 |  | – | {result.value('ppl_ratio'):.4g}" in card
     assert read_facts(folder).commands[-1] == f"kernelize quantize whole --bits {bits} --output int{bits}"
 
 

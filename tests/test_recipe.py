@@ -82,7 +82,7 @@ def test_what_makes_no_sense_is_named(fields, message):
 
 @pytest.mark.parametrize("data", [None, [], "text", 3])
 def test_a_recipe_is_a_mapping(data):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="a recipe is a mapping of fields"):
         Recipe.from_dict(data)
 
 
@@ -114,6 +114,27 @@ def test_bad_yaml_is_one_clear_line(text, message):
         Recipe.from_yaml(text)
 
 
+@pytest.mark.parametrize("number", ["020", "1:30", "0x10", "0b11"])
+def test_a_whole_number_is_what_it_looks_like_or_none(number):
+    with pytest.raises(InputError, match=f"seed: .*integer, not '{number}'"):
+        Recipe.from_yaml(f"name: a\ndescription: b\nseed: {number}")
+    assert Recipe.from_yaml("name: a\ndescription: b\nseed: 1_000").seed == 1000
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "clip"])
+def test_numbers_are_finite(field):
+    with pytest.raises(InputError, match=f"{field}: .*finite"):
+        recipe(stages=[STAGE | {field: float("inf")}])
+
+
+def test_what_stages_share_may_be_written_once():
+    shared = "&s {kind: transfer, steps: 2, data: [sample]}"
+    read = Recipe.from_yaml(
+        f"name: a\ndescription: b\nstages: [{{name: x, <<: {shared}}}, {{<<: *s, name: y, steps: 3}}]"
+    )
+    assert [(stage.name, stage.steps) for stage in read.stages] == [("x", 2), ("y", 3)]
+
+
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
@@ -125,7 +146,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 def test_unknown_recipes_and_files(tmp_path):
     with pytest.raises(InputError, match="did you mean 'default'"):
         load_recipe("defualt")
-    with pytest.raises(InputError, match=r"nothing\.yaml"):
+    with pytest.raises(InputError, match=r"nothing\.yaml: cannot be read: No such file or directory$"):
         load_recipe(tmp_path / "nothing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):

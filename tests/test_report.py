@@ -206,9 +206,12 @@ def test_the_report_is_the_same_from_its_own_rows_file(page, tmp_path):
 
 def test_pictures_without_rows_are_left_out(tmp_path):
     rows = [row("a", "ppl_at", n, 20.0) for n in (512, 1024)] + [row("a", "kl_at", n, 0.0) for n in (512, 1024)]
+    for name in ("memory.png", "mine.png"):  # an earlier report's, and one that is none of a report's
+        (tmp_path / name).write_bytes(b"")
     page = write_report(rows, tmp_path)
     assert page.read_text().count("<svg ") == 2
     assert not (tmp_path / "memory.png").exists()
+    assert (tmp_path / "mine.png").exists()
     assert "a</b>" in page.read_text()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from tiny import byte_tokenizer, tiny_llama
 
 from kernelize.cli import main
@@ -96,9 +98,56 @@ def test_and_completes_at_once(client, folder):
     assert answer.usage.completion_tokens == TOKENS
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n": 2}, "n=2 is not supported"), ({"temperature": -1}, "temperature=-1 is not a number from 0 to 2"),
+        ({"top_p": 5}, "top_p=5 is not"), ({"max_tokens": 0}, "max_tokens=0 is not a whole number of at least 1"),
+        ({"logprobs": True}, "logprobs=True is not supported"), ({"messages": []}, "messages is empty"),
+        ({"messages": "Hi"}, "messages='Hi' is not a list of objects with a role"),
+        ({"max_completion_tokens": True}, "max_completion_tokens=True is not a whole number"),
+    ],
+)  # fmt: skip
+def test_what_would_be_left_out_is_refused(client, folder, options, said):
+    with pytest.raises(BadRequestError, match=re.escape(said)):
+        client.chat.completions.create(**{"model": str(folder), "messages": MESSAGES, "max_tokens": 2} | options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt": ""}, {"prompt": None}, {"temperature": 9.0}, {"n": 3}, {"echo": True}, {"best_of": 2}]
+)
+def test_and_for_completions_of_text(client, folder, options):
+    with pytest.raises(BadRequestError):
+        client.completions.create(**{"model": str(folder), "prompt": "Hi", "max_tokens": 2} | options)
+
+
+def test_what_clients_send_without_a_wish_is_taken(client, folder):
+    usual = {"n": 1, "temperature": 0, "top_p": 1, "presence_penalty": 0, "logprobs": False, "stop": None}
+    answer = client.chat.completions.create(model=str(folder), messages=MESSAGES, max_tokens=TOKENS, **usual)
+    assert plain(answer.choices[0].message.content) == plain(expected(folder))
+
+
+def test_a_temperature_samples_also_where_the_models_own_settings_are_greedy(client, folder):
+    ask = functools.partial(client.completions.create, model=str(folder), prompt="Hello", max_tokens=TOKENS)
+    greedy = ask(temperature=0).choices[0].text
+    sampled = [ask(temperature=2, seed=seed).choices[0].text for seed in (0, 1, 0)]
+    assert sampled[0] == sampled[2]
+    assert len({greedy, *sampled}) == 3
+
+
 def test_continuous_batching_is_refused(folder):
     with pytest.raises(NotImplementedError, match="continuous batching"):
         load(folder)[0].init_continuous_batching()
+
+
+def test_an_address_that_is_taken_or_is_none_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(tmp_path), "--port", port]) == 2
+    assert main(["serve", str(tmp_path), "--host", "nowhere.invalid"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("error: cannot listen at ") == 2
+    assert shown.out == ""
 
 
 def test_what_is_not_converted_is_refused(tmp_path, capsys):

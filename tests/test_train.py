@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,16 +256,17 @@ def test_a_crashed_run_resumes_to_the_same_bits(interrupted, tmp_path, stage, st
     assert_same_weights(resumed, undisturbed)
 
 
-def test_sigterm_finishes_the_step_and_saves(interrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_finish_the_step_and_save(interrupted, tmp_path, number):
     made, undisturbed = interrupted
 
     def terminate(event):
         if event["event"] == "step" and event["stage"] == "lora" and event["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     _, result, events = run(made, tmp_path / "out", on_event=terminate)
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(number) is handler
     assert not result.completed
     assert events[-1] == {"event": "stopped", "stage": "lora"}
     assert sum(event["event"] == "step" for event in events) <= 5 + 3
@@ -273,6 +275,18 @@ def test_sigterm_finishes_the_step_and_saves(interrupted, tmp_path):
     steps = [(event["stage"], event["step"]) for event in events if event["event"] == "step"]
     assert steps[0] in (("lora", 3), ("lora", 4))
     assert_same_weights(resumed, undisturbed)
+
+
+def test_a_second_ctrl_c_stops_at_once(text, tmp_path, capfd):
+    def impatient(event):
+        if event["event"] == "step":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(text, LORA), tmp_path / "out", on_event=impatient)
+    assert "Ctrl-C once more stops at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_two_runs_do_not_write_into_one_folder(text, tmp_path):
@@ -300,6 +314,36 @@ def test_resuming_a_finished_run_trains_nothing(text, tmp_path):
         run(recipe(text, TRANSFER), tmp_path / "out", resume=True)
 
 
+def test_a_run_resumes_from_what_it_started_with_or_not_at_all(text, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(Path(text).read_bytes())
+    made = recipe(str(data), LORA)
+    with pytest.raises(CrashError):
+        run(made, tmp_path / "out", on_event=crash_at("lora", 4))
+    for other in (kernelize_model(tiny_llama(seed=1), [SPEC, SPEC]), student().bfloat16()):
+        with pytest.raises(InputError, match="trained from another model or in another type"):
+            run(made, tmp_path / "out", resume=True, model=other)
+    data.write_bytes(data.read_bytes() + b'{"text": "a line more"}\n')
+    with pytest.raises(InputError, match=f"{data}: has changed since"):
+        run(made, tmp_path / "out", resume=True)
+    data.write_bytes(Path(text).read_bytes())
+    assert run(made, tmp_path / "out", resume=True)[1].completed
+
+
+@pytest.mark.parametrize("held", [("config.json",), ("notes.txt",), ("config.json", "train.jsonl")])
+def test_resuming_takes_nothing_away_that_no_run_has_left(text, tmp_path, held):
+    for name in held:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        run(recipe(text, TRANSFER), tmp_path, resume=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(held, "mine")
+
+
+def test_a_run_goes_on_or_begins_anew(text, tmp_path):
+    with pytest.raises(InputError, match="give one of them"):
+        run(recipe(text, TRANSFER), tmp_path / "out", resume=True, overwrite=True)
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +368,8 @@ def test_a_gradient_that_is_no_number_names_the_parameter(text, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
-        (TRANSFER | {"sequence_length": 512, "batch_tokens": 512}, {}, "sequence_length=512.*end at 256"),
+        (TRANSFER | {"sequence_length": 512, "batch_tokens": 512}, {}, "sequence_length=512.*end at 256$"),
+        (LORA | {"sequence_length": 512, "batch_tokens": 512}, {}, r"end at 256 \(distil.beyond weighs"),
         (LORA, {"teacher": None}, "needs the original model"),
         (TRANSFER | {"data": ["nothing.txt"]}, {}, "nothing.txt"),
         (LORA | {"lora": {"targets": ["qq_proj"]}}, {}, "'qq_proj' ends no linear"),
