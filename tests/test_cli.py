@@ -505,6 +505,7 @@ def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, s
         ("list --families --measure {}", "leave out one of them"),
         ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
         ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
+        ("generate {} x --seed 0", "--seed does nothing without a --temperature above 0"),
         ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
         ("inspect {} --output x.yaml", "--output does nothing without --state-bytes"),
     ],
