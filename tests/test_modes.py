@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch._dynamo.testing
 from families import SPEC, tiny_student
 from tiny import byte_tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from kernelize import files
@@ -21,11 +22,13 @@ from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
 from kernelize.runtime.cache import CACHE, kernel_layers
 from kernelize.runtime.modeling import kernels_of
-from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.spec import KernelSpec, SpecError
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
 pytestmark = pytest.mark.fast
 NEW = 12
+SMALL = 8  # places of a static cache: fewer than there are in
+WINDOWS = {"gpt_oss": 12, "llama4_text": 24, "qwen2": 12}  # the native windows of tests' tiny models
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,35 @@ def test_assisted_generation_equals_greedy(model, ids):
     assistant = copy.deepcopy(model)
     assistant.lm_head.weight.data += 0.05 * torch.randn(assistant.lm_head.weight.shape).double()
     assert torch.equal(write(model, ids[:1], assistant_model=assistant), write(model, ids[:1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["config", "nothing"])
+def test_recording_that_is_asked_for_before_the_first_token_is_remembered(model, ids, made):
+    cache = DynamicCache(config=model.config) if made == "config" else DynamicCache()
+    cache.activate_past_recording()
+    model(ids[:, :80], use_cache=True, **{CACHE: cache})
+    cache.crop(-30)
+    found = model(ids[:, 50:], use_cache=True, **{CACHE: cache}).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 50:], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "qwen2"])
+def test_a_static_cache_that_cuts_native_windows_short_is_right_until_it_is_full(ids, family):
+    """And refused then, as the original refuses any that is full; one that holds the windows goes on."""
+    model = tiny_student(family).double()
+    exact, longest = model(ids, use_cache=False).logits, max(SMALL, WINDOWS[family])
+    for room in (SMALL, longest + 1):
+        cache = StaticCache(config=model.config, max_cache_len=room)
+        steps = [model(x, use_cache=True, **{CACHE: cache}).logits for x in ids[:, :SMALL].split(SMALL - 2, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), exact[:, :SMALL], rtol=0, atol=1e-5)
+        read_on = partial(model, ids[:, SMALL:], use_cache=True, **{CACHE: cache})
+        if room > SMALL:
+            torch.testing.assert_close(read_on().logits, exact[:, SMALL:], rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(SpecError, match=r"static cache: 90 tokens do not fit into max_cache_len=8"):
+                read_on()
 
 
 def test_crop_without_recording_is_refused(model, ids):

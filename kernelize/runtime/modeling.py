@@ -29,7 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .attention import ATTENTION, KernelAttention, Rotary, attention_function
-from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_second_draft
+from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_overflow, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
 from .spec import SCORES, KernelSpec, SpecError
@@ -404,7 +404,7 @@ class KernelizedModelMixin:
         layout = layout_of(length, mask, position_ids, batch, has_cache)
         if position_ids is None and self.turns:
             position_ids = positions_of(length, layout, cache)
-        self.refuse_for_kept(layout, cache)
+        self.refuse_for_kept(layout, cache, length)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
             for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
                 attention.waiting_layout = layout
@@ -420,11 +420,13 @@ class KernelizedModelMixin:
             **kwargs,
         )
 
-    def refuse_for_kept(self, layout: Layout | None, cache: Cache | None) -> None:
+    def refuse_for_kept(self, layout: Layout | None, cache: Cache | None, length: int) -> None:
         """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
         lacks, base = family_of(self.config.model_type).lacks, self.config.model_type.removeprefix(PREFIX)
         if cache is not None and RELEASE < (5, 18):
             refuse_second_draft(cache)
+        if cache is not None:
+            refuse_overflow(cache, length)
         if not lacks or len(self.converted) == self.config.num_hidden_layers:
             return
         packed = lacks == "packing" and layout is not None and layout.documents is not None
@@ -466,8 +468,6 @@ class KernelizedModelMixin:
         cache = model_kwargs.get(CACHE)
         if cache is not None:
             adopt_cache(cache, self.converted)
-            if generation_config.is_assistant:  # said before the layers were there
-                cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
