@@ -19,6 +19,7 @@ from kernelize.runtime.modeling import (
     FAMILIES,
     PREFIX,
     attentions,
+    decoder_of,
     family_of,
     kernelize_model,
     native_windows,
@@ -60,6 +61,22 @@ def test_forward_says_that_it_takes_what_the_original_takes(name):
     original, own = (list(signature(make(name).forward).parameters) for make in (tiny_teacher, tiny_student))
     assert own[: len(original) - 1] == original[:-1]
     assert {"labels", "kernelize_mask"} <= set(own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", supported())
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_decoder_that_is_called_by_itself_reads_what_the_model_reads(name, use_cache):
+    """Trainers do that for hidden states without logits: padding and the cache count there, too."""
+    student, ids = tiny_student(name), torch.arange(1, 81).view(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    options = {"attention_mask": mask, "use_cache": use_cache}
+    wanted, decoder = student(ids, output_hidden_states=True, **options).hidden_states[-1], decoder_of(student)
+    torch.testing.assert_close(decoder(ids, **options)[0], wanted, rtol=0, atol=0)
+    places = [*signature(decoder.forward).parameters]
+    given = [{"attention_mask": mask}.get(name) for name in places[1 : places.index("attention_mask") + 1]]
+    torch.testing.assert_close(decoder(ids, *given, use_cache=use_cache)[0], wanted, rtol=0, atol=0)
 
 
 @torch.no_grad()

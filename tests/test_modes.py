@@ -225,6 +225,17 @@ def test_four_dimensional_mask_is_refused(model, ids):
         model(ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("shape", [(2, 60), (3, 90), (2, 1)], ids=str)
+def test_a_mask_of_other_tokens_is_refused(model, ids, shape):
+    with pytest.raises(SpecError, match=rf"attention_mask is \[{shape[0]}, {shape[1]}\], .* \[2, 90\]"):
+        model(ids, attention_mask=torch.ones(shape))
+
+
+def test_a_model_that_is_given_no_tokens_says_so(model):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model()
+
+
 def test_pipeline_writes_text():
     write_text = pipeline("text-generation", model=tiny_student("llama"), tokenizer=byte_tokenizer(), device="cpu")
     text = write_text("Once upon a time", max_new_tokens=5, do_sample=False)[0]["generated_text"]

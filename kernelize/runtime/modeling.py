@@ -389,63 +389,24 @@ class KernelizedModelMixin:
 
         `kernelize_mask` [B, T] stands for `attention_mask` where `generate` has made 4-D masks of it.
         """
-        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if cache is not None:
-            adopt_cache(cache, self.converted)
-        has_cache = cache is not None
-        mask = attention_mask if kernelize_mask is None else kernelize_mask
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
-        layout = layout_of(length, mask, position_ids, batch, has_cache)
-        if position_ids is None and self.turns:
-            position_ids = positions_of(length, layout, cache)
-        self.refuse_for_kept(layout, cache, length)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
-            for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
-                attention.waiting_layout = layout
+            decoder_of(self).waiting_mask = kernelize_mask
         else:
-            kwargs["kernelize_layout"] = layout
+            kwargs["kernelize_mask"] = kernelize_mask
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=has_cache,
-            **{CACHE: cache},
+            use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
-
-    def refuse_for_kept(self, layout: Layout | None, cache: Cache | None, length: int) -> None:
-        """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
-        lacks, base = family_of(self.config.model_type).lacks, self.config.model_type.removeprefix(PREFIX)
-        if cache is not None and RELEASE < (5, 18):
-            refuse_second_draft(cache)
-        if cache is not None:
-            refuse_overflow(cache, length)
-        if not lacks or len(self.converted) == self.config.num_hidden_layers:
-            return
-        packed = lacks == "packing" and layout is not None and layout.documents is not None
-        static = lacks == "static cache" and isinstance(cache, StaticCache)
-        if packed or static:
-            raise SpecError(
-                f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it"
-            )
-
-    @property
-    def turns(self) -> bool:
-        """Whether positions are rotary, so that where a row begins is all the same to softmax."""
-        return family_of(self.config.model_type).rotary is not tabled_positions
 
     @property
     def converted(self) -> tuple[int, ...]:
         """Indices of the layers that hold a kernelized state."""
-        # not through plan_of: this runs in every forward, and under torch.compile
-        return tuple(i for i, spec in enumerate(self.config.kernelize["layers"]) if spec is not None)
+        return converted_in(self.config)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
@@ -487,6 +448,103 @@ class KernelizedModelMixin:
         for source in sorted(Path(__file__).parent.glob("*.py")):
             if source.name != "__init__.py":
                 shutil.copy(source, Path(save_directory) / source.name)
+
+
+# --- what a decoder reads -----------------------------------------------------------------------------------
+
+
+def enter(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before a converted decoder reads: lays out the batch and puts states into the cache, for its attentions.
+
+    A hook of the decoder, since trainers and those who want hidden states call it without the model around it.
+    """
+    if not decoder.kernelized:
+        return args, kwargs
+    names = ["input_ids"] if len(args) < 2 else [*inspect.signature(decoder.forward).parameters]
+    return (), entering(decoder, **dict(zip(names[: len(args)], args, strict=True)), **kwargs)
+
+
+def entering(
+    decoder: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    kernelize_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What the original decoder is given for these arguments."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+    tokens, config = inputs_embeds if input_ids is None else input_ids, decoder.config
+    if tokens is None:
+        return given  # the original says what is missing
+    if use_cache is None:
+        use_cache = config.use_cache and not decoder.training
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+        cache = DynamicCache(config=config)
+    if cache is not None:
+        adopt_cache(cache, converted_in(config))
+    batch, length = tokens.shape[:2]
+    mask = mask_of_tokens(decoder, attention_mask, kernelize_mask, batch, length)
+    layout = layout_of(length, mask, position_ids, batch, cache is not None)
+    if position_ids is None and family_of(config.model_type).rotary is not tabled_positions:
+        # rotary: where a row begins is all the same to softmax
+        position_ids = positions_of(length, layout, cache)
+    refuse_for_kept(config, layout, cache, length)
+    given |= {"position_ids": position_ids, "use_cache": cache is not None, CACHE: cache}
+    return given | hand_over(decoder, layout)
+
+
+def mask_of_tokens(decoder: Any, given: Any, kept: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The mask [B, ≥ T] of a batch of T new tokens: `given`, or what was kept beside the masks made of it."""
+    if kept is None:
+        kept, decoder.waiting_mask = decoder.waiting_mask, None
+    mask = given if kept is None else kept
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
+    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < length):
+        raise SpecError(f"attention_mask is {list(mask.shape)}, and the new tokens alone are {[batch, length]}")
+    return mask
+
+
+def hand_over(decoder: Any, layout: Layout | None) -> dict[str, Any]:
+    """Lets the attentions know the layout: as an argument, or on those that get nothing but q, k and v."""
+    family = family_of(decoder.config.model_type)
+    if not issubclass(family.mixin, DirectAttentionMixin):
+        return {"kernelize_layout": layout}
+    for layer in decoder.get_submodule(family.layers.rpartition(".")[2]):
+        layer.get_submodule(family.attention).waiting_layout = layout
+    return {}
+
+
+def refuse_for_kept(config: PreTrainedConfig, layout: Layout | None, cache: Cache | None, length: int) -> None:
+    """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
+    lacks, base = family_of(config.model_type).lacks, config.model_type.removeprefix(PREFIX)
+    if cache is not None and RELEASE < (5, 18):
+        refuse_second_draft(cache)
+    if cache is not None:
+        refuse_overflow(cache, length)
+    if not lacks or len(converted_in(config)) == config.num_hidden_layers:
+        return
+    packed = lacks == "packing" and layout is not None and layout.documents is not None
+    static = lacks == "static cache" and isinstance(cache, StaticCache)
+    if packed or static:
+        raise SpecError(f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it")
+
+
+def converted_in(config: Any) -> tuple[int, ...]:
+    """Indices of the layers that the plan of a config converts."""
+    # not through plan_of: this runs in every forward, and under torch.compile
+    return tuple(i for i, spec in enumerate(config.kernelize["layers"]) if spec is not None)
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that holds the layers: what the model calls for hidden states."""
+    return model.get_submodule(family_of(model.config.model_type).layers.rpartition(".")[0])
 
 
 # --- plan in the config -------------------------------------------------------------------------------------
@@ -546,6 +604,9 @@ def install(model: Any, layers: list[KernelSpec | None]) -> None:
     """Puts a KernelAttention into every layer that has a spec; parameters are on the layer's device, float32."""
     config = model.config
     family = family_of(config.model_type)
+    decoder = decoder_of(model)
+    decoder.kernelized, decoder.waiting_mask = True, None
+    decoder.register_forward_pre_hook(enter, with_kwargs=True)
     if all(spec is not None for spec in layers):
         # masks are made for the model's implementation, and no converted layer needs one (it would be T×T)
         config._attn_implementation_internal = ATTENTION
@@ -576,8 +637,10 @@ def softmax_twin(model: Any) -> Iterator[Any]:
             part.__class__ = kind.__bases__[1]  # after the mixin
         for config in configs:
             config._attn_implementation_internal = "eager"
+        decoder_of(model).kernelized = False
         yield model
     finally:
+        decoder_of(model).kernelized = True
         for part, kind in zip(changed, classes, strict=True):
             part.__class__ = kind
         for config, implementation in zip(configs, kept, strict=True):
