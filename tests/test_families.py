@@ -7,8 +7,10 @@ from inspect import signature
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from families import REFUSED, SPEC, plan_for, tiny_config, tiny_student, tiny_teacher
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from kernelize.check import LAWS, check
 from kernelize.lora import lora_coverage, register_lora_targets
@@ -122,6 +124,30 @@ def test_an_attention_that_drops_the_soft_caps_is_refused():
     teacher.config._attn_implementation_internal = "sdpa"  # older releases choose it
     with pytest.raises(SpecError, match="'sdpa' leaves out what 'gemma2' does"):
         kernelize_model(teacher, plan_for(teacher.config))
+
+
+WRAPPED = {
+    "PeftModel": lambda teacher: get_peft_model(teacher, LoraConfig(r=2)),
+    "OptimizedModule": lambda teacher: torch.compile(teacher, backend="eager"),
+    "LlamaModel": lambda teacher: teacher.model,
+    "LlamaForSequenceClassification": lambda teacher: AutoModelForSequenceClassification.from_config(teacher.config),
+    "MyLlama": lambda teacher: type("MyLlama", (type(teacher),), {})(teacher.config),
+    "device_map": lambda teacher: dispatch_model(
+        teacher, {"model": "cpu", "lm_head": "disk"}, offload_dir=".", force_hooks=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked by peft
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_model_that_is_wrapped_is_refused_and_stays_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = WRAPPED[name](tiny_teacher("llama"))
+    before = type(model)
+    with pytest.raises(SpecError, match=name):
+        kernelize_model(model, plan_for(model.config))
+    assert type(model) is before
+    assert model.config.model_type == "llama"
 
 
 def test_odd_configs_are_refused():

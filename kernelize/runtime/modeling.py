@@ -309,6 +309,21 @@ def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
         )
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises SpecError for what is not the language model itself: its class is about to change, and its forward."""
+    wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model.config.model_type]]  # type: ignore[union-attr, index]
+    if type(model) is not wanted:
+        raise SpecError(
+            f"a {type(model).__name__} cannot be converted, only a {wanted.__name__} of Transformers itself; merge "
+            "adapters first (merge_and_unload), and compile or wrap what comes out"
+        )
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise SpecError(
+            "the model is spread over devices (device_map), whose hooks hold its attention as it was; convert it on "
+            "one device, or with `kernelize convert --stream`, and spread what comes out"
+        )
+
+
 def attentions(model: nn.Module, model_type: str) -> dict[int, Any]:
     """Layer index -> self-attention module, for every decoder layer."""
     family = family_of(model_type)
@@ -572,10 +587,12 @@ def plan_entry(layers: list[KernelSpec | None]) -> dict:
 def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> PreTrainedModel:
     """Turns `model` itself into its kernelized class; new parameters are at their initial values.
 
-    Raises SpecError for a model type without a row, a model that is converted already, or a plan that does not fit.
+    Raises SpecError for a model type without a row, a model that is converted already or wrapped, or a plan that does
+    not fit.
     """
     base = model.config.model_type
     refuse(model.config, layers)
+    refuse_wrapped(model)
     config = kernelized_config(model.config, layers)
     plan_of(config)
     old = model.config
