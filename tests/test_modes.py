@@ -13,15 +13,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from families import SPEC, tiny_student
-from tiny import byte_tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from peft import PromptTuningConfig, get_peft_model
+from tiny import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from kernelize import files
 from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
 from kernelize.runtime.cache import CACHE, kernel_layers
-from kernelize.runtime.modeling import kernels_of
+from kernelize.runtime.modeling import kernelize_model, kernels_of
 from kernelize.runtime.spec import KernelSpec, SpecError
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
@@ -223,6 +224,35 @@ def test_four_dimensional_mask_is_refused(model, ids):
     mask = torch.ones(2, 1, 90, 90, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=mask)
+
+
+def original_and_itself():
+    """A model, and the same converted with a window over all."""
+    teacher = tiny_llama()
+    return teacher, kernelize_model(copy.deepcopy(teacher), [KernelSpec(window=128, feature_dim=8)] * 2).eval()
+
+
+def test_smoothed_labels_are_those_of_the_next_token(ids, tmp_path):
+    """The Trainer asks the name of the class whether it has to shift them."""
+    options = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    losses = [
+        Trainer(model, options).compute_loss(model, {"input_ids": ids, "labels": ids})
+        for model in original_and_itself()
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids are not supported")  # both of peft
+@pytest.mark.parametrize("masked", [True, False])
+def test_learned_prompts_are_read_as_the_original_reads_them(ids, masked):
+    """PEFT puts them in front of what `generate` has prepared, and lengthens the mask that it finds there."""
+    written, config = [], PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    for plain in original_and_itself():
+        torch.manual_seed(0)
+        tuned = get_peft_model(plain, config).eval()
+        mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        written.append(tuned.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **mask))
+    assert torch.equal(*written)
 
 
 @pytest.mark.parametrize("shape", [(2, 60), (3, 90), (2, 1)], ids=str)

@@ -26,7 +26,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import ATTENTION, KernelAttention, Rotary, attention_function
 from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_overflow, refuse_second_draft
@@ -427,14 +427,21 @@ class KernelizedModelMixin:
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict:  # fmt: skip
-        """Keeps the mask of the new tokens beside the 4-D masks that are made for compilable caches."""
+        """Keeps the mask of the tokens; beside 4-D ones, which are made for static caches, that of the new tokens.
+
+        A cache of states alone counts as one for which masks are made, and none is: then there would be no mask at all.
+        """
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        made = inputs.get("attention_mask")
+        if made is None and (attention_mask is None or type(inputs.get(CACHE)) is DynamicCache):
+            return inputs if attention_mask is None else inputs | {"attention_mask": attention_mask}
         new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if attention_mask is None:  # generate has dropped it: all ones
             attention_mask = new.new_ones(new.shape[:2], dtype=torch.int64)
-        inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
+        if made is not attention_mask:
+            inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
     def _prepare_cache_for_generation(
@@ -518,7 +525,7 @@ def mask_of_tokens(decoder: Any, given: Any, kept: Tensor | None, batch: int, le
     """The mask [B, ≥ T] of a batch of T new tokens: `given`, or what was kept beside the masks made of it."""
     if kept is None:
         kept, decoder.waiting_mask = decoder.waiting_mask, None
-    mask = given if kept is None else kept
+    mask = given if kept is None or (isinstance(given, Tensor) and given.ndim == 2) else kept
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
     if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < length):
@@ -732,6 +739,8 @@ def _classes(base: str) -> tuple[type, type]:
             mapping = get_checkpoint_conversion_mapping(known)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(mine, mapping, overwrite=True)
+        # where the Trainer looks whether labels are shifted before it smoothes them
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PREFIX + base] = model_name
         # named once more, for else the loader of remote code puts it in front of a copy of the class
         _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original, GenerationMixin), body)
     return _CLASSES[config_name], _CLASSES[model_name]
