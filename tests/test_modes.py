@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import torch._dynamo.testing
-from families import SPEC, tiny_student
+from families import SPEC, tiny_student, tiny_teacher
 from peft import PromptTuningConfig, get_peft_model
 from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments, pipeline
@@ -21,6 +21,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from kernelize import files
 from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
+from kernelize.runtime.attention import ATTENTION
 from kernelize.runtime.cache import CACHE, kernel_layers
 from kernelize.runtime.modeling import kernelize_model, kernels_of
 from kernelize.runtime.spec import KernelSpec, SpecError
@@ -259,6 +260,14 @@ def test_learned_prompts_are_read_as_the_original_reads_them(ids, masked):
 def test_a_mask_of_other_tokens_is_refused(model, ids, shape):
     with pytest.raises(SpecError, match=rf"attention_mask is \[{shape[0]}, {shape[1]}\], .* \[2, 90\]"):
         model(ids, attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("made", [tiny_student, tiny_teacher])
+def test_the_attention_of_converted_layers_is_refused_in_others(made, ids):
+    model = made("qwen2")
+    model.set_attn_implementation(ATTENTION)
+    with pytest.raises(SpecError, match="attn_implementation='kernelize' .* a Qwen2Attention is none"):
+        model(ids)
 
 
 def test_a_model_that_is_given_no_tokens_says_so(model):
