@@ -602,6 +602,8 @@ def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> 
     refuse_wrapped(model)
     config = kernelized_config(model.config, layers)
     plan_of(config)
+    if vars(model).get("is_quantized"):  # and not from a file whose weights have become plain ones
+        config.quantization_config = model.config.quantization_config
     old = model.config
     for module in model.modules():
         if module.__dict__.get("config") is old:
