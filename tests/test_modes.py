@@ -266,7 +266,7 @@ def test_a_mask_of_other_tokens_is_refused(model, ids, shape):
 def test_the_attention_of_converted_layers_is_refused_in_others(made, ids):
     model = made("qwen2")
     model.set_attn_implementation(ATTENTION)
-    with pytest.raises(SpecError, match="attn_implementation='kernelize' .* a Qwen2Attention is none"):
+    with pytest.raises(SpecError, match=r"attn_implementation='kernelize' .* a Qwen2Attention is none"):
         model(ids)
 
 
