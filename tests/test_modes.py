@@ -210,6 +210,22 @@ def test_a_static_cache_that_cuts_native_windows_short_is_right_until_it_is_full
                 read_on()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_cache_records_after_a_look_up_if_it_did_before(model, ids, recording):
+    """Else every later token would keep the state before it."""
+    cache = DynamicCache(config=model.config)
+    if recording:
+        cache.activate_past_recording()
+    write(model, ids[:1], prompt_lookup_num_tokens=4, **{CACHE: cache})
+    for token in ids[:1, :3].split(1, 1):
+        model(token, use_cache=True, **{CACHE: cache})
+    assert [len(layer.recorded) >= 3 for layer in kernel_layers(cache)] == [recording] * 2
+    if not recording:
+        with pytest.raises(RuntimeError, match=r"crop\(-1\)"):
+            cache.crop(-1)
+
+
 def test_crop_without_recording_is_refused(model, ids):
     cache = read(model, ids)
     with pytest.raises(RuntimeError, match=r"crop\(-2\): .* snapshot\(\)"):

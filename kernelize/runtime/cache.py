@@ -60,6 +60,8 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Takes over the state after `tokens` more tokens; with `replay` this can be taken back by `crop`."""
         if replay is not None:
             self.recorded.append(Advance(self.state, self.length, tokens, replay))
+        else:
+            self.recorded.clear()  # what comes after calls that are not recorded cannot be taken back to them
         if self.in_place:
             self.put_back(state, self.length)
         else:

@@ -452,6 +452,19 @@ class KernelizedModelMixin:
         if cache is not None:
             adopt_cache(cache, self.converted)
 
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; a cache that is handed on then records no more, where it did not before.
+
+        Every token read with it later would keep the state before it, until somebody calls `crop`.
+        """
+        cache = kwargs.get(CACHE)
+        silent = [] if cache is None else [layer for layer in kernel_layers(cache) if not layer.record_past]
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for layer in silent:
+                layer.record_past = False
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
         raise NotImplementedError(
