@@ -37,7 +37,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the likeliest tokens that make up this share; by default all.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=LAST_SEED, help="Of the sampling; by default 0.")] = None,
     save_state: SaveState = None,
     load_state: LoadState = None,
     compiled: Annotated[
@@ -60,7 +60,7 @@ def generate(
     from kernelize.pipeline import load_for_use
 
     if not temperature:
-        only_with("a --temperature above 0", {"--top-k": top_k, "--top-p": top_p})
+        only_with("a --temperature above 0", {"--top-k": top_k, "--top-p": top_p, "--seed": seed})
     if compiled and save_state is not None:
         raise InputError("--save-state writes no tokens; leave out --compile")
     if chat and save_state is not None:
@@ -74,7 +74,7 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         read_document(model, tokenizer, text, before, save_state, json)
         return
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0}
     settings |= {"top_k": top_k or 0, "top_p": top_p, "compiled": compiled}
     talk = Conversation(model, tokenizer, chat=chat, on_text=stream, state=before, **settings)
     done = []

@@ -588,6 +588,7 @@ def test_options_without_effect_are_refused(folder, tmp_path, capsys, options, s
         ("generate {} x --top-k 0", "--top-k does nothing without a --temperature above 0"),
         ("generate {} x --temperature 1 --seed 4294967296", "less than or equal to 4294967295"),
         ("generate {} x --top-p 0.5 --temperature 0", "--top-p does nothing without a --temperature above 0"),
+        ("generate {} x --seed 0", "--seed does nothing without a --temperature above 0"),
         ("evaluate {} --suite ppl --lengths passkey=256", "--lengths passkey=256 does nothing without --suite passkey"),
         ("evaluate {} --suite ppl --haystack novel", "(--haystack) does nothing without the suite passkey or recall"),
         ("evaluate {} --suite ppl --task gaps", "(--task) does nothing without the suite tasks or lm-eval"),

@@ -7,8 +7,10 @@ from inspect import signature
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from families import REFUSED, SPEC, plan_for, tiny_config, tiny_student, tiny_teacher
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from kernelize.check import LAWS, check
 from kernelize.lora import lora_coverage, register_lora_targets
@@ -19,6 +21,7 @@ from kernelize.runtime.modeling import (
     FAMILIES,
     PREFIX,
     attentions,
+    decoder_of,
     family_of,
     kernelize_model,
     native_windows,
@@ -60,6 +63,22 @@ def test_forward_says_that_it_takes_what_the_original_takes(name):
     original, own = (list(signature(make(name).forward).parameters) for make in (tiny_teacher, tiny_student))
     assert own[: len(original) - 1] == original[:-1]
     assert {"labels", "kernelize_mask"} <= set(own)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", supported())
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_decoder_that_is_called_by_itself_reads_what_the_model_reads(name, use_cache):
+    """Trainers do that for hidden states without logits: padding and the cache count there, too."""
+    student, ids = tiny_student(name), torch.arange(1, 81).view(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    options = {"attention_mask": mask, "use_cache": use_cache}
+    wanted, decoder = student(ids, output_hidden_states=True, **options).hidden_states[-1], decoder_of(student)
+    torch.testing.assert_close(decoder(ids, **options)[0], wanted, rtol=0, atol=0)
+    places = [*signature(decoder.forward).parameters]
+    given = [{"attention_mask": mask}.get(name) for name in places[1 : places.index("attention_mask") + 1]]
+    torch.testing.assert_close(decoder(ids, *given, use_cache=use_cache)[0], wanted, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -105,6 +124,30 @@ def test_an_attention_that_drops_the_soft_caps_is_refused():
     teacher.config._attn_implementation_internal = "sdpa"  # older releases choose it
     with pytest.raises(SpecError, match="'sdpa' leaves out what 'gemma2' does"):
         kernelize_model(teacher, plan_for(teacher.config))
+
+
+WRAPPED = {
+    "PeftModel": lambda teacher: get_peft_model(teacher, LoraConfig(r=2)),
+    "OptimizedModule": lambda teacher: torch.compile(teacher, backend="eager"),
+    "LlamaModel": lambda teacher: teacher.model,
+    "LlamaForSequenceClassification": lambda teacher: AutoModelForSequenceClassification.from_config(teacher.config),
+    "MyLlama": lambda teacher: type("MyLlama", (type(teacher),), {})(teacher.config),
+    "device_map": lambda teacher: dispatch_model(
+        teacher, {"model": "cpu", "lm_head": "disk"}, offload_dir=".", force_hooks=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # asked by peft
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_model_that_is_wrapped_is_refused_and_stays_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = WRAPPED[name](tiny_teacher("llama"))
+    before = type(model)
+    with pytest.raises(SpecError, match=name):
+        kernelize_model(model, plan_for(model.config))
+    assert type(model) is before
+    assert model.config.model_type == "llama"
 
 
 def test_odd_configs_are_refused():

@@ -6,26 +6,31 @@ import copy
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import pytest
 import torch
 import torch._dynamo.testing
-from families import SPEC, tiny_student
-from tiny import byte_tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, pipeline
+from families import SPEC, tiny_student, tiny_teacher
+from peft import PromptTuningConfig, get_peft_model
+from tiny import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from kernelize import files
 from kernelize.convert import save
 from kernelize.errors import InputError, KernelizeError
+from kernelize.runtime.attention import ATTENTION
 from kernelize.runtime.cache import CACHE, kernel_layers
-from kernelize.runtime.modeling import kernels_of
-from kernelize.runtime.spec import KernelSpec
+from kernelize.runtime.modeling import kernelize_model, kernels_of
+from kernelize.runtime.spec import KernelSpec, SpecError
 from kernelize.states import fork, generate_from, load_state, read, save_state
 
 pytestmark = pytest.mark.fast
 NEW = 12
+SMALL = 8  # places of a static cache: fewer than there are in
+WINDOWS = {"gpt_oss": 12, "llama4_text": 24, "qwen2": 12}  # the native windows of tests' tiny models
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,51 @@ def test_assisted_generation_equals_greedy(model, ids):
     assert torch.equal(write(model, ids[:1], assistant_model=assistant), write(model, ids[:1]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["config", "nothing"])
+def test_recording_that_is_asked_for_before_the_first_token_is_remembered(model, ids, made):
+    cache = DynamicCache(config=model.config) if made == "config" else DynamicCache()
+    cache.activate_past_recording()
+    model(ids[:, :80], use_cache=True, **{CACHE: cache})
+    cache.crop(-30)
+    found = model(ids[:, 50:], use_cache=True, **{CACHE: cache}).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 50:], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "qwen2"])
+def test_a_static_cache_that_cuts_native_windows_short_is_right_until_it_is_full(ids, family):
+    """And refused then, as the original refuses any that is full; one that holds the windows goes on."""
+    model = tiny_student(family).double()
+    exact, longest = model(ids, use_cache=False).logits, max(SMALL, WINDOWS[family])
+    for room in (SMALL, longest + 1):
+        cache = StaticCache(config=model.config, max_cache_len=room)
+        steps = [model(x, use_cache=True, **{CACHE: cache}).logits for x in ids[:, :SMALL].split(SMALL - 2, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), exact[:, :SMALL], rtol=0, atol=1e-5)
+        read_on = partial(model, ids[:, SMALL:], use_cache=True, **{CACHE: cache})
+        if room > SMALL:
+            torch.testing.assert_close(read_on().logits, exact[:, SMALL:], rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(SpecError, match=r"static cache: 90 tokens do not fit into max_cache_len=8"):
+                read_on()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_cache_records_after_a_look_up_if_it_did_before(model, ids, recording):
+    """Else every later token would keep the state before it."""
+    cache = DynamicCache(config=model.config)
+    if recording:
+        cache.activate_past_recording()
+    write(model, ids[:1], prompt_lookup_num_tokens=4, **{CACHE: cache})
+    for token in ids[:1, :3].split(1, 1):
+        model(token, use_cache=True, **{CACHE: cache})
+    assert [len(layer.recorded) >= 3 for layer in kernel_layers(cache)] == [recording] * 2
+    if not recording:
+        with pytest.raises(RuntimeError, match=r"crop\(-1\)"):
+            cache.crop(-1)
+
+
 def test_crop_without_recording_is_refused(model, ids):
     cache = read(model, ids)
     with pytest.raises(RuntimeError, match=r"crop\(-2\): .* snapshot\(\)"):
@@ -191,6 +241,54 @@ def test_four_dimensional_mask_is_refused(model, ids):
     mask = torch.ones(2, 1, 90, 90, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=mask)
+
+
+def original_and_itself():
+    """A model, and the same converted with a window over all."""
+    teacher = tiny_llama()
+    return teacher, kernelize_model(copy.deepcopy(teacher), [KernelSpec(window=128, feature_dim=8)] * 2).eval()
+
+
+def test_smoothed_labels_are_those_of_the_next_token(ids, tmp_path):
+    """The Trainer asks the name of the class whether it has to shift them."""
+    options = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    losses = [
+        Trainer(model, options).compute_loss(model, {"input_ids": ids, "labels": ids})
+        for model in original_and_itself()
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids are not supported")  # both of peft
+@pytest.mark.parametrize("masked", [True, False])
+def test_learned_prompts_are_read_as_the_original_reads_them(ids, masked):
+    """PEFT puts them in front of what `generate` has prepared, and lengthens the mask that it finds there."""
+    written, config = [], PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    for plain in original_and_itself():
+        torch.manual_seed(0)
+        tuned = get_peft_model(plain, config).eval()
+        mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        written.append(tuned.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **mask))
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("shape", [(2, 60), (3, 90), (2, 1)], ids=str)
+def test_a_mask_of_other_tokens_is_refused(model, ids, shape):
+    with pytest.raises(SpecError, match=rf"attention_mask is \[{shape[0]}, {shape[1]}\], .* \[2, 90\]"):
+        model(ids, attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("made", [tiny_student, tiny_teacher])
+def test_the_attention_of_converted_layers_is_refused_in_others(made, ids):
+    model = made("qwen2")
+    model.set_attn_implementation(ATTENTION)
+    with pytest.raises(SpecError, match=r"attn_implementation='kernelize' .* a Qwen2Attention is none"):
+        model(ids)
+
+
+def test_a_model_that_is_given_no_tokens_says_so(model):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model()
 
 
 def test_pipeline_writes_text():

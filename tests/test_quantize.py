@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import byte_tokenizer, tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TorchAoConfig
 
 from kernelize.card import model_card, read_facts
 from kernelize.check import check
@@ -98,6 +99,16 @@ def test_what_was_saved_is_what_was_quantised(made, whole):
     model = load(whole)[0]
     quantize_model(model, bits)
     assert torch.equal(logits(load(folder)[0]), logits(model))
+
+
+def test_an_original_with_integers_is_converted_and_saved_with_them(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    student = convert(model, ConversionPlan.uniform(SPEC, 2))
+    student.save_pretrained(tmp_path / "made")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()), logits(student))
 
 
 def test_the_files_are_safetensors_with_integers(made):

@@ -228,7 +228,12 @@ def attention_function(
 
     Attention dropout is not applied: the student of a distillation is deterministic.
     """
-    attention: KernelAttention = module.kernelize  # type: ignore[assignment]
+    attention: Any = module._modules.get("kernelize")
+    if attention is None:
+        raise SpecError(
+            f"attn_implementation={ATTENTION!r} is that of converted layers, and a {type(module).__name__} is none; "
+            "converted ones need no name: load the model with 'eager' or 'sdpa'"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kernelize_cache is None and attention.probe is None:  # here compiled code fuses it with what is before
         query, key, value = autocast(query, key, value)

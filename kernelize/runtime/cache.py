@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticSlidingWindowLayer,
+)
 
 from .spec import SpecError
 from .state import State, Turned
@@ -17,6 +24,7 @@ from .state import State, Turned
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"  # the argument of Transformers that holds the cache
 Replay = Callable[[int], State]
+RECORDS = "kernelize_records"  # of a cache, whether layers that it gets later shall record their past
 RECORDED = 2  # calls that a second crop may still take back: an assistant model takes back twice
 
 
@@ -43,6 +51,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.state: State | None = None
         self.length: Tensor | int = 0  # tokens, padding included
         self.mask_peer: CacheLayerMixin | None = None  # a softmax layer of the same cache: masks are shared
+        self.room = -1  # tokens that the layer in whose place it stands could hold; -1: any number
         self.turned = Turned()  # no part of the state: made of it, where it is missing
         self.record_past = False
         self.recorded: list[Advance] = []  # since the last `crop`
@@ -51,6 +60,8 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Takes over the state after `tokens` more tokens; with `replay` this can be taken back by `crop`."""
         if replay is not None:
             self.recorded.append(Advance(self.state, self.length, tokens, replay))
+        else:
+            self.recorded.clear()  # what comes after calls that are not recorded cannot be taken back to them
         if self.in_place:
             self.put_back(state, self.length)
         else:
@@ -176,7 +187,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if not 0 <= left <= sum(call.tokens for call in self.recorded):
             raise RuntimeError(
                 f"crop({tokens_to_remove}): a kernelized state can take back tokens read since the last crop and "
-                "activate_past_recording(), called after the cache's first use; else take a snapshot() and restore() it"
+                "activate_past_recording(); else take a snapshot() and restore() it"
             )
         while left:
             call = self.recorded.pop()
@@ -223,7 +234,10 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
     for i in missing:
         if held[i].is_initialized and held[i].get_seq_length() > 0:
             raise ValueError(f"layer {i} of the cache already holds keys and values of softmax attention")
+        room = held[i].get_max_length()
         held[i] = KernelState(static=held[i].is_compileable)
+        held[i].room = room
+        held[i].record_past = vars(cache).get(RECORDS, False)
     sliding = cache.is_sliding
     softmax = [
         i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin) and not isinstance(x, KernelState)
@@ -231,6 +245,33 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
     peer = next((held[i] for i in softmax if not sliding[i]), None)
     for layer in kernel_layers(cache):
         layer.mask_peer = peer
+
+
+def _noted(activate: Callable[[Cache], None]) -> Callable[[Cache], None]:
+    @wraps(activate)
+    def activated(cache: Cache) -> None:
+        setattr(cache, RECORDS, True)
+        activate(cache)
+
+    return activated
+
+
+# a cache that has read nothing has no kernelized layers yet, and none of the layers in their places would remember it
+Cache.activate_past_recording = _noted(Cache.activate_past_recording)  # type: ignore[method-assign]
+
+
+def refuse_overflow(cache: Cache, tokens: int) -> None:
+    """SpecError where so many more `tokens` do not fit into a static cache that cuts the windows of its layers short.
+
+    Softmax over all tokens would have no place for them either; a window goes on, and sees less than it should.
+    """
+    room = kernel_layers(cache)[0].room
+    cut = [x for x in cache.layers if isinstance(x, StaticSlidingWindowLayer) and x.max_cache_len == room]
+    if cut and cut[0].get_seq_length() + tokens > room:
+        raise SpecError(
+            f"static cache: {cut[0].get_seq_length() + tokens} tokens do not fit into max_cache_len={room}, by which "
+            "the layers with a sliding window would cut it short; make the cache longer"
+        )
 
 
 def refuse_second_draft(cache: Cache) -> None:

@@ -41,7 +41,7 @@ def layout_of(
     Positions count only where there is neither a mask nor a cache: the rule of Transformers itself.
     """
     if attention_mask is not None and attention_mask.ndim == 2:
-        valid = attention_mask[:, -length:].bool()
+        valid = attention_mask[:, -length:].bool().expand(batch, -1)
         skippable = length > 1 and not torch.compiler.is_compiling()
         return None if skippable and bool(valid.all()) else Layout(valid=valid)
     if attention_mask is None and position_ids is not None and not has_cache and length > 1 and not _known.whole:

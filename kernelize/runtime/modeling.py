@@ -26,10 +26,10 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import ATTENTION, KernelAttention, Rotary, attention_function
-from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_second_draft
+from .cache import CACHE, RELEASE, KernelState, adopt_cache, kernel_layers, refuse_overflow, refuse_second_draft
 from .feature_maps import FeatureMap
 from .layout import Layout, layout_of
 from .spec import SCORES, KernelSpec, SpecError
@@ -309,6 +309,21 @@ def refuse(config: PreTrainedConfig, layers: list[KernelSpec | None]) -> None:
         )
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises SpecError for what is not the language model itself: its class is about to change, and its forward."""
+    wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model.config.model_type]]  # type: ignore[union-attr, index]
+    if type(model) is not wanted:
+        raise SpecError(
+            f"a {type(model).__name__} cannot be converted, only a {wanted.__name__} of Transformers itself; merge "
+            "adapters first (merge_and_unload), and compile or wrap what comes out"
+        )
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise SpecError(
+            "the model is spread over devices (device_map), whose hooks hold its attention as it was; convert it on "
+            "one device, or with `kernelize convert --stream`, and spread what comes out"
+        )
+
+
 def attentions(model: nn.Module, model_type: str) -> dict[int, Any]:
     """Layer index -> self-attention module, for every decoder layer."""
     family = family_of(model_type)
@@ -389,74 +404,44 @@ class KernelizedModelMixin:
 
         `kernelize_mask` [B, T] stands for `attention_mask` where `generate` has made 4-D masks of it.
         """
-        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if cache is not None:
-            adopt_cache(cache, self.converted)
-        has_cache = cache is not None
-        mask = attention_mask if kernelize_mask is None else kernelize_mask
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
-        layout = layout_of(length, mask, position_ids, batch, has_cache)
-        if position_ids is None and self.turns:
-            position_ids = positions_of(length, layout, cache)
-        self.refuse_for_kept(layout, cache)
         if issubclass(family_of(self.config.model_type).mixin, DirectAttentionMixin):
-            for attention in kernelized_layers(self).values():  # type: ignore[arg-type]
-                attention.waiting_layout = layout
+            decoder_of(self).waiting_mask = kernelize_mask
         else:
-            kwargs["kernelize_layout"] = layout
+            kwargs["kernelize_mask"] = kernelize_mask
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=has_cache,
-            **{CACHE: cache},
+            use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
-
-    def refuse_for_kept(self, layout: Layout | None, cache: Cache | None) -> None:
-        """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
-        lacks, base = family_of(self.config.model_type).lacks, self.config.model_type.removeprefix(PREFIX)
-        if cache is not None and RELEASE < (5, 18):
-            refuse_second_draft(cache)
-        if not lacks or len(self.converted) == self.config.num_hidden_layers:
-            return
-        packed = lacks == "packing" and layout is not None and layout.documents is not None
-        static = lacks == "static cache" and isinstance(cache, StaticCache)
-        if packed or static:
-            raise SpecError(
-                f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it"
-            )
-
-    @property
-    def turns(self) -> bool:
-        """Whether positions are rotary, so that where a row begins is all the same to softmax."""
-        return family_of(self.config.model_type).rotary is not tabled_positions
 
     @property
     def converted(self) -> tuple[int, ...]:
         """Indices of the layers that hold a kernelized state."""
-        # not through plan_of: this runs in every forward, and under torch.compile
-        return tuple(i for i, spec in enumerate(self.config.kernelize["layers"]) if spec is not None)
+        return converted_in(self.config)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict:  # fmt: skip
-        """Keeps the mask of the new tokens beside the 4-D masks that are made for compilable caches."""
+        """Keeps the mask of the tokens; beside 4-D ones, which are made for static caches, that of the new tokens.
+
+        A cache of states alone counts as one for which masks are made, and none is: then there would be no mask at all.
+        """
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        made = inputs.get("attention_mask")
+        if made is None and (attention_mask is None or type(inputs.get(CACHE)) is DynamicCache):
+            return inputs if attention_mask is None else inputs | {"attention_mask": attention_mask}
         new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if attention_mask is None:  # generate has dropped it: all ones
             attention_mask = new.new_ones(new.shape[:2], dtype=torch.int64)
-        inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
+        if made is not attention_mask:
+            inputs["kernelize_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
 
     def _prepare_cache_for_generation(
@@ -466,8 +451,19 @@ class KernelizedModelMixin:
         cache = model_kwargs.get(CACHE)
         if cache is not None:
             adopt_cache(cache, self.converted)
-            if generation_config.is_assistant:  # said before the layers were there
-                cache.activate_past_recording()
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original; a cache that is handed on then records no more, where it did not before.
+
+        Every token read with it later would keep the state before it, until somebody calls `crop`.
+        """
+        cache = kwargs.get(CACHE)
+        silent = [] if cache is None else [layer for layer in kernel_layers(cache) if not layer.record_past]
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for layer in silent:
+                layer.record_past = False
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it pages keys and values of all requests in one row, where a state cannot tell them apart."""
@@ -487,6 +483,103 @@ class KernelizedModelMixin:
         for source in sorted(Path(__file__).parent.glob("*.py")):
             if source.name != "__init__.py":
                 shutil.copy(source, Path(save_directory) / source.name)
+
+
+# --- what a decoder reads -----------------------------------------------------------------------------------
+
+
+def enter(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before a converted decoder reads: lays out the batch and puts states into the cache, for its attentions.
+
+    A hook of the decoder, since trainers and those who want hidden states call it without the model around it.
+    """
+    if not decoder.kernelized:
+        return args, kwargs
+    names = ["input_ids"] if len(args) < 2 else [*inspect.signature(decoder.forward).parameters]
+    return (), entering(decoder, **dict(zip(names[: len(args)], args, strict=True)), **kwargs)
+
+
+def entering(
+    decoder: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    kernelize_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    past_key_values: Cache | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What the original decoder is given for these arguments."""
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+    tokens, config = inputs_embeds if input_ids is None else input_ids, decoder.config
+    if tokens is None:
+        return given  # the original says what is missing
+    if use_cache is None:
+        use_cache = config.use_cache and not decoder.training
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+        cache = DynamicCache(config=config)
+    if cache is not None:
+        adopt_cache(cache, converted_in(config))
+    batch, length = tokens.shape[:2]
+    mask = mask_of_tokens(decoder, attention_mask, kernelize_mask, batch, length)
+    layout = layout_of(length, mask, position_ids, batch, cache is not None)
+    if position_ids is None and family_of(config.model_type).rotary is not tabled_positions:
+        # rotary: where a row begins is all the same to softmax
+        position_ids = positions_of(length, layout, cache)
+    refuse_for_kept(config, layout, cache, length)
+    given |= {"position_ids": position_ids, "use_cache": cache is not None, CACHE: cache}
+    return given | hand_over(decoder, layout)
+
+
+def mask_of_tokens(decoder: Any, given: Any, kept: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The mask [B, ≥ T] of a batch of T new tokens: `given`, or what was kept beside the masks made of it."""
+    if kept is None:
+        kept, decoder.waiting_mask = decoder.waiting_mask, None
+    mask = given if kept is None or (isinstance(given, Tensor) and given.ndim == 2) else kept
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise SpecError("attention_mask: a kernelized layer needs the mask of the tokens, [B, T], not a 4-D one")
+    if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1] < length):
+        raise SpecError(f"attention_mask is {list(mask.shape)}, and the new tokens alone are {[batch, length]}")
+    return mask
+
+
+def hand_over(decoder: Any, layout: Layout | None) -> dict[str, Any]:
+    """Lets the attentions know the layout: as an argument, or on those that get nothing but q, k and v."""
+    family = family_of(decoder.config.model_type)
+    if not issubclass(family.mixin, DirectAttentionMixin):
+        return {"kernelize_layout": layout}
+    for layer in decoder.get_submodule(family.layers.rpartition(".")[2]):
+        layer.get_submodule(family.attention).waiting_layout = layout
+    return {}
+
+
+def refuse_for_kept(config: PreTrainedConfig, layout: Layout | None, cache: Cache | None, length: int) -> None:
+    """Raises SpecError for what the softmax layers of this family would do wrong, where any are left."""
+    lacks, base = family_of(config.model_type).lacks, config.model_type.removeprefix(PREFIX)
+    if cache is not None and RELEASE < (5, 18):
+        refuse_second_draft(cache)
+    if cache is not None:
+        refuse_overflow(cache, length)
+    if not lacks or len(converted_in(config)) == config.num_hidden_layers:
+        return
+    packed = lacks == "packing" and layout is not None and layout.documents is not None
+    static = lacks == "static cache" and isinstance(cache, StaticCache)
+    if packed or static:
+        raise SpecError(f"{lacks}: the softmax layers of {base!r} are wrong under it; convert them too, or avoid it")
+
+
+def converted_in(config: Any) -> tuple[int, ...]:
+    """Indices of the layers that the plan of a config converts."""
+    # not through plan_of: this runs in every forward, and under torch.compile
+    return tuple(i for i, spec in enumerate(config.kernelize["layers"]) if spec is not None)
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that holds the layers: what the model calls for hidden states."""
+    return model.get_submodule(family_of(model.config.model_type).layers.rpartition(".")[0])
 
 
 # --- plan in the config -------------------------------------------------------------------------------------
@@ -514,12 +607,16 @@ def plan_entry(layers: list[KernelSpec | None]) -> dict:
 def kernelize_model(model: PreTrainedModel, layers: list[KernelSpec | None]) -> PreTrainedModel:
     """Turns `model` itself into its kernelized class; new parameters are at their initial values.
 
-    Raises SpecError for a model type without a row, a model that is converted already, or a plan that does not fit.
+    Raises SpecError for a model type without a row, a model that is converted already or wrapped, or a plan that does
+    not fit.
     """
     base = model.config.model_type
     refuse(model.config, layers)
+    refuse_wrapped(model)
     config = kernelized_config(model.config, layers)
     plan_of(config)
+    if vars(model).get("is_quantized"):  # and not from a file whose weights have become plain ones
+        config.quantization_config = model.config.quantization_config
     old = model.config
     for module in model.modules():
         if module.__dict__.get("config") is old:
@@ -546,6 +643,9 @@ def install(model: Any, layers: list[KernelSpec | None]) -> None:
     """Puts a KernelAttention into every layer that has a spec; parameters are on the layer's device, float32."""
     config = model.config
     family = family_of(config.model_type)
+    decoder = decoder_of(model)
+    decoder.kernelized, decoder.waiting_mask = True, None
+    decoder.register_forward_pre_hook(enter, with_kwargs=True)
     if all(spec is not None for spec in layers):
         # masks are made for the model's implementation, and no converted layer needs one (it would be T×T)
         config._attn_implementation_internal = ATTENTION
@@ -576,8 +676,10 @@ def softmax_twin(model: Any) -> Iterator[Any]:
             part.__class__ = kind.__bases__[1]  # after the mixin
         for config in configs:
             config._attn_implementation_internal = "eager"
+        decoder_of(model).kernelized = False
         yield model
     finally:
+        decoder_of(model).kernelized = True
         for part, kind in zip(changed, classes, strict=True):
             part.__class__ = kind
         for config, implementation in zip(configs, kept, strict=True):
@@ -652,6 +754,8 @@ def _classes(base: str) -> tuple[type, type]:
             mapping = get_checkpoint_conversion_mapping(known)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(mine, mapping, overwrite=True)
+        # where the Trainer looks whether labels are shifted before it smoothes them
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PREFIX + base] = model_name
         # named once more, for else the loader of remote code puts it in front of a copy of the class
         _CLASSES[model_name] = type(model_name, (KernelizedModelMixin, original, GenerationMixin), body)
     return _CLASSES[config_name], _CLASSES[model_name]
