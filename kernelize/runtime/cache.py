@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from .state import State, Turned
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"  # the argument of Transformers that holds the cache
 Replay = Callable[[int], State]
-RECORDS = "kernelize_records"  # of a cache, whether layers that it gets later shall record their past
 RECORDED = 2  # calls that a second crop may still take back: an assistant model takes back twice
 
 
@@ -187,7 +185,7 @@ class KernelState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if not 0 <= left <= sum(call.tokens for call in self.recorded):
             raise RuntimeError(
                 f"crop({tokens_to_remove}): a kernelized state can take back tokens read since the last crop and "
-                "activate_past_recording(); else take a snapshot() and restore() it"
+                "activate_past_recording(), called after the cache's first use; else take a snapshot() and restore() it"
             )
         while left:
             call = self.recorded.pop()
@@ -237,7 +235,6 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
         room = held[i].get_max_length()
         held[i] = KernelState(static=held[i].is_compileable)
         held[i].room = room
-        held[i].record_past = vars(cache).get(RECORDS, False)
     sliding = cache.is_sliding
     softmax = [
         i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin) and not isinstance(x, KernelState)
@@ -245,19 +242,6 @@ def adopt_cache(cache: Cache, layers: tuple[int, ...]) -> None:
     peer = next((held[i] for i in softmax if not sliding[i]), None)
     for layer in kernel_layers(cache):
         layer.mask_peer = peer
-
-
-def _noted(activate: Callable[[Cache], None]) -> Callable[[Cache], None]:
-    @wraps(activate)
-    def activated(cache: Cache) -> None:
-        setattr(cache, RECORDS, True)
-        activate(cache)
-
-    return activated
-
-
-# a cache that has read nothing has no kernelized layers yet, and none of the layers in their places would remember it
-Cache.activate_past_recording = _noted(Cache.activate_past_recording)  # type: ignore[method-assign]
 
 
 def refuse_overflow(cache: Cache, tokens: int) -> None:

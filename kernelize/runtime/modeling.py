@@ -451,6 +451,8 @@ class KernelizedModelMixin:
         cache = model_kwargs.get(CACHE)
         if cache is not None:
             adopt_cache(cache, self.converted)
+            if generation_config.is_assistant:  # said before the layers were there
+                cache.activate_past_recording()
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; a cache that is handed on then records no more, where it did not before.
