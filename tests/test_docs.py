@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_the_table_of_families_says_what_the_code_says(name):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_what_is_drawn_of_a_layer_is_what_the_page_says(tmp_path, monkeypatch):
+    """And `benchmarks/draw.py` draws it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import draw
+
+    rows = [json.loads(line) for line in draw.RESULTS.read_text("utf-8").splitlines()]
+    page = (ROOT / "docs/performance.md").read_text("utf-8").partition("## Fast")[2]
+    said = re.findall(r"^\| 128 slots by attention.*", page, re.MULTILINE)
+    for measure, line in zip(draw.PANELS, said, strict=False):
+        numbers = {float(x) for x in re.findall(r"\d+\.\d+", line)}
+        for length, value in draw.series(rows, "kernelize attention 128", measure).items():
+            assert min(abs(value - number) for number in numbers) < 0.006, f"{measure}, {length} tokens: {value}"
+    draw.draw(rows, tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("example", blocks(ROOT / "README.md", "python"), ids=lambda text: text.split("\n")[0])

@@ -954,12 +954,13 @@ class MemoryFunction(torch.autograd.Function):
 
 
 def mapped_launch(phi: Tensor, D: int, programs: int) -> Launch:
-    """Of so many programs of `mapped_memory_kernel`: with operands ahead where they fit, twice a multiprocessor."""
+    """Of so many programs of `mapped_memory_kernel`: with operands ahead where they fit, twice a multiprocessor; else
+    without, and with little memories three times."""
     launch, has = launch_of("mapped_memory", phi.dtype), shared_memory(phi.device)
-    few = programs < MANY or power_of_two(phi.shape[-1]) * power_of_two(D) > LITTLE
-    if phi.dtype == torch.float32 or not (few or 0 < has < AMPLE):
+    entries = power_of_two(phi.shape[-1]) * power_of_two(D)
+    if phi.dtype == torch.float32 or not (programs < MANY or entries > LITTLE or 0 < has < AMPLE):
         return launch
-    return launch._replace(split=False, stages=1)
+    return launch._replace(split=False, stages=1, registers=168 if entries <= LITTLE // 2 else None)
 
 
 class Logits(NamedTuple):
