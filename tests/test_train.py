@@ -256,6 +256,15 @@ def test_a_crashed_run_resumes_to_the_same_bits(interrupted, tmp_path, stage, st
     assert_same_weights(resumed, undisturbed)
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as at a terminal: who runs the tests in the background may have them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_finish_the_step_and_save(interrupted, tmp_path, number):
     made, undisturbed = interrupted
@@ -277,6 +286,7 @@ def test_sigterm_and_ctrl_c_finish_the_step_and_save(interrupted, tmp_path, numb
     assert_same_weights(resumed, undisturbed)
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path, capfd):
     def impatient(event):
         if event["event"] == "step":
