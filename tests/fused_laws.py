@@ -290,6 +290,29 @@ def far_gradients() -> None:
     same_gradients(spec, [spec.reach + 40], rotation, alone=True, logits=False)
 
 
+def some_gradients() -> None:
+    """Of what is trained alone: maps without their tokens, one map, tokens without maps."""
+    torch.use_deterministic_algorithms(True)
+    spec = KernelSpec(**SMALL, policy="attention")
+
+    def asked(implementation, tokens: str, weights: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        attention = contract.layer(spec, FULL, SIZES)
+        given = dict(zip("qkv", contract.tokens(1, 80, FULL, sizes=SIZES), strict=True))
+        named = given | dict(attention.named_parameters())
+        wanted = {name: x.requires_grad_() for name, x in named.items() if name in (*tokens, *weights)}
+        for name in named.keys() - wanted.keys():
+            named[name].requires_grad_(False)
+        y = implementation.attend(*given.values(), attention.kernel(0.5))[0].y
+        up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), up), strict=True))
+
+    both = "map_q.weight", "map_k.weight"
+    for tokens, weights in (("", both), ("", both[:1]), ("q", ()), ("kv", both[1:]), ("v", ())):
+        expected = asked(chunked, tokens, weights)
+        for name, got in asked(fused, tokens, weights).items():
+            assert_same(got, expected[name], f"{name} of {tokens!r} and {weights}", GRADIENT_TOLERANCE)
+
+
 def same_gradients(
     spec: KernelSpec, lengths: list[int], rotation: Rotation | None = None, alone: bool = False, logits: bool = True
 ) -> None:
@@ -648,8 +671,8 @@ def capturable() -> None:
 
 
 LAWS = (
-    forward, streams, prefill, ahead, segments, gradients, lifetimes, low_precision, mixed_precision, choice, steps,
-    steps_in_low_precision, far, far_gradients, far_steps, bounds,
+    forward, streams, prefill, ahead, segments, gradients, some_gradients, lifetimes, low_precision, mixed_precision,
+    choice, steps, steps_in_low_precision, far, far_gradients, far_steps, bounds,
     heads, divergence, capturable, short_tiles,
 )  # fmt: skip
 LIMIT = 240  # seconds a law, less than pytest's, so that the next one finds nothing in its way
