@@ -61,8 +61,10 @@ SPECS = (
     KernelSpec(**{**SMALL, "slots": 0, "block": 4, "window": 1}),
     KernelSpec(**{**SMALL, "feature_map": "none", "policy": "attention"}),
     KernelSpec(**{**SMALL, "policy": "attention+forecast", "aging": 32}),
+    KernelSpec(**{**SMALL, "policy": "value", "rule": "delta", "decay": "none"}),
+    KernelSpec(**{**SMALL, "policy": "attention", "rule": "gated_delta", "decay": "gated"}),
 )
-SOME = SPECS[:1]
+SOME = SPECS[0], SPECS[8]
 FAR = (  # beyond reach, by neighbouring pairs of channels, or by halves of some of them
     (SPECS[0].replace(reach=SPECS[0].least_reach), Rotation(torch.tensor([1.0, 0.3, 0.1, 0.02]), True)),
     (SPECS[5].replace(reach=SPECS[5].least_reach), Rotation(torch.tensor([1.0, 0.3]), False)),
@@ -270,11 +272,12 @@ def gradients() -> None:
     fused_memory.PROGRAMS = fused_exact.PROGRAMS = 4  # segments of more than one tile
     fused_exact.WALKS = 1
     # the first has two tiles in each of two segments: what decays from tile to tile counts in the second alone
-    for spec, lengths in ((SPECS[0], [200]), (SPECS[2], [130]), (SPECS[4], [70, 40])):
+    for spec, lengths in ((SPECS[0], [200]), (SPECS[2], [130]), (SPECS[4], [70, 40]), (SPECS[8], [150, 20])):
         same_gradients(spec, lengths)
     same_gradients(SPECS[0], [90], alone=True)
     same_gradients(SPECS[0], [70, 20], alone=True, logits=False)
     same_gradients(SPECS[1], [70], logits=False)
+    same_gradients(SPECS[7], [140], alone=True, logits=False)
     fused_memory.WIDE = fused_memory.WIDE._replace(chunk=256)  # several programs for the features of a tile
     same_gradients(SPECS[2].replace(feature_dim=40), [70], alone=True, logits=False)
     out, _ = fused.attend(*contract.tokens(1, 90, FULL, sizes=SIZES), kernel_of(SPECS[2]))
@@ -482,14 +485,14 @@ def steps_in_low_precision() -> None:
 @torch.no_grad()
 def low_precision() -> None:
     """bfloat16 stays near float32 on the same tokens, whoever holds the slots."""
-    spec = SPECS[2]
-    kernel, (q, k, v) = kernel_of(spec), contract.tokens(1, 120, HALF, sizes=SIZES)
-    out, state = fused.attend(q, k, v, kernel, branches=False)
-    expected, _ = fused.attend(*(x.float() for x in (q, k, v)), kernel)
-    assert out.y.dtype == state.keys.dtype == HALF
-    assert state.memory.dtype == FULL
-    assert out.memory.numel() == 0
-    assert_same(out.y, expected.y, "bfloat16")
+    for spec in (SPECS[2], SPECS[7]):
+        kernel, (q, k, v) = kernel_of(spec), contract.tokens(1, 120, HALF, sizes=SIZES)
+        out, state = fused.attend(q, k, v, kernel, branches=False)
+        expected, _ = fused.attend(*(x.float() for x in (q, k, v)), kernel)
+        assert out.y.dtype == state.keys.dtype == HALF
+        assert state.memory.dtype == FULL
+        assert out.memory.numel() == 0
+        assert_same(out.y, expected.y, f"bfloat16, {spec.rule}")
 
 
 def mixed_precision() -> None:
@@ -515,7 +518,6 @@ def choice() -> None:
         assert implementation(kernel, q, k, v) == "chunked"
     refused = {
         "block": kernel._replace(spec=SPECS[0].replace(block=24)),
-        "rule": kernel._replace(spec=SPECS[1].replace(rule="delta")),
         "feature_dim": kernel._replace(spec=SPECS[0].replace(feature_dim=512)),
         "slots": kernel._replace(spec=SPECS[0].replace(slots=1001, head_slots=(2000, 2))),
         "policy": kernel._replace(spec=SPECS[0].replace(policy="keydiff")),
@@ -526,6 +528,10 @@ def choice() -> None:
         assert reason.startswith(word)
         assert implementation(other, q, k, v) == "chunked"
     assert "float64" in fused.supports(kernel, *(x.double() for x in (q, k, v)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "interpreted", lambda: False)
+        assert fused.unsupported(SPECS[7]).startswith("rule='delta'")
+        assert fused.unsupported(SPECS[0]) is None
     with force("fused"), pytest.raises(SpecError, match="block=24"):
         implementation(refused["block"], q, k, v)
 

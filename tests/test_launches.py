@@ -137,8 +137,9 @@ def test_a_step_fits_into_shared_memory(tmp_path, monkeypatch, shape, dtype, fie
 
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
 @pytest.mark.parametrize(
-    "fields", [{"policy": "mixed"}, {"policy": "attention+forecast"}, {"policy": "attention", "reach": 300}],
-    ids=["mixed", "attention+forecast", "beyond reach"],
+    "fields", [{"policy": "mixed"}, {"policy": "attention+forecast"}, {"policy": "attention", "reach": 300},
+               {"policy": "attention", "rule": "gated_delta", "decay": "gated"}],
+    ids=["mixed", "attention+forecast", "beyond reach", "delta rule"],
 )  # fmt: skip
 def test_a_layer_compiles_for_a_gpu(tmp_path, monkeypatch, fields, train):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

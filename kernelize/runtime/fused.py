@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .chunked import Grid, align
+from .fused_delta import Tokens, corrected, unit_features
 from .fused_exact import Exact, ExactFunction, parts_of_tile
 from .fused_map import fits, mapped, plain
 from .fused_memory import ClockFunction, MemoryFunction, holds_halves, order_of, recall_errors
@@ -32,10 +33,13 @@ from .state import (
     Kernel,
     State,
     add_sink_logits,
+    betas,
     by_head,
     empty_state,
     log_decays,
+    merge,
     scores_from,
+    weigh_answers,
     within_reach,
 )
 
@@ -96,8 +100,8 @@ def unsupported(spec: KernelSpec) -> str | None:
         return f"slots={most} are more than {MOST_SLOTS}"
     if spec.has_memory and spec.feature_dim > WIDEST:
         return f"feature_dim={spec.feature_dim} is above {WIDEST}"
-    if spec.rule != "additive":
-        return f"rule={spec.rule!r} is not 'additive'"
+    if spec.is_delta and not interpreted():
+        return f"rule={spec.rule!r}: its kernels were not checked on a GPU yet"
     others = [name for name, _ in spec.shares if spec.slots and name not in POLICIES]
     return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
 
@@ -156,6 +160,8 @@ def read_branches(
     if not kernel.spec.has_memory:
         empty = torch.zeros_like(exact), torch.full_like(lse, -torch.inf)
         return AttentionOutput(exact, exact, lse, *empty), store.state.memory
+    if kernel.spec.is_delta:
+        return read_corrected(store, kernel, lives, phi_k, clock, clock_end, exact, lse, branches)
     return read_memory(store, kernel, lives, phi_k, clock, clock_end, exact, lse, given.matrices, merges, branches)
 
 
@@ -173,6 +179,36 @@ def read_memory(
         torch.is_grad_enabled(),
     )  # fmt: skip
     return AttentionOutput(y, exact, lse, memory, memory_lse), total
+
+
+def read_corrected(
+    store: Store, kernel: Kernel, lives: Lives, phi_k: Tensor, clock: Tensor, clock_end: Tensor, exact: Tensor,
+    lse: Tensor, branches: bool,
+) -> tuple[AttentionOutput, Tensor]:  # fmt: skip
+    """`read_memory` by the delta rule: answers of corrected values, weighed as so many tokens as there are."""
+    assert kernel.log_gate is not None
+    memory, phi_q = store.state.memory, query_features(store, kernel)
+    order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
+    tokens = Tokens(unit_features(phi_k), store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
+    added, turn = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
+
+    def read(phi: Tensor, v: Tensor, when: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(the memory's answer [B, H, W, D], its normaliser [B, H, W, 1], the memory at the end)."""
+        nobody = (None,) * 5
+        _, answer, found, end = MemoryFunction.apply(
+            phi_q, store.k, None, None, phi, v, when, clock_end, memory, exact.detach().to(store.q.dtype), lse.detach(),
+            gate, *nobody, order, kernel.scaling**0.5, True, torch.is_grad_enabled(),
+        )  # fmt: skip
+        return answer, (found - gate[:, None]).exp()[..., None], end
+
+    answer, norm, values = read(tokens.phi, added.to(store.v.dtype), turn)
+    _, mass, masses = read(phi_k, store.v, clock)
+    total = weigh_answers(answer.float() * norm, mass, phi_q.float())
+    out = merge(exact.float(), lse, total, kernel.log_gate)
+    end, whole = torch.cat([values[..., :-1], masses[..., -1:]], -1), [x.to(store.q.dtype) for x in (out.y, out.memory)]
+    if not branches:
+        whole[1] = out.memory.new_empty(0)
+    return out._replace(y=whole[0], exact=exact, memory=whole[1]), end
 
 
 # --- 1. the store -------------------------------------------------------------------------------------------
@@ -317,7 +353,7 @@ def feature_dtype(store: Store) -> torch.dtype:
 def matrices_of(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
     """The matrices [H, D, C] and [Hk, D, C] of both maps in float32, where kernels of the memory map the queries and
     the backward of both maps is spread over others': for that they need all features at once."""
-    if not (fits(kernel.map_q) and fits(kernel.map_k)):
+    if not (fits(kernel.map_q) and fits(kernel.map_k)) or kernel.spec.is_delta:
         return None
     if torch.is_grad_enabled() and not holds_halves(kernel.spec.feature_dim, store.v.shape[-1], feature_dtype(store)):
         return None
