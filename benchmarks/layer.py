@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernelize.runtime import chunked, fused
 from kernelize.runtime.attention import KernelAttention
 from kernelize.runtime.spec import KernelSpec
-from kernelize.runtime.state import Kernel, Rotation, features, log_decays, logits
+from kernelize.runtime.state import Kernel, Rotation, betas, features, log_decays, logits, unit
 
 DENSE = 2048  # longest sequence of which every query is checked
 PARTS = 3  # in which a call's kernels are compiled
@@ -59,6 +59,15 @@ CASES = [
     ("block 64, window 256", {**LLAMA, "block": 64, "window": 256}, (1, 4, 2, 128), 2000, BFLOAT),
     ("no slots, no decay", {**LLAMA, "slots": 0, "decay": "none"}, (1, 4, 2, 128), 2048, BFLOAT),
     ("gated decay", {**LLAMA, "decay": "gated"}, (1, 8, 2, 128), 2048, BFLOAT),
+    ("delta rule", {**LLAMA, "policy": "attention", "rule": "delta", "decay": "none"}, (1, 4, 2, 128), 700, BFLOAT),
+    (
+        "gated delta rule",
+        {**LLAMA, "policy": "attention", "rule": "gated_delta", "decay": "gated"},
+        (1, 4, 2, 128),
+        700,
+        BFLOAT,
+    ),
+    ("delta rule fp32", {**LLAMA, "policy": "attention", "rule": "gated_delta"}, (1, 3, 1, 64), 700, FULL),
     ("forecast", {**LLAMA, "policy": "attention+forecast", "aging": 1024}, (1, 8, 2, 128), 2048, BFLOAT),
     ("slots by KV head", {**LLAMA, "head_slots": (216, 40)}, (1, 8, 2, 128), 2048, BFLOAT),
     ("llama 32k", dict(LLAMA), (1, 8, 2, 128), 32768, BFLOAT),
@@ -116,16 +125,45 @@ def dense(q, k, v, kernel, death, rows):
     top = s.amax(-1, keepdim=True).detach()
     phi_q = features(kernel, kernel.map_q, q, x[None, None])[:, :, rows].view(B, Hk, H // Hk, len(rows), -1)
     phi_k = features(kernel, kernel.map_k, k, x[None, None])
-    weight = phi_q @ phi_k[:, :, None].mT
+    weight, clock = phi_q @ phi_k[:, :, None].mT, k.new_zeros(B, Hk, T)
     if kernel.log_rate is not None:
         clock = (log_decays(kernel, k, v).expand(B, Hk, T) * (x >= spec.sinks)).cumsum(2)
         latest = ((block - spec.back) * spec.block - 1).clamp(min=0)  # the last token that has left by then
         age = clock[:, :, latest] - clock[:, :, None]  # [B, Hk, rows, T]
         weight = weight * age.clamp(max=0).exp()[:, :, None]
     weight = weight * memory.expand(B, Hk, -1, -1)[:, :, None] * kernel.log_gate.exp().view(Hk, -1, 1, 1)
-    p = (s - top).exp() + weight * (-top).exp()
-    y = p @ v[:, :, None] / p.sum(-1, keepdim=True)
+    near, far = (s - top).exp(), weight * (-top).exp()
+    total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+    if spec.is_delta:
+        death = death if spec.slots else leaves.expand(B, Hk, T)
+        answers = delta_answers(unit(phi_q), unit(phi_k), v, betas(kernel, k), clock, death, spec, rows)
+        y = (near @ v[:, :, None] + far.sum(-1, keepdim=True) * answers) / total
+    else:
+        y = (near + far) @ v[:, :, None] / total
     return y.view(B, H, len(rows), D)
+
+
+def delta_answers(phi_q, phi_k, v, beta, clock, death, spec, rows):
+    """What the memory of the delta rule answers [B, Hk, G, rows, D], by its definition, token after token."""
+    return torch.stack([torch.stack([
+        one_head(*(x[b, h] for x in (phi_q, phi_k, v, beta, clock, death)), spec, rows) for h in range(v.shape[1])
+    ]) for b in range(len(v))])  # fmt: skip
+
+
+def one_head(phi_q, phi_k, v, beta, clock, death, spec, rows):
+    """phi_q [G, rows, F], phi_k [T, F], v [T, D], beta, clock and death [T] -> [G, rows, D]."""
+    memory, then, begin, found = v.new_zeros(phi_k.shape[-1], v.shape[-1]), clock[0] * 0, clock[0] * 0, []
+    dies = death.tolist()
+    for block in range(int(rows[-1]) // spec.block + 1):
+        for j in [x for x in range(max(block * spec.block, 0)) if dies[x] == block and x >= spec.sinks]:
+            now = torch.minimum(begin, clock[j])
+            error = (now - clock[j]).exp() * v[j] - phi_k[j] @ (memory * (now - then).exp())
+            memory, then = memory * (now - then).exp() + torch.outer(phi_k[j], beta[j] * error), now
+        gone = (block - spec.back) * spec.block  # so many tokens have left by now
+        end = clock[gone - 1] if gone > 0 else begin
+        found.append(phi_q[:, rows // spec.block == block] @ (memory * (end - then).exp()))
+        begin = end
+    return torch.cat(found, 1)
 
 
 def far_logits(near, q, k, q_pos, k_pos, kernel):
