@@ -101,17 +101,29 @@ def test_what_does_not_fit_a_gpu_is_named():
     assert "float32" in fused.too_large(64, torch.float32, False, LEAST)
 
 
+@pytest.mark.parametrize(
+    ("fields", "largest"),
+    [({}, False), ({"feature_map": "none"}, False), ({"feature_map": "elu"}, True), ({"rule": "gated_delta"}, True)],
+)
+def test_a_prefill_that_is_handed_features_takes_more(fields, largest):
+    spec = KernelSpec(**{**SPEC, "policy": "attention", **fields})
+    assert fused.reads_features(KernelAttention(spec, 4, 2, 16).kernel(0.25)) is largest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["prefill", "training"])
 @pytest.mark.parametrize("features", [64, 128])
 @pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)])
 def test_programs_take_no_more_than_is_said(tmp_path, monkeypatch, width, dtype, features, train):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    call = layer_call({**SPEC, "feature_dim": features, "policy": "mixed"}, (1, 4, 2, width), 512, train, dtype=dtype)
-    with standing_in():
-        for launch in launches_of(call)[0]:
-            found = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
-            assert found.metadata.shared <= fused.SHARED[dtype.itemsize, width][train], launch.name
+    others = {"policy": "attention", "rule": "gated_delta"}, {"policy": "attention", "feature_map": "elu"}
+    for fields in ({"policy": "mixed"}, *(x for x in others if features == width or "rule" in x)):
+        call = layer_call({**SPEC, "feature_dim": features, **fields}, (1, 4, 2, width), 512, train, dtype=dtype)
+        with standing_in():
+            for launch in launches_of(call)[0]:
+                found = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+                largest = train or fields["policy"] == "attention"
+                assert found.metadata.shared <= fused.SHARED[dtype.itemsize, width][largest], launch.name
 
 
 STEPS = [

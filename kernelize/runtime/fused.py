@@ -47,7 +47,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
 WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need more shared memory than it has
 # bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
-# training, compiled for sm_90 with 128 features (256 where heads are 256)
+# training or of a prefill that `reads_features`, compiled for sm_90 with 128 features (256 where heads are 256)
 SHARED = {
     (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
 }  # fmt: skip
@@ -68,17 +68,25 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "float32 on a GPU: only heads of up to {} channels with {} features".format(*WIDEST_FULL)
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
-    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, torch.is_grad_enabled(), shared_memory(q.device))):
+    largest = torch.is_grad_enabled() or reads_features(kernel)
+    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, largest, shared_memory(q.device))):
         return lack
     return unsupported(spec)
 
 
-def too_large(head_dim: int, dtype: torch.dtype, trains: bool, has: int) -> str | None:
-    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None."""
-    needed = SHARED[dtype.itemsize, power_of_two(head_dim, 64)][trains]
+def reads_features(kernel: Kernel) -> bool:
+    """Whether queries' features come to a prefill's memory from elsewhere: a program of that takes as much as one of
+    training."""
+    return kernel.spec.has_memory and (kernel.spec.is_delta or not fits(kernel.map_q))
+
+
+def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int) -> str | None:
+    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None; `largest`: of
+    training, or of a prefill that `reads_features`."""
+    needed = SHARED[dtype.itemsize, power_of_two(head_dim, 64)][largest]
     if needed <= has:
         return None
-    doing = "training" if trains else "reading"
+    doing = "training, or reading by other features than hedgehog's," if largest else "reading"
     return (
         f"{doing} with heads of {head_dim} in {str(dtype)[6:]} takes {needed} bytes of shared memory, the GPU has {has}"
     )

@@ -19,7 +19,7 @@ from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 from .reference import spread, take
 from .state import unit
 
-LAUNCH = Launch(heads=1, chunk=8192, warps=4, stages=1)  # chunk: entries of the memory that one program holds
+LAUNCH = Launch(heads=1, chunk=4096, warps=4, stages=1)  # chunk: entries of the memory that one program holds
 
 
 @jit
