@@ -548,10 +548,13 @@ def bounds() -> None:
         beyond_kernel[(1,)](torch.zeros(15), SIZE=16)
     beyond_kernel[(1,)](torch.zeros(16), SIZE=16)
     spec, sizes = KernelSpec(feature_dim=64, window=64, sinks=4, slots=20, block=16), (3, 1, 64)
-    q, k, v = (x.requires_grad_() for x in contract.tokens(1, 140, FULL, sizes=sizes))
-    y = fused.attend(q, k, v, contract.layer(spec, FULL, sizes).kernel(0.125))[0].y
-    y.sum().backward()
-    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    for given in (spec, spec.replace(rule="gated_delta", policy="attention", window=16)):
+        q, k, v = (x.requires_grad_() for x in contract.tokens(1, 140, FULL, sizes=sizes))
+        kernel = contract.layer(given, FULL, sizes).kernel(0.125)
+        y = fused.attend(q, k, v, kernel)[0].y
+        assert_same(y, chunked.attend(q, k, v, kernel)[0].y, given.rule)
+        y.sum().backward()
+        assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
 def divergence() -> None:

@@ -53,6 +53,7 @@ SHARED = {
 }  # fmt: skip
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
+MASS = 16  # channels of a pass over the memory that is for its normaliser
 
 
 def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -200,23 +201,23 @@ def read_corrected(
     tokens = Tokens(unit_features(phi_k), store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
     added, turn = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
 
-    def read(phi: Tensor, v: Tensor, when: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(phi: Tensor, v: Tensor, when: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(the memory's answer [B, H, W, D], its normaliser [B, H, W, 1], the memory at the end)."""
-        nobody = (None,) * 5
+        nobody, none = (None,) * 5, lse.new_zeros(*lse.shape, v.shape[-1], dtype=store.q.dtype)
         _, answer, found, end = MemoryFunction.apply(
-            phi_q, store.k, None, None, phi, v, when, clock_end, memory, exact.detach().to(store.q.dtype), lse.detach(),
-            gate, *nobody, order, kernel.scaling**0.5, True, torch.is_grad_enabled(),
+            phi_q, store.k, None, None, phi, v, when, clock_end, memory, none, lse.detach(), gate, *nobody, order,
+            kernel.scaling**0.5, True, torch.is_grad_enabled(),
         )  # fmt: skip
-        return answer, (found - gate[:, None]).exp()[..., None], end
+        return answer.float(), (found - gate[:, None]).exp()[..., None], end
 
-    answer, norm, values = read(tokens.phi, added.to(store.v.dtype), turn)
-    _, mass, masses = read(phi_k, store.v, clock)
-    total = weigh_answers(answer.float() * norm, mass, phi_q.float())
-    out = merge(exact.float(), lse, total, kernel.log_gate)
-    end, whole = torch.cat([values[..., :-1], masses[..., -1:]], -1), [x.to(store.q.dtype) for x in (out.y, out.memory)]
-    if not branches:
-        whole[1] = out.memory.new_empty(0)
-    return out._replace(y=whole[0], exact=exact, memory=whole[1]), end
+    few = slice(0, MASS)  # channels, since nobody asks for their values
+    answer, norm, values = read(tokens.phi, added.to(store.v.dtype), turn, memory)
+    of_mass = torch.cat([memory[..., :-1][..., few], memory[..., -1:]], -1)
+    _, mass, masses = read(phi_k, store.v[..., few], clock, of_mass)
+    out = merge(exact.float(), lse, weigh_answers(answer * norm, mass, phi_q.float()), kernel.log_gate)
+    end = torch.cat([values[..., :-1], masses[..., -1:]], -1)
+    part = out.memory.to(store.q.dtype) if branches else out.memory.new_empty(0)
+    return out._replace(y=out.y.to(store.q.dtype), exact=exact, memory=part), end
 
 
 # --- 1. the store -------------------------------------------------------------------------------------------
