@@ -155,7 +155,7 @@ def one_head(phi_q, phi_k, v, beta, clock, death, spec, rows):
     memory, then, begin, found = v.new_zeros(phi_k.shape[-1], v.shape[-1]), clock[0] * 0, clock[0] * 0, []
     dies = death.tolist()
     for block in range(int(rows[-1]) // spec.block + 1):
-        for j in [x for x in range(max(block * spec.block, 0)) if dies[x] == block and x >= spec.sinks]:
+        for j in [x for x in range(block * spec.block) if dies[x] == block and x >= spec.sinks]:
             now = torch.minimum(begin, clock[j])
             error = (now - clock[j]).exp() * v[j] - phi_k[j] @ (memory * (now - then).exp())
             memory, then = memory * (now - then).exp() + torch.outer(phi_k[j], beta[j] * error), now

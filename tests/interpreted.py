@@ -53,7 +53,7 @@ def np_dtype(of: tl.dtype) -> np.dtype:
 
 
 def init_block(self, element_ty: tl.dtype, shape) -> None:
-    key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+    key = element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
     if key not in BLOCKS:
         plain_init_block(self, element_ty, shape)
         BLOCKS[key] = self

@@ -201,11 +201,11 @@ def read_corrected(
     tokens = Tokens(unit_features(phi_k), store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
     added, turn = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
 
-    def read(phi: Tensor, v: Tensor, when: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(phi: Tensor, v: Tensor, when: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(the memory's answer [B, H, W, D], its normaliser [B, H, W, 1], the memory at the end)."""
         nobody, none = (None,) * 5, lse.new_zeros(*lse.shape, v.shape[-1], dtype=store.q.dtype)
         _, answer, found, end = MemoryFunction.apply(
-            phi_q, store.k, None, None, phi, v, when, clock_end, memory, none, lse.detach(), gate, *nobody, order,
+            phi_q, store.k, None, None, phi, v, when, clock_end, start, none, lse.detach(), gate, *nobody, order,
             kernel.scaling**0.5, True, torch.is_grad_enabled(),
         )  # fmt: skip
         return answer.float(), (found - gate[:, None]).exp()[..., None], end
@@ -362,10 +362,12 @@ def feature_dtype(store: Store) -> torch.dtype:
 def matrices_of(store: Store, kernel: Kernel) -> tuple[Tensor, Tensor] | None:
     """The matrices [H, D, C] and [Hk, D, C] of both maps in float32, where kernels of the memory map the queries and
     the backward of both maps is spread over others': for that they need all features at once."""
-    if not (fits(kernel.map_q) and fits(kernel.map_k)) or kernel.spec.is_delta:
+    if not kernel.spec.has_memory or reads_features(kernel):
         return None
     if torch.is_grad_enabled() and not holds_halves(kernel.spec.feature_dim, store.v.shape[-1], feature_dtype(store)):
         return None
+    assert fits(kernel.map_q)
+    assert fits(kernel.map_k)
     return plain(kernel.map_q), plain(kernel.map_k)
 
 

@@ -98,14 +98,15 @@ class CorrectFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         reads, left, shrink, added, before = ctx.saved_tensors
-        (R, n, F, D), DV = before.shape, split(before.shape[3], before.shape[2], LAUNCH.chunk)
+        R, n, F, D = before.shape
+        DV, parts = split(D, F, LAUNCH.chunk)
         g_own, g_start = torch.empty_like(added), before.new_empty(R, F, D)
-        g_reads, g_left = (added.new_empty(DV[1], R, n, TILE, F) for _ in range(2))
-        g_shrink = added.new_empty(DV[1], R, n)
-        correct_grad_kernel[(DV[1], R)](
+        g_reads, g_left = (added.new_empty(parts, R, n, TILE, F) for _ in range(2))
+        g_shrink = added.new_empty(parts, R, n)
+        correct_grad_kernel[(parts, R)](
             reads.mT.contiguous(), left, shrink, added, before, grad.contiguous(),
             g_own, g_reads, g_left, g_shrink, g_start, n,
-            F=F, FP=power_of_two(F), D=D, DV=DV[0], TILE=TILE, PRECISION=precision(added.dtype), **LAUNCH.options,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(added.dtype), **LAUNCH.options,
         )  # fmt: skip
         return g_own, g_reads.sum(0), g_left.sum(0), g_shrink.sum(0), g_start
 

@@ -903,8 +903,8 @@ class MemoryFunction(torch.autograd.Function):
     def forward(
         ctx: Any, queries: Tensor, keys: Tensor, weight_q: Tensor | None, weight_k: Tensor | None, phi_k: Tensor,
         v: Tensor, clock: Tensor, clock_end: Tensor, memory: Tensor, exact: Tensor, lse: Tensor, gate: Tensor,
-        logits_q: Tensor, logits_k: Tensor, total: Tensor | None, grad: Tensor | None, delta: Tensor | None,
-        order: Order, scale: float, branches: bool, trains: bool,
+        logits_q: Tensor | None, logits_k: Tensor | None, total: Tensor | None,
+        grad: Tensor | None, delta: Tensor | None, order: Order, scale: float, branches: bool, trains: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         given = phi_k, v, clock, clock_end, memory, exact, lse, gate, order
         ctx.apart = total is None
