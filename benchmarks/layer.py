@@ -54,6 +54,7 @@ CASES = [
     ("two heads a key head", dict(LLAMA), (1, 4, 2, 128), 1200, BFLOAT),
     ("heads of 80", {**LLAMA, "feature_dim": 64}, (1, 4, 4, 80), 1000, BFLOAT),
     ("heads of 96", {**LLAMA, "feature_dim": 96}, (1, 8, 1, 96), 777, BFLOAT),
+    ("heads of 96 fp32", {**LLAMA, "feature_dim": 96}, (1, 4, 2, 96), 777, FULL),
     ("heads of 256", {**LLAMA, "feature_dim": 256}, (1, 4, 2, 256), 1024, BFLOAT),
     ("block 1", {**LLAMA, "block": 1, "slots": 20}, (1, 4, 2, 64), 700, BFLOAT),
     ("block 64, window 256", {**LLAMA, "block": 64, "window": 256}, (1, 4, 2, 128), 2000, BFLOAT),

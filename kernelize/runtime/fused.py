@@ -45,11 +45,13 @@ from .state import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
-WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need more shared memory than it has
+FEATURES_FULL = 128  # features in float32 on a GPU: more need more shared memory than any has
 # bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
-# training or of a prefill that `reads_features`, compiled for sm_90 with 128 features (256 where heads are 256)
+# training or of a prefill that `reads_features`, compiled for sm_90 with 128 features (256 where heads are 256 in 16
+# bits)
 SHARED = {
-    (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
+    (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800),
+    (4, 64): (147_456, 172_288), (4, 128): (180_224, 196_608), (4, 256): (245_760, 393_216),
 }  # fmt: skip
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
@@ -65,8 +67,8 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}, not on a GPU"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
-    if q.is_cuda and q.dtype == torch.float32 and (q.shape[-1] > WIDEST_FULL[0] or spec.feature_dim > WIDEST_FULL[1]):
-        return "float32 on a GPU: only heads of up to {} channels with {} features".format(*WIDEST_FULL)
+    if q.is_cuda and q.dtype == torch.float32 and spec.has_memory and spec.feature_dim > FEATURES_FULL:
+        return f"feature_dim={spec.feature_dim} in float32 on a GPU is above {FEATURES_FULL}"
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
     largest = torch.is_grad_enabled() or reads_features(kernel)

@@ -958,7 +958,9 @@ def mapped_launch(phi: Tensor, D: int, programs: int) -> Launch:
     without, and with little memories three times."""
     launch, has = launch_of("mapped_memory", phi.dtype), shared_memory(phi.device)
     entries = power_of_two(phi.shape[-1]) * power_of_two(D)
-    if phi.dtype == torch.float32 or not (programs < MANY or entries > LITTLE or 0 < has < AMPLE):
+    if phi.dtype == torch.float32:
+        return launch._replace(stages=1)  # two take more shared memory than a Hopper has
+    if not (programs < MANY or entries > LITTLE or 0 < has < AMPLE):
         return launch
     return launch._replace(split=False, stages=1, registers=168 if entries <= LITTLE // 2 else None)
 
