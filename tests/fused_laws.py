@@ -447,6 +447,13 @@ def steps() -> None:
                 assert_same(a.float(), b.float(), f"{what}: {name}")
 
 
+def steps_of_many_rows() -> None:
+    """The same where a program takes all of a key head."""
+    fused_step.FEW = 0
+    steps()
+    steps_in_low_precision()
+
+
 @torch.no_grad()
 def far_steps() -> None:
     """The same beyond reach, from a state that was read before."""
@@ -682,7 +689,7 @@ def capturable() -> None:
 
 LAWS = (
     forward, streams, prefill, ahead, segments, gradients, some_gradients, lifetimes, low_precision, mixed_precision,
-    choice, steps, steps_in_low_precision, far, far_gradients, far_steps, bounds,
+    choice, steps, steps_of_many_rows, steps_in_low_precision, far, far_gradients, far_steps, bounds,
     heads, divergence, capturable, short_tiles,
 )  # fmt: skip
 LIMIT = 240  # seconds a law, less than pytest's, so that the next one finds nothing in its way

@@ -2,8 +2,9 @@
 
 `leave_kernel` lets a block leave the window where one begins (else it ends at once): scores, competition for the slots,
 folding into the memory. `read_kernel` writes the token, reads window, sinks, slots and memory, and counts. A program
-takes a key head with the query heads of its group. Positions are on the device, and the state is overwritten where it
-lies, so that a step can be part of a CUDA graph.
+takes a key head with the query heads of its group; of FEW key heads several programs take one, and the last to come
+merges. Positions are on the device, and the state is overwritten where it lies, so that a step can be part of a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .state import TINY, UNIT_SOFTPLUS, AttentionOutput, Kernel, Rotation, State
 TILE, SMALL_TILE = 64, 32  # keys that are read together; where they are wide, or holders of a block that leaves
 NARROW = 256  # bytes of a key up to which the larger tile fits into shared memory
 MOST_GROUP = 64  # query heads of a key head
+FEW = 32  # rows (sequences times key heads) up to which several programs read one, for else most of a GPU has no work
 COUNT = 1 << 48  # in `seen`, above the tokens: programs that have read it
 KINDS = ("attention", "recall", "value", "forecast")
 
@@ -279,8 +281,8 @@ def put_entries(Pos, Decay, Mass, Score, Keys, Values, slot, score_at, won, pos,
 
 @jit
 def leave_kernel(
-    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, Skip, In, Out, Frequencies, scale, aging,
-    kv_heads, share, places,
+    Keys, Values, Pos, Decay, Mass, Score, Memory, Seen, Valid, Wk, Owned, Skip, In, Out, Frequencies, Arrived, scale,
+    aging, kv_heads, share, places,
     HAS_VALID: constexpr, MEMORY: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
     SINKS: constexpr, RING: constexpr, SLOTS: constexpr, PACKED: constexpr, SHARES: constexpr,
     SP0: constexpr, SP1: constexpr, BLOCK: constexpr, BP: constexpr, KIND0: constexpr, KIND1: constexpr,
@@ -288,6 +290,7 @@ def leave_kernel(
     NEIGHBOURS: constexpr, TILE: constexpr, TINY: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    tl.store(Arrived + row, 0)
     b, h = row // kv_heads, row % kv_heads
     seen = tl.load(Seen + b)
     begins = (seen >= RING) & (seen % BLOCK == 0)
@@ -450,20 +453,62 @@ def absorb(s, value, m, l, acc):
 
 
 @jit
-def ask_memory(
-    q, Wq, Memory, head, g, d, c, scale, G: constexpr, GP: constexpr, CP: constexpr, D: constexpr, C: constexpr,
-    PRECISION: constexpr,
-):  # fmt: skip
-    """(numerators [GP, D], normalisers [GP]) that the memory answers to the group's queries [GP, D]."""
-    z = tl.zeros([GP, CP], tl.float32)
-    for i in range(G):  # every head has a map of its own: all rows by it, of which its own counts
-        z = tl.where((g == i)[:, None], projected(q, Wq, head + i, d, c, D, C, PRECISION), z)
+def ask_memory(z, Memory, d, c, scale, D: constexpr, C: constexpr):
+    """(numerators [GP, D], normalisers [GP]) that the memory answers to queries of the logits z [GP, CP]."""
     z, inside = z * scale, (c < C)[None, :]
     up, down = softmax_rows(tl.where(inside, z, float("-inf"))), softmax_rows(tl.where(inside, -z, float("-inf")))
     m, n = half_memory(Memory, c, c < C, d, D)
     total, norm = tl.dot(up, m, input_precision="ieee"), tl.sum(up * n[None, :], 1)
     m, n = half_memory(Memory, C + c, c < C, d, D)
     return total + tl.dot(down, m, input_precision="ieee"), norm + tl.sum(down * n[None, :], 1)
+
+
+@jit
+def logits_of(
+    q, Wq, head, g, d, c, G: constexpr, GP: constexpr, CP: constexpr, D: constexpr, C: constexpr, PRECISION: constexpr
+):
+    """[GP, CP] of the group's queries [GP, D]: every head has a map of its own, all rows go by it, its own counts."""
+    z = tl.zeros([GP, CP], tl.float32)
+    for i in range(G):
+        z = tl.where((g == i)[:, None], projected(q, Wq, head + i, d, c, D, C, PRECISION), z)
+    return z
+
+
+@jit
+def merge(m, l, acc, total, norm, SinkLogit, LogGate, head, g, SINK: constexpr, MEMORY: constexpr, G: constexpr):
+    """y [heads, D] of a softmax and what the memory answers, under one normaliser."""
+    filled = l > 0.0
+    lse = tl.where(filled, m + tl.log(tl.where(filled, l, 1.0)), -1e30)
+    y = acc / tl.where(filled, l, 1.0)[:, None]
+    if SINK:
+        sink = tl.load(SinkLogit + head + g, mask=g < G, other=0.0).to(tl.float32)
+        y = y * tl.sigmoid(lse - sink)[:, None]
+        top = tl.maximum(lse, sink)
+        lse = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+    if MEMORY:
+        any_there = norm > 1.1754943508222875e-38
+        safe = tl.where(any_there, norm, 1.0)
+        gate = tl.load(LogGate + head + g, mask=g < G, other=0.0).to(tl.float32)
+        weight = tl.where(any_there, tl.sigmoid(lse - tl.log(safe) - gate), 1.0)[:, None]
+        y = weight * y + (1.0 - weight) * total / safe[:, None]
+    return y
+
+
+@jit
+def say(Said, m, l, acc, here, g, d, D: constexpr):
+    """Stores a part's maximum, sum and numerators where heads are `here`."""
+    at = Said + g * (D + 2)
+    tl.store(at[:, None] + d[None, :], acc, mask=here[:, None] & (d < D)[None, :])
+    tl.store(at + D, m, mask=here)
+    tl.store(at + D + 1, l, mask=here)
+
+
+@jit
+def said(Said, g, d, G: constexpr, D: constexpr):
+    """(maximum, sum, numerators) of a part."""
+    at = Said + g * (D + 2)
+    acc = tl.load(at[:, None] + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(at + D, mask=g < G, other=-1e30), tl.load(at + D + 1, mask=g < G, other=0.0), acc
 
 
 @jit
@@ -486,14 +531,16 @@ def softplus(x):
 @jit
 def read_kernel(
     Q, K, V, Y, Keys, Values, Pos, Decay, Mass, Memory, Seen, Valid, Wq, LogGate, LogRate, DecayWeight, SinkLogit,
-    Frequencies, Owned, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach, kv_heads,
-    places,
+    Frequencies, Owned, Said, Arrived, q_row, q_head, k_row, k_head, v_row, v_head, scaling, scale, softcap, reach,
+    kv_heads, places, chunks,
     HAS_VALID: constexpr, MEMORY: constexpr, RATE: constexpr, MASS: constexpr, SOFTCAP: constexpr, SINK: constexpr,
     G: constexpr, GP: constexpr, D: constexpr, DP: constexpr, C: constexpr, CP: constexpr,
-    SINKS: constexpr, RING: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr,
+    SINKS: constexpr, RING: constexpr, PACKED: constexpr, BLOCK: constexpr, TILE: constexpr, SPLIT: constexpr,
     COUNT: constexpr, UNIT: constexpr, FAR: constexpr, WIDTH: constexpr, NEIGHBOURS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """SPLIT: a program each does window and sinks, a tile of slots, and the memory for one head; the last to arrive
+    merges what they have said. Else one program does all."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = row // kv_heads, row % kv_heads
     seen = tl.load(Seen + b) % COUNT
     valid = 1
@@ -503,25 +550,7 @@ def read_kernel(
     d, g = tl.arange(0, DP), tl.arange(0, GP)
     entry = tl.where(seen < SINKS, seen, SINKS + seen % RING)
     entry = tl.where(valid != 0, entry, -1)
-
-    # the token is written
     key = tl.load(K + b * k_row + h * k_head + d, mask=d < D, other=0.0)
-    value = tl.load(V + b * v_row + h * v_head + d, mask=d < D, other=0.0)
-    rate = 0.0
-    if RATE > 0:
-        rate = -tl.exp(tl.load(LogRate + h).to(tl.float32))
-    if RATE == 2:
-        w = DecayWeight + h * 2 * D + d
-        x = tl.sum(tl.load(w, mask=d < D, other=0.0).to(tl.float32) * key.to(tl.float32), 0)
-        x += tl.sum(tl.load(w + D, mask=d < D, other=0.0).to(tl.float32) * value.to(tl.float32), 0)
-        rate = rate * softplus(x + UNIT)
-    if valid != 0:
-        tl.store(Keys + (base + entry) * D + d, key, mask=d < D)
-        tl.store(Values + (base + entry) * D + d, value, mask=d < D)
-        tl.store(Pos + base + entry, seen)
-        tl.store(Decay + base + entry, rate)
-
-    # window and sinks, then slots: one softmax
     head = h * G
     at, there = Q + b * q_row + (head + g)[:, None] * q_head, (g < G)[:, None] & (d < D)[None, :]
     q = tl.load(at + d[None, :], mask=there, other=0.0)
@@ -533,62 +562,98 @@ def read_kernel(
     l = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     LOCAL: constexpr = SINKS + RING
-    t = tl.arange(0, TILE)
-    first_s, first_pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
-                                     far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
-    old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
-    m, l, acc = absorb(first_s, old, m, l, acc)
-    for first in range(TILE, LOCAL, TILE):
-        t = first + tl.arange(0, TILE)
-        s, _ = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
-                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+
+    if part == 0:
+        # the token is written
+        value = tl.load(V + b * v_row + h * v_head + d, mask=d < D, other=0.0)
+        rate = 0.0
+        if RATE > 0:
+            rate = -tl.exp(tl.load(LogRate + h).to(tl.float32))
+        if RATE == 2:
+            w = DecayWeight + h * 2 * D + d
+            x = tl.sum(tl.load(w, mask=d < D, other=0.0).to(tl.float32) * key.to(tl.float32), 0)
+            x += tl.sum(tl.load(w + D, mask=d < D, other=0.0).to(tl.float32) * value.to(tl.float32), 0)
+            rate = rate * softplus(x + UNIT)
+        if valid != 0:
+            tl.store(Keys + (base + entry) * D + d, key, mask=d < D)
+            tl.store(Values + (base + entry) * D + d, value, mask=d < D)
+            tl.store(Pos + base + entry, seen)
+            tl.store(Decay + base + entry, rate)
+
+        # window and sinks
+        t = tl.arange(0, TILE)
+        first_s, first_pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                                         far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
         old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
-        m, l, acc = absorb(s, old, m, l, acc)
-    local_m, local_l = m, l
-    number, _one, own_slots = slots_of(Owned, row, b, h, kv_heads, places, places, PACKED)
-    for first in range(LOCAL, LOCAL + own_slots, TILE):
-        t = first + tl.arange(0, TILE)
-        place = slot_at(base + LOCAL, number, t - LOCAL, places, SINKS, RING, PACKED)
-        s, _ = tile_scores(q, Keys, Pos, place, t, LOCAL + own_slots, entry, seen, key, d, scaling, softcap,
-                             far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
-        m, l, acc = absorb(s, rows_at(Values, place, t < LOCAL + own_slots, d, D), m, l, acc)
-    filled = l > 0.0
-    lse = tl.where(filled, m + tl.log(tl.where(filled, l, 1.0)), -1e30)
-    y = acc / tl.where(filled, l, 1.0)[:, None]
-    if SINK:
-        sink = tl.load(SinkLogit + head + g, mask=g < G, other=0.0).to(tl.float32)
-        y = y * tl.sigmoid(lse - sink)[:, None]
-        top = tl.maximum(lse, sink)
-        lse = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
-
-    # the memory, merged under one normaliser
-    if MEMORY:
-        memory = Memory + row * (2 * C * (D + 1))
-        c = tl.arange(0, CP)
-        total, norm = ask_memory(q, Wq, memory, head, g, d, c, scale, G, GP, CP, D, C, PRECISION)
-        any_there = norm > 1.1754943508222875e-38
-        safe = tl.where(any_there, norm, 1.0)
-        gate = tl.load(LogGate + head + g, mask=g < G, other=0.0).to(tl.float32)
-        weight = tl.where(any_there, tl.sigmoid(lse - tl.log(safe) - gate), 1.0)[:, None]
-        y = weight * y + (1.0 - weight) * total / safe[:, None]
-    out = Y + (b * kv_heads * G + head + g)[:, None] * D + d[None, :]
-    tl.store(out, y.to(Y.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
-
-    # attention received by the window's earlier blocks
-    if MASS:
-        receive(Mass, base, first_s, first_pos, tl.arange(0, TILE), entry, seen, valid, local_m, local_l, g < G,
-                SINKS, LOCAL, BLOCK)  # fmt: skip
+        m, l, acc = absorb(first_s, old, m, l, acc)
         for first in range(TILE, LOCAL, TILE):
             t = first + tl.arange(0, TILE)
-            s, pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
-                                 far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
-            receive(Mass, base, s, pos, t, entry, seen, valid, local_m, local_l, g < G, SINKS, LOCAL, BLOCK)
+            s, _ = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                               far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+            old = tl.where((t == entry)[:, None], value[None, :], rows_at(Values, base + t, t < LOCAL, d, D))
+            m, l, acc = absorb(s, old, m, l, acc)
 
-    # the last program of a sequence counts the token, when all have read the number
-    tl.debug_barrier()
-    before = tl.atomic_add(Seen + b, COUNT)
-    if before // COUNT == kv_heads - 1:
-        tl.store(Seen + b, seen + valid)
+        # attention received by the window's earlier blocks
+        if MASS:
+            receive(Mass, base, first_s, first_pos, tl.arange(0, TILE), entry, seen, valid, m, l, g < G,
+                    SINKS, LOCAL, BLOCK)  # fmt: skip
+            for first in range(TILE, LOCAL, TILE):
+                t = first + tl.arange(0, TILE)
+                s, pos = tile_scores(q, Keys, Pos, base + t, t, LOCAL, entry, seen, key, d, scaling, softcap,
+                                     far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+                receive(Mass, base, s, pos, t, entry, seen, valid, m, l, g < G, SINKS, LOCAL, BLOCK)
+
+    # slots
+    number, _one, own_slots = slots_of(Owned, row, b, h, kv_heads, places, places, PACKED)
+    begin, end = 0, own_slots
+    if SPLIT:
+        begin = tl.minimum(tl.where(part > 0, part - 1, chunks) * TILE, own_slots)
+        end = tl.minimum(begin + TILE, own_slots)
+        if part > chunks:
+            end = begin
+    for first in range(begin, end, TILE):
+        t = LOCAL + first + tl.arange(0, TILE)
+        place = slot_at(base + LOCAL, number, t - LOCAL, places, SINKS, RING, PACKED)
+        s, _ = tile_scores(q, Keys, Pos, place, t, LOCAL + own_slots, entry, seen, key, d, scaling, softcap,
+                           far_q, Frequencies, reach, D, SOFTCAP, FAR, WIDTH, NEIGHBOURS)  # fmt: skip
+        m, l, acc = absorb(s, rows_at(Values, place, t < LOCAL + own_slots, d, D), m, l, acc)
+
+    # the memory
+    c, memory = tl.arange(0, CP), Memory + row * (2 * C * (D + 1))
+    out = Y + (b * kv_heads * G + head + g)[:, None] * D + d[None, :]
+    total, norm = acc, l
+    last = True
+    if SPLIT:
+        one = Said + row * (chunks + 2) * (G * (D + 2))
+        if part <= chunks:
+            say(one + part * (G * (D + 2)), m, l, acc, g < G, g, d, D)
+        elif MEMORY:
+            own = part - chunks - 1
+            z = projected(q, Wq, head + own, d, c, D, C, PRECISION)
+            total, norm = ask_memory(z, memory, d, c, scale, D, C)
+            say(one + (chunks + 1) * (G * (D + 2)), norm, norm, total, g == own, g, d, D)
+        tl.debug_barrier()  # all of it is said
+        last = tl.atomic_add(Arrived + row, 1) == tl.num_programs(1) - 1
+        if last:
+            m, l, acc = said(one, g, d, G, D)
+            for p in range(1, chunks + 1):
+                more_m, more_l, more = said(one + p * (G * (D + 2)), g, d, G, D)
+                new = tl.maximum(m, more_m)
+                near, far = tl.exp(m - new), tl.exp(more_m - new)
+                m, l, acc = new, l * near + more_l * far, acc * near[:, None] + more * far[:, None]
+            if MEMORY:
+                norm, _l, total = said(one + (chunks + 1) * (G * (D + 2)), g, d, G, D)
+    elif MEMORY:
+        z = logits_of(q, Wq, head, g, d, c, G, GP, CP, D, C, PRECISION)
+        total, norm = ask_memory(z, memory, d, c, scale, D, C)
+    if last:
+        y = merge(m, l, acc, total, norm, SinkLogit, LogGate, head, g, SINK, MEMORY, G)
+        tl.store(out, y.to(Y.dtype.element_ty), mask=there)
+        # the last program of a sequence counts the token, when all have read the number
+        tl.debug_barrier()
+        before = tl.atomic_add(Seen + b, COUNT)
+        if before // COUNT == kv_heads - 1:
+            tl.store(Seen + b, seen + valid)
 
 
 # --- the call -----------------------------------------------------------------------------------------------
@@ -603,9 +668,10 @@ def step(
         state = state if in_place else state.map(torch.clone)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)  # [B, H, 1, D]
         common = sizes(kernel, q, k, state)
-        grid, valid = (state.pos.shape[0] * state.pos.shape[1],), None if valid is None else valid.contiguous()
-        leave(grid, kernel, state, valid, common)
-        read(grid, q, k, v, y, kernel, state, valid, common)
+        valid = None if valid is None else valid.contiguous()
+        arrived = torch.empty(state.pos.shape[0] * state.pos.shape[1], device=q.device, dtype=torch.int32)
+        leave(arrived, kernel, state, valid, common)
+        read(arrived, q, k, v, y, kernel, state, valid, common)
     nothing = y.new_empty(0)
     return AttentionOutput(y, nothing, nothing, nothing, nothing), state
 
@@ -651,7 +717,8 @@ def rotary(rotation: Rotation | None, nothing: Tensor) -> tuple[Tensor, dict[str
     return rotation.frequencies.float().contiguous(), {"WIDTH": width, "NEIGHBOURS": rotation.interleaved}
 
 
-def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, common: dict[str, Any]) -> None:
+def leave(arrived: Tensor, kernel: Kernel, state: State, valid: Tensor | None, common: dict[str, Any]) -> None:
+    """Of every row; `arrived` [rows] becomes zero."""
     spec = kernel.spec
     shares = (spec.spread if spec.is_packed else spec).shares if spec.slots else ((KINDS[0], 0),)
     kinds = [KINDS.index(name) for name, _ in shares] + [-1]
@@ -661,9 +728,9 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
     network = [state.memory if x is None else x.float().contiguous() for x in given]
     width = 0 if kernel.forecast_out is None else kernel.forecast_out.shape[-1]
     frequencies, turning = rotary(kernel.key_rotation, state.memory)
-    leave_kernel[grid](
+    leave_kernel[(len(arrived),)](
         state.keys, state.values, state.pos, state.decay, state.mass, state.score, state.memory, state.seen,
-        state.seen if valid is None else valid, weight, owned(spec, state.seen), *network, frequencies,
+        state.seen if valid is None else valid, weight, owned(spec, state.seen), *network, frequencies, arrived,
         kernel.scaling**0.5, float(spec.aging), state.pos.shape[1], shares[0][1], spec.slots,
         **common | {"HAS_VALID": valid is not None, "TILE": SMALL_TILE},
         SLOTS=spec.slots > 0, SHARES=len(shares), SP0=power_of_two(shares[0][1]), SP1=power_of_two(rest),
@@ -675,7 +742,7 @@ def leave(grid: tuple[int], kernel: Kernel, state: State, valid: Tensor | None, 
 
 
 def read(
-    grid: tuple[int], q: Tensor, k: Tensor, v: Tensor, y: Tensor, kernel: Kernel, state: State, valid: Tensor | None,
+    arrived: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, kernel: Kernel, state: State, valid: Tensor | None,
     common: dict[str, Any],
 ) -> None:  # fmt: skip
     spec, nothing = kernel.spec, state.memory
@@ -687,14 +754,18 @@ def read(
     tile = 2 * TILE if common["TILE"] == TILE and rotation is None else common["TILE"]  # turned keys are of 32 bits
     frequencies, turning = rotary(rotation, nothing)
     optional = (kernel.log_gate, kernel.log_rate, kernel.decay_weight, kernel.sink_logits)
-    read_kernel[grid](
+    rows, chunks = len(arrived), -(-max(spec.head_slots, default=spec.slots) // tile)
+    split = rows <= FEW
+    parts = 1 + chunks + group * spec.has_memory if split else 1
+    room = torch.empty(rows * split, chunks + 2, group, q.shape[-1] + 2, device=q.device, dtype=torch.float32)
+    read_kernel[(rows, parts)](
         q, k, v, y, state.keys, state.values, state.pos, state.decay, state.mass, state.memory, state.seen,
         state.seen if valid is None else valid, weight, *(nothing if x is None else x.contiguous() for x in optional),
-        frequencies, owned(spec, state.seen),
+        frequencies, owned(spec, state.seen), room, arrived,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
-        kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots,
-        **common | {"HAS_VALID": valid is not None, "TILE": tile}, RATE=rate, MASS=spec.measures("attention"),
-        SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
+        kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots, chunks,
+        **common | {"HAS_VALID": valid is not None, "TILE": tile}, SPLIT=split, RATE=rate,
+        MASS=spec.measures("attention"), SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
         COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, PRECISION="ieee",
         num_warps=8, num_stages=stages(q.device),
     )  # fmt: skip
