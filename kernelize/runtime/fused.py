@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .chunked import Grid, align
-from .fused_delta import Tokens, corrected, unit_features
+from .fused_delta import Tokens, corrected
 from .fused_exact import Exact, ExactFunction, parts_of_tile
 from .fused_map import fits, mapped, plain
-from .fused_memory import ClockFunction, MemoryFunction, holds_halves, order_of, recall_errors
+from .fused_memory import ClockFunction, MemoryFunction, Order, holds_halves, order_of, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
 from .kept import kept
@@ -109,8 +109,6 @@ def unsupported(spec: KernelSpec) -> str | None:
         return f"slots={most} are more than {MOST_SLOTS}"
     if spec.has_memory and spec.feature_dim > WIDEST:
         return f"feature_dim={spec.feature_dim} is above {WIDEST}"
-    if spec.is_delta and not interpreted():
-        return f"rule={spec.rule!r}: its kernels were not checked on a GPU yet"
     others = [name for name, _ in spec.shares if spec.slots and name not in POLICIES]
     return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
 
@@ -198,23 +196,27 @@ def read_corrected(
     assert kernel.log_gate is not None
     memory, phi_q = store.state.memory, query_features(store, kernel)
     order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
-    tokens = Tokens(unit_features(phi_k), store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
-    added, turn = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
+    tokens = Tokens(phi_k, store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
+    deaths = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
 
-    def read(phi: Tensor, v: Tensor, when: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(
+        order: Order, phi_q: Tensor, phi: Tensor, v: Tensor, when: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(the memory's answer [B, H, W, D], its normaliser [B, H, W, 1], the memory at the end)."""
         nobody, none = (None,) * 5, lse.new_zeros(*lse.shape, v.shape[-1], dtype=store.q.dtype)
         _, answer, found, end = MemoryFunction.apply(
             phi_q, store.k, None, None, phi, v, when, clock_end, start, none, lse.detach(), gate, *nobody, order,
             kernel.scaling**0.5, True, torch.is_grad_enabled(),
         )  # fmt: skip
-        return answer.float(), (found - gate[:, None]).exp()[..., None], end
+        return answer, (found - gate[:, None]).exp()[..., None], end
 
+    wide = phi_q.float()  # what tokens add cancels out: in 16 bits, answers and their gradients would be 1 or 2 % off
+    answer, norm, values = read(order._replace(tokens=deaths.index), wide, *deaths[1:], memory)
     few = slice(0, MASS)  # channels, since nobody asks for their values
-    answer, norm, values = read(tokens.phi, added.to(store.v.dtype), turn, memory)
     of_mass = torch.cat([memory[..., :-1][..., few], memory[..., -1:]], -1)
-    _, mass, masses = read(phi_k, store.v[..., few], clock, of_mass)
-    out = merge(exact.float(), lse, weigh_answers(answer * norm, mass, phi_q.float()), kernel.log_gate)
+    _, mass, masses = read(order, phi_q, phi_k, store.v[..., few], clock, of_mass)
+    factor, _ = weigh_answers(norm, mass, wide)
+    out = merge(exact.float(), lse, (answer * factor, mass), kernel.log_gate)
     end = torch.cat([values[..., :-1], masses[..., -1:]], -1)
     part = out.memory.to(store.q.dtype) if branches else out.memory.new_empty(0)
     return out._replace(y=out.y.to(store.q.dtype), exact=exact, memory=part), end
