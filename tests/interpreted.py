@@ -1,8 +1,8 @@
 """Repairs Triton 3.6's interpreter; import it first, in a process with TRITON_INTERPRET=1.
 
 NumPy 2.4 no longer makes an int of an array of one element, which `tl.range` with bounds known only at run time needs;
-and a product of bfloat16 matrices was one of the integers that hold their bits. Float32 becomes the nearest bfloat16, as
-on a GPU, not the next towards zero: such errors are twice as large and add up. And it looks where a GPU would fault:
+and a product of bfloat16 matrices was one of the integers that hold their bits. Float32 becomes the nearest bfloat16,
+as on a GPU, not the next towards zero: such errors are twice as large and add up. And it looks where a GPU would fault:
 whatever a kernel touches must lie in one of the tensors that it was given. What each operation would make anew is made
 once: laws take a third of the time so.
 """

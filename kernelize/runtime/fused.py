@@ -46,11 +46,13 @@ from .state import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
 WIDEST_FULL = 64, 128  # channels and features in float32 on a GPU: more need more shared memory than it has
+WIDEST_DELTA = 128, 128  # of a delta rule, whose memory is read in float32
 # bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
 # training or of a prefill that `reads_features`, compiled for sm_90 with 128 features (256 where heads are 256)
 SHARED = {
     (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800), (4, 64): (180_224, 180_224)
 }  # fmt: skip
+SHARED_DELTA = 172_544  # of a delta rule with WIDEST_DELTA: of the kernel that finds the gradient of keys' features
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 MASS = 16  # channels of a pass over the memory that is for its normaliser
@@ -65,12 +67,12 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}, not on a GPU"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
-    if q.is_cuda and q.dtype == torch.float32 and (q.shape[-1] > WIDEST_FULL[0] or spec.feature_dim > WIDEST_FULL[1]):
-        return "float32 on a GPU: only heads of up to {} channels with {} features".format(*WIDEST_FULL)
+    if q.is_cuda and (lack := too_wide(spec, q.shape[-1], q.dtype)):
+        return lack
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
     largest = torch.is_grad_enabled() or reads_features(kernel)
-    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, largest, shared_memory(q.device))):
+    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, largest, shared_memory(q.device), spec.is_delta)):
         return lack
     return unsupported(spec)
 
@@ -81,13 +83,30 @@ def reads_features(kernel: Kernel) -> bool:
     return kernel.spec.has_memory and (kernel.spec.is_delta or not fits(kernel.map_q))
 
 
-def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int) -> str | None:
-    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None; `largest`: of
-    training, or of a prefill that `reads_features`."""
+def too_wide(spec: KernelSpec, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no GPU has the shared memory for what is computed in float32, or None."""
+    full = dtype == torch.float32
+    channels, features = WIDEST_FULL if full else WIDEST_DELTA if spec.is_delta else (WIDEST, WIDEST)
+    if head_dim <= channels and spec.feature_dim <= features:
+        return None
+    what = "float32" if full else f"rule={spec.rule!r}"
+    return f"{what} on a GPU: only heads of up to {channels} channels with {features} features"
+
+
+def largest_program(head_dim: int, dtype: torch.dtype, largest: bool, is_delta: bool) -> int:
+    """Its bytes of shared memory; `largest`: of training, or of a prefill that `reads_features`."""
     needed = SHARED[dtype.itemsize, power_of_two(head_dim, 64)][largest]
+    return max(needed, SHARED_DELTA) if is_delta else needed
+
+
+def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int, is_delta: bool = False) -> str | None:
+    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None; see
+    `largest_program`."""
+    needed = largest_program(head_dim, dtype, largest, is_delta)
     if needed <= has:
         return None
     doing = "training, or reading by other features than hedgehog's," if largest else "reading"
+    doing = "a delta rule" if is_delta else doing
     return (
         f"{doing} with heads of {head_dim} in {str(dtype)[6:]} takes {needed} bytes of shared memory, the GPU has {has}"
     )
@@ -211,7 +230,7 @@ def read_corrected(
         return answer, (found - gate[:, None]).exp()[..., None], end
 
     wide = phi_q.float()  # what tokens add cancels out: in 16 bits, answers and their gradients would be 1 or 2 % off
-    answer, norm, values = read(order._replace(tokens=deaths.index), wide, *deaths[1:], memory)
+    answer, norm, values = read(order._replace(tokens=deaths.order), wide, *deaths[1:], memory)
     few = slice(0, MASS)  # channels, since nobody asks for their values
     of_mass = torch.cat([memory[..., :-1][..., few], memory[..., -1:]], -1)
     _, mass, masses = read(order, phi_q, phi_k, store.v[..., few], clock, of_mass)

@@ -19,7 +19,10 @@ from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
 from .reference import take
 from .state import unit
 
-LAUNCH = Launch(heads=1, chunk=4096, warps=4, stages=1)  # chunk: entries of the memory that one program holds
+LAUNCH = {  # chunk: entries of the memory that one program holds; few: it walks, and float32 takes registers
+    "correct": Launch(heads=1, chunk=1024, warps=4, stages=2),
+    "correct_grad": Launch(heads=1, chunk=2048, warps=4, stages=2),
+}
 
 
 @jit
@@ -87,10 +90,11 @@ class CorrectFunction(torch.autograd.Function):
         own, reads, left, shrink, start = (x.contiguous() for x in (own, reads, left, shrink, start))
         (R, n, _, D), F = own.shape, reads.shape[-1]
         added, before = torch.empty_like(own), own.new_empty(R, n, F, D)
-        DV, parts = split(D, F, LAUNCH.chunk)
+        launch = LAUNCH["correct"]
+        DV, parts = split(D, F, launch.chunk)
         correct_kernel[(parts, R)](
             own, reads, left.mT.contiguous(), shrink, start, added, before, n,
-            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(own.dtype), **LAUNCH.options,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(own.dtype), **launch.options,
         )  # fmt: skip
         ctx.save_for_backward(reads, left, shrink, added, before)
         return added
@@ -99,14 +103,15 @@ class CorrectFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         reads, left, shrink, added, before = ctx.saved_tensors
         R, n, F, D = before.shape
-        DV, parts = split(D, F, LAUNCH.chunk)
+        launch = LAUNCH["correct_grad"]
+        DV, parts = split(D, F, launch.chunk)
         g_own, g_start = torch.empty_like(added), before.new_empty(R, F, D)
         g_reads, g_left = (added.new_empty(parts, R, n, TILE, F) for _ in range(2))
         g_shrink = added.new_empty(parts, R, n)
         correct_grad_kernel[(parts, R)](
             reads.mT.contiguous(), left, shrink, added, before, grad.contiguous(),
             g_own, g_reads, g_left, g_shrink, g_start, n,
-            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(added.dtype), **LAUNCH.options,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(added.dtype), **launch.options,
         )  # fmt: skip
         return g_own, g_reads.sum(0), g_left.sum(0), g_shrink.sum(0), g_start
 
@@ -124,7 +129,7 @@ class Tokens(NamedTuple):
 class Deaths(NamedTuple):
     """What the memory takes in, by the order [B, Hk, n·tile] in which tokens die."""
 
-    index: Tensor  # [R, n·tile] int32: its own places, −1 where nobody dies
+    order: Tensor  # [R, n·tile] int32: its own places, −1 where nobody dies
     phi: Tensor  # [B, Hk, n·tile, F] float32 of length one
     added: Tensor  # [B, Hk, n·tile, D] float32
     clock: Tensor  # [B, Hk, n·tile] then
@@ -157,11 +162,10 @@ def corrected(order: Tensor, block: int, tokens: Tokens, clock_end: Tensor, star
         return x.unflatten(2, (n, TILE)).flatten(0, 1)
 
     border = edges[:, :, :: TILE // block].flatten(0, 1)  # [R, n + 1]
-    given = (tiles(x) for x in (phi, v, clock, aged, beta))
-    added = CorrectFunction.apply(*systems(*given, border), start.flatten(0, 1).float())
+    given = systems(tiles(phi), tiles(v), tiles(clock), tiles(aged), tiles(beta), border)
+    added = CorrectFunction.apply(*given, start.flatten(0, 1).float())
     places = torch.arange(n * TILE, device=order.device, dtype=torch.int32)
-    index = torch.where(here, places, -1).flatten(0, 1)
-    return Deaths(index, phi, added.view(B, Hk, n * TILE, -1), clock)
+    return Deaths(torch.where(here, places, -1).flatten(0, 1), phi, added.view(B, Hk, n * TILE, -1), clock)
 
 
 def systems(
