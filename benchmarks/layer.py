@@ -334,9 +334,17 @@ def graphed(f):
 SHAPE = (1, 32, 8, 128)  # of what `time` measures: B, H, Hk, D
 
 
+# what stands for a policy, where more than that is asked for
+NAMED = {"gated delta": {"policy": "attention", "rule": "gated_delta", "decay": "gated"}}
+
+
+def fields_of(policy: str, slots: int) -> dict:
+    return {**LLAMA, "slots": slots, **NAMED.get(policy, {"policy": policy})}
+
+
 def ours(policy: str, slots: int, T: int, shape=SHAPE):
     B, H, Hk, D = shape
-    attention = layer(KernelSpec(**{**LLAMA, "policy": policy, "slots": slots}), H, Hk, D)
+    attention = layer(KernelSpec(**fields_of(policy, slots)), H, Hk, D)
     return attention, tokens(B, H, Hk, D, T, BFLOAT)
 
 
@@ -416,7 +424,7 @@ def time_all(lengths: list[int], peers: bool, shape: tuple, keep) -> None:
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
     for T in lengths:
-        for policy, slots in (("attention", 128), ("mixed", 128), ("mixed", 176), ("value", 0)):
+        for policy, slots in (("attention", 128), ("mixed", 128), ("mixed", 176), ("value", 0), ("gated delta", 128)):
             if T in (2048, 32768, 131072) or (policy, slots) == ("attention", 128):
                 add(time_forward({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T, shape))
         if peers:
@@ -425,7 +433,7 @@ def time_all(lengths: list[int], peers: bool, shape: tuple, keep) -> None:
                 add(peer({"what": "sdpa flash", "T": T}, softmax, "FLASH_ATTENTION", T, shape, False))
                 add(peer({"what": "sdpa cudnn", "T": T}, softmax, "CUDNN_ATTENTION", T, shape, False))
     for T in [t for t in lengths if t in (2048, 32768)]:
-        for policy, slots in (("attention", 128), ("mixed", 128)):
+        for policy, slots in (("attention", 128), ("mixed", 128), ("gated delta", 128)):
             add(time_training({"what": f"kernelize {policy} {slots}", "T": T}, policy, slots, T, shape))
         if peers:
             add(peer({"what": "fla chunk_linear_attn", "T": T}, linear, T, shape, True))
@@ -554,7 +562,7 @@ def compile_trial(trial: Trial) -> dict:
     _, (policy, slots, T, shape), train = TUNED[trial.what]
     try:
         with trial.applied():
-            launches, _ = launches_of(layer_call({**LLAMA, "policy": policy, "slots": slots}, shape, T, train))
+            launches, _ = launches_of(layer_call(fields_of(policy, slots), shape, T, train))
             found = resources(next(x for x in launches if x.name == f"{trial.name}_kernel"))
         return {"registers used": found["registers"], "spilled": found["spilled"], "at once": residents(found)}
     except Exception as error:
@@ -606,9 +614,10 @@ def profile(policy: str, slots: int, T: int, shape, train: bool, top: int = 24) 
 
 def profile_all(workers: int) -> None:
     calls = [(("mixed", 128, 131072, SHAPE), False), (("attention", 128, 2048, SHAPE), False),
+             (("gated delta", 128, 131072, SHAPE), False), (("gated delta", 128, 32768, SHAPE), True),
              *(row[1:] for row in TUNED.values())]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        compile_all(pool, [({**LLAMA, "policy": policy, "slots": slots}, shape, T, BFLOAT, train)
+        compile_all(pool, [(fields_of(policy, slots), shape, T, BFLOAT, train)
                            for (policy, slots, T, shape), train in calls])  # fmt: skip
     for call, train in calls:
         profile(*call, train)

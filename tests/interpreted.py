@@ -1,7 +1,8 @@
 """Repairs Triton 3.6's interpreter; import it first, in a process with TRITON_INTERPRET=1.
 
 NumPy 2.4 no longer makes an int of an array of one element, which `tl.range` with bounds known only at run time needs;
-and a product of bfloat16 matrices was one of the integers that hold their bits. And it looks where a GPU would fault:
+and a product of bfloat16 matrices was one of the integers that hold their bits. Float32 becomes the nearest bfloat16,
+as on a GPU, not the next towards zero: such errors are twice as large and add up. And it looks where a GPU would fault:
 whatever a kernel touches must lie in one of the tensors that it was given. What each operation would make anew is made
 once: laws take a third of the time so.
 """
@@ -30,6 +31,15 @@ def widened(x):
 
 def dot(builder, a, b, *rest):
     return plain_dot(builder, widened(a), widened(b), *rest)
+
+
+def cast(builder, x, to):
+    if x.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        bits = x.data.view(np.uint32)
+        near = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+        near = np.where(np.isnan(x.data), bits >> 16 | 0x40, near)  # rounding up may not make a NaN something else
+        return interpreter.TensorHandle(near.astype(np.uint16), tl.bfloat16)
+    return plain_cast(builder, x, to)
 
 
 def patch_once() -> None:
@@ -74,6 +84,8 @@ tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor  # type: ig
 plain_dot = interpreter.InterpreterBuilder.create_dot
 plain_np_dtype = interpreter._get_np_dtype
 interpreter.InterpreterBuilder.create_dot = dot
+plain_cast = interpreter.InterpreterBuilder.cast_impl
+interpreter.InterpreterBuilder.cast_impl = cast
 interpreter.range = of_scalars  # type: ignore[attr-defined]
 interpreter._get_np_dtype = np_dtype
 # without `debug` an overflow is computed with each sum and then not told

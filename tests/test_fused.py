@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is made for Linux")
 LAWS = (
     "forward", "streams", "prefill", "ahead", "segments", "gradients", "some_gradients", "lifetimes", "low_precision",
-    "mixed_precision", "choice", "steps", "steps_in_low_precision", "far", "far_gradients", "far_steps", "bounds",
-    "heads", "divergence", "capturable", "short_tiles",
+    "weights_in_low_precision", "mixed_precision", "choice", "steps", "steps_in_low_precision", "far", "far_gradients",
+    "far_steps", "bounds", "heads", "divergence", "capturable", "short_tiles",
 )  # fmt: skip
 
 

@@ -101,6 +101,13 @@ def test_what_does_not_fit_a_gpu_is_named():
     assert fits == [None] * 3
     assert "takes 122880 bytes of shared memory, the GPU has 101376" in fused.too_large(128, torch.float16, True, LEAST)
     assert "float32" in fused.too_large(64, torch.float32, False, LEAST)
+    assert fused.too_large(128, torch.bfloat16, True, HOPPER, is_delta=True) is None
+    assert "a delta rule with heads of 64" in fused.too_large(64, torch.bfloat16, True, 164 * 1024, is_delta=True)
+    plain = KernelSpec(**{**SPEC, "feature_dim": 256, "policy": "attention"})
+    delta = plain.replace(rule="gated_delta")
+    assert fused.too_wide(plain, 256, torch.bfloat16) is None
+    assert fused.too_wide(delta, 128, torch.bfloat16).startswith("rule='gated_delta'")
+    assert fused.too_wide(delta.replace(feature_dim=128), 128, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,8 @@ def test_programs_take_no_more_than_is_said(tmp_path, monkeypatch, width, dtype,
             for launch in launches_of(call)[0]:
                 found = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
                 largest = train or fields["policy"] == "attention"
-                assert found.metadata.shared <= fused.SHARED[dtype.itemsize, width][largest], launch.name
+                allowed = fused.largest_program(width, dtype, largest, "rule" in fields)
+                assert found.metadata.shared <= allowed, launch.name
 
 
 STEPS = [

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .chunked import Grid, align
-from .fused_delta import Tokens, corrected, unit_features
+from .fused_delta import Tokens, corrected
 from .fused_exact import Exact, ExactFunction, parts_of_tile
 from .fused_map import fits, mapped, plain
-from .fused_memory import ClockFunction, MemoryFunction, holds_halves, order_of, recall_errors
+from .fused_memory import ClockFunction, MemoryFunction, Order, holds_halves, order_of, recall_errors
 from .fused_select import TILE, Lives, lifetimes, received
 from .fused_triton import interpreted, power_of_two, rows_first, shared_memory, triton
 from .kept import kept
@@ -45,7 +45,8 @@ from .state import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256  # channels or features of a head
-FEATURES_FULL = 128  # features in float32 on a GPU: more need more shared memory than any has
+WIDEST_FULL = 256, 128  # in float32 on a GPU: more features need more shared memory than any has
+WIDEST_DELTA = 128, 128  # of a delta rule, whose memory is read in float32
 # bytes of shared memory by bytes of a channel and padded head size: of the largest program of a prefill, and of
 # training or of a prefill that `reads_features`, compiled for sm_90 with 128 features (256 where heads are 256 in 16
 # bits)
@@ -53,6 +54,7 @@ SHARED = {
     (2, 64): (57_344, 82_180), (2, 128): (98_304, 122_880), (2, 256): (147_456, 204_800),
     (4, 64): (147_456, 172_288), (4, 128): (180_224, 196_608), (4, 256): (245_760, 393_216),
 }  # fmt: skip
+SHARED_DELTA = 172_544  # of a delta rule with WIDEST_DELTA: of the kernel that finds the gradient of keys' features
 POLICIES = ("attention", "recall", "value", "forecast")
 MOST_SLOTS = 1024
 MASS = 16  # channels of a pass over the memory that is for its normaliser
@@ -67,12 +69,12 @@ def supports(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the tensors are on {q.device.type}, not on a GPU"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} are not one of bfloat16, float16, float32"
-    if q.is_cuda and q.dtype == torch.float32 and spec.has_memory and spec.feature_dim > FEATURES_FULL:
-        return f"feature_dim={spec.feature_dim} in float32 on a GPU is above {FEATURES_FULL}"
     if q.shape[-1] > WIDEST or q.shape[-1] != v.shape[-1]:
         return f"heads of {q.shape[-1]} with values of {v.shape[-1]} channels: only equal sizes up to {WIDEST}"
+    if q.is_cuda and (lack := too_wide(spec, q.shape[-1], q.dtype)):
+        return lack
     largest = torch.is_grad_enabled() or reads_features(kernel)
-    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, largest, shared_memory(q.device))):
+    if q.is_cuda and (lack := too_large(q.shape[-1], q.dtype, largest, shared_memory(q.device), spec.is_delta)):
         return lack
     return unsupported(spec)
 
@@ -83,13 +85,31 @@ def reads_features(kernel: Kernel) -> bool:
     return kernel.spec.has_memory and (kernel.spec.is_delta or not fits(kernel.map_q))
 
 
-def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int) -> str | None:
-    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None; `largest`: of
-    training, or of a prefill that `reads_features`."""
+def too_wide(spec: KernelSpec, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no GPU has the shared memory for what is computed in float32, or None."""
+    if not spec.has_memory or not (spec.is_delta or dtype == torch.float32):
+        return None
+    channels, features = WIDEST_DELTA if spec.is_delta else WIDEST_FULL
+    if head_dim <= channels and spec.feature_dim <= features:
+        return None
+    what = f"rule={spec.rule!r}" if spec.is_delta else "float32"
+    return f"{what} on a GPU: only heads of up to {channels} channels with {features} features"
+
+
+def largest_program(head_dim: int, dtype: torch.dtype, largest: bool, is_delta: bool) -> int:
+    """Its bytes of shared memory; `largest`: of training, or of a prefill that `reads_features`."""
     needed = SHARED[dtype.itemsize, power_of_two(head_dim, 64)][largest]
+    return max(needed, SHARED_DELTA) if is_delta else needed
+
+
+def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int, is_delta: bool = False) -> str | None:
+    """Why programs do not fit into a GPU that `has` so many bytes of shared memory for each, or None; see
+    `largest_program`."""
+    needed = largest_program(head_dim, dtype, largest, is_delta)
     if needed <= has:
         return None
     doing = "training, or reading by other features than hedgehog's," if largest else "reading"
+    doing = "a delta rule" if is_delta else doing
     return (
         f"{doing} with heads of {head_dim} in {str(dtype)[6:]} takes {needed} bytes of shared memory, the GPU has {has}"
     )
@@ -111,8 +131,6 @@ def unsupported(spec: KernelSpec) -> str | None:
         return f"slots={most} are more than {MOST_SLOTS}"
     if spec.has_memory and spec.feature_dim > WIDEST:
         return f"feature_dim={spec.feature_dim} is above {WIDEST}"
-    if spec.is_delta and not interpreted():
-        return f"rule={spec.rule!r}: its kernels were not checked on a GPU yet"
     others = [name for name, _ in spec.shares if spec.slots and name not in POLICIES]
     return f"policy={spec.policy!r} scores by {others[0]!r}" if others else None
 
@@ -200,23 +218,27 @@ def read_corrected(
     assert kernel.log_gate is not None
     memory, phi_q = store.state.memory, query_features(store, kernel)
     order, gate = order_of(lives.order, kernel.spec.block, decays(store, kernel)), kernel.log_gate.float()
-    tokens = Tokens(unit_features(phi_k), store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
-    added, turn = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
+    tokens = Tokens(phi_k, store.v, clock, betas(kernel, store.k), store_pos(store, kernel.spec))
+    deaths = corrected(order.tokens, order.block, tokens, clock_end, memory[..., :-1])
 
-    def read(phi: Tensor, v: Tensor, when: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(
+        order: Order, phi_q: Tensor, phi: Tensor, v: Tensor, when: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(the memory's answer [B, H, W, D], its normaliser [B, H, W, 1], the memory at the end)."""
         nobody, none = (None,) * 5, lse.new_zeros(*lse.shape, v.shape[-1], dtype=store.q.dtype)
         _, answer, found, end = MemoryFunction.apply(
             phi_q, store.k, None, None, phi, v, when, clock_end, start, none, lse.detach(), gate, *nobody, order,
             kernel.scaling**0.5, True, torch.is_grad_enabled(),
         )  # fmt: skip
-        return answer.float(), (found - gate[:, None]).exp()[..., None], end
+        return answer, (found - gate[:, None]).exp()[..., None], end
 
+    wide = phi_q.float()  # what tokens add cancels out: in 16 bits, answers and their gradients would be 1 or 2 % off
+    answer, norm, values = read(order._replace(tokens=deaths.order), wide, *deaths[1:], memory)
     few = slice(0, MASS)  # channels, since nobody asks for their values
-    answer, norm, values = read(tokens.phi, added.to(store.v.dtype), turn, memory)
     of_mass = torch.cat([memory[..., :-1][..., few], memory[..., -1:]], -1)
-    _, mass, masses = read(phi_k, store.v[..., few], clock, of_mass)
-    out = merge(exact.float(), lse, weigh_answers(answer * norm, mass, phi_q.float()), kernel.log_gate)
+    _, mass, masses = read(order, phi_q, phi_k, store.v[..., few], clock, of_mass)
+    factor, _ = weigh_answers(norm, mass, wide)
+    out = merge(exact.float(), lse, (answer * factor, mass), kernel.log_gate)
     end = torch.cat([values[..., :-1], masses[..., -1:]], -1)
     part = out.memory.to(store.q.dtype) if branches else out.memory.new_empty(0)
     return out._replace(y=out.y.to(store.q.dtype), exact=exact, memory=part), end

@@ -16,10 +16,13 @@ from torch import Tensor
 from .fused_memory import split
 from .fused_select import TILE
 from .fused_triton import Launch, constexpr, jit, power_of_two, precision, tl
-from .reference import spread, take
+from .reference import take
 from .state import unit
 
-LAUNCH = Launch(heads=1, chunk=4096, warps=4, stages=1)  # chunk: entries of the memory that one program holds
+LAUNCH = {  # chunk: entries of the memory that one program holds; few: it walks, and float32 takes registers
+    "correct": Launch(heads=1, chunk=1024, warps=4, stages=2),
+    "correct_grad": Launch(heads=1, chunk=2048, warps=4, stages=2),
+}
 
 
 @jit
@@ -87,10 +90,11 @@ class CorrectFunction(torch.autograd.Function):
         own, reads, left, shrink, start = (x.contiguous() for x in (own, reads, left, shrink, start))
         (R, n, _, D), F = own.shape, reads.shape[-1]
         added, before = torch.empty_like(own), own.new_empty(R, n, F, D)
-        DV, parts = split(D, F, LAUNCH.chunk)
+        launch = LAUNCH["correct"]
+        DV, parts = split(D, F, launch.chunk)
         correct_kernel[(parts, R)](
             own, reads, left.mT.contiguous(), shrink, start, added, before, n,
-            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(own.dtype), **LAUNCH.options,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(own.dtype), **launch.options,
         )  # fmt: skip
         ctx.save_for_backward(reads, left, shrink, added, before)
         return added
@@ -99,14 +103,15 @@ class CorrectFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         reads, left, shrink, added, before = ctx.saved_tensors
         R, n, F, D = before.shape
-        DV, parts = split(D, F, LAUNCH.chunk)
+        launch = LAUNCH["correct_grad"]
+        DV, parts = split(D, F, launch.chunk)
         g_own, g_start = torch.empty_like(added), before.new_empty(R, F, D)
         g_reads, g_left = (added.new_empty(parts, R, n, TILE, F) for _ in range(2))
         g_shrink = added.new_empty(parts, R, n)
         correct_grad_kernel[(parts, R)](
             reads.mT.contiguous(), left, shrink, added, before, grad.contiguous(),
             g_own, g_reads, g_left, g_shrink, g_start, n,
-            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(added.dtype), **LAUNCH.options,
+            F=F, FP=power_of_two(F), D=D, DV=DV, TILE=TILE, PRECISION=precision(added.dtype), **launch.options,
         )  # fmt: skip
         return g_own, g_reads.sum(0), g_left.sum(0), g_shrink.sum(0), g_start
 
@@ -114,11 +119,20 @@ class CorrectFunction(torch.autograd.Function):
 class Tokens(NamedTuple):
     """Of the store: what the rule asks of every token."""
 
-    phi: Tensor  # [B, Hk, X, F] of length one
+    phi: Tensor  # [B, Hk, X, F]
     v: Tensor  # [B, Hk, X, D]
     clock: Tensor  # [B, Hk, X]
     beta: Tensor  # [B, Hk, X]
     pos: Tensor  # [B, 1 or Hk, X]
+
+
+class Deaths(NamedTuple):
+    """What the memory takes in, by the order [B, Hk, n·tile] in which tokens die."""
+
+    order: Tensor  # [R, n·tile] int32: its own places, −1 where nobody dies
+    phi: Tensor  # [B, Hk, n·tile, F] float32 of length one
+    added: Tensor  # [B, Hk, n·tile, D] float32
+    clock: Tensor  # [B, Hk, n·tile] then
 
 
 def by_position(order: Tensor, pos: Tensor, block: int) -> Tensor:
@@ -128,41 +142,44 @@ def by_position(order: Tensor, pos: Tensor, block: int) -> Tensor:
     return order.unflatten(2, (-1, block)).gather(3, known.argsort(3)).flatten(2)
 
 
-def corrected(order: Tensor, block: int, tokens: Tokens, clock_end: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(what every token adds [B, Hk, X, D] when it dies, the clock then [B, Hk, X]).
-
-    order [R, n·tile] int32 are the tokens by the block at which they die, clock_end [B, Hk, blocks] the clock at the
+def corrected(order: Tensor, block: int, tokens: Tokens, clock_end: Tensor, start: Tensor) -> Deaths:
+    """order [R, n·tile] int32 are the tokens by the block at which they die, clock_end [B, Hk, blocks] the clock at the
     end of each block, start [B, Hk, F, D] the memory before the first.
+
+    Where nobody dies beta is zero, and with it all that comes of that place.
     """
-    (B, Hk, X, F), D, n = tokens.phi.shape, tokens.v.shape[-1], order.shape[1] // TILE
-    index = by_position(order.view(B, Hk, -1), tokens.pos, block)
-    here, at = index >= 0, index.clamp(min=0).long()
+    (B, Hk), n = tokens.v.shape[:2], order.shape[1] // TILE
+    order = by_position(order.view(B, Hk, -1), tokens.pos, block)
+    here, at = order >= 0, order.clamp(min=0).long()
     edges = torch.cat([torch.zeros_like(clock_end[:, :, :1]), clock_end], 2)
     begin = edges[:, :, :-1].repeat_interleave(block, 2)  # the clock when the block of its death begins
     left_at = tokens.clock.gather(2, at)
-    now = torch.where(here, torch.minimum(begin, left_at), begin)  # who dies on leaving is folded at its own time
-    aged, beta = (now - left_at).clamp(max=0).exp(), tokens.beta.float().gather(2, at)
+    clock = torch.where(here, torch.minimum(begin, left_at), begin)  # who dies on leaving is folded at its own time
+    aged, beta = (clock - left_at).clamp(max=0).exp(), tokens.beta.float().gather(2, at) * here
+    phi, v = unit(take(tokens.phi, at).float()), take(tokens.v, at).float()
 
     def tiles(x: Tensor) -> Tensor:  # [B, Hk, n·tile, ...] -> [R, n, tile, ...]
         return x.unflatten(2, (n, TILE)).flatten(0, 1)
 
-    phi, v = (tiles(take(x, at).float() * here[..., None]) for x in (tokens.phi, tokens.v))
-    now, aged, beta = (tiles(x) for x in (now, aged, beta * here))
     border = edges[:, :, :: TILE // block].flatten(0, 1)  # [R, n + 1]
+    given = systems(tiles(phi), tiles(v), tiles(clock), tiles(aged), tiles(beta), border)
+    added = CorrectFunction.apply(*given, start.flatten(0, 1).float())
+    places = torch.arange(n * TILE, device=order.device, dtype=torch.int32)
+    return Deaths(torch.where(here, places, -1).flatten(0, 1), phi, added.view(B, Hk, n * TILE, -1), clock)
+
+
+def systems(
+    phi: Tensor, v: Tensor, now: Tensor, aged: Tensor, beta: Tensor, border: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(own, reads, left, shrink) of `CorrectFunction`, each tile's triangular system solved.
+
+    phi [R, n, tile, F], v [R, n, tile, D]; now, aged (a value's decay until now) and beta [R, n, tile]; border
+    [R, n + 1] the clock at the tiles' borders. The system is inverted: it has fewer columns than what it is solved for.
+    """
     since, until = border[:, :-1, None], border[:, 1:, None]
     decay = (now[..., :, None] - now[..., None, :]).clamp(max=0).exp()
-    earlier = (beta[..., None] * decay * (phi @ phi.mT)).tril(-1)
-    wanted = torch.cat([aged[..., None] * v, phi * (now - since).clamp(max=0).exp()[..., None]], -1)
-    solved = torch.linalg.solve_triangular(earlier, beta[..., None] * wanted, upper=False, unitriangular=True)
-    own, reads = solved.split((D, F), -1)
-    left, shrink = phi * (until - now).clamp(max=0).exp()[..., None], (until - since)[..., 0].exp()
-    added = CorrectFunction.apply(own, reads, left, shrink, start.flatten(0, 1).float())
-    to, flat = torch.where(here, at, X), added.view(B, Hk, n * TILE, D)
-    value = flat.new_zeros(B, Hk, X + 1, D).scatter(2, spread(to, flat), flat)[:, :, :X]
-    beyond = torch.nn.functional.pad(tokens.clock.float(), (0, 1))
-    return value, beyond.scatter(2, to, now.view(B, Hk, n * TILE))[:, :, :X].contiguous()
-
-
-def unit_features(phi: Tensor) -> Tensor:
-    """phi of length one, in its dtype."""
-    return unit(phi.float()).to(phi.dtype)
+    earlier = beta[..., None] * decay * (phi @ phi.mT)  # whose diagonal and what is above it nobody reads
+    solved = torch.linalg.solve_triangular(earlier, torch.diag_embed(beta), upper=False, unitriangular=True)
+    own = (solved * aged[..., None, :]) @ v
+    reads = (solved * (now - since).clamp(max=0).exp()[..., None, :]) @ phi
+    return own, reads, phi * (until - now).clamp(max=0).exp()[..., None], (until - since)[..., 0].exp()

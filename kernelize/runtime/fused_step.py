@@ -765,7 +765,8 @@ def read(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], kernel.scaling, kernel.scaling**0.5,
         kernel.softcap or 1.0, spec.reach, state.pos.shape[1], spec.slots, chunks,
         **common | {"HAS_VALID": valid is not None, "TILE": tile}, SPLIT=split, RATE=rate,
-        MASS=spec.measures("attention"), SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None, G=group, GP=power_of_two(group),
-        COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning, PRECISION="ieee",
+        MASS=spec.measures("attention"), SOFTCAP=kernel.softcap is not None, SINK=kernel.sink_logits is not None,
+        G=group, GP=power_of_two(group), COUNT=COUNT, UNIT=UNIT_SOFTPLUS, FAR=rotation is not None, **turning,
+        PRECISION="ieee",
         num_warps=8, num_stages=stages(q.device),
     )  # fmt: skip
