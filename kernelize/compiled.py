@@ -20,19 +20,21 @@ TANGENTS = {"guess_tangent_strides_as_outputs": True}
 # a graph ends at the attention itself, not at every function that leads there: else the norm's result is written in
 # float32, read, cast and written again. Before 2.11 it was not tried
 NESTED = {"nested_graph_breaks": True} if torch.__version__ >= "2.11" else {}
+TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True, "benchmark_combo_kernel": True}
 
 
 @contextmanager
 def compiled_layers(model: Any, backend: str = "inductor", *, tuned: bool = False) -> Iterator[None]:
     """Within the context the decoder layers of `model` are compiled, each shape by itself.
 
-    With `tuned` inductor tries launches of what it writes, and writes products with one row itself: cuBLAS reads the
-    weights of such a product at half the speed of the memory.
+    With `tuned` inductor tries launches of what it writes, writes products with one row itself, for cuBLAS reads the
+    weights of such a product at half the speed of the memory, and those of one input (q, k and v) as one launch where
+    that is faster.
     """
     layers = list(model.get_submodule(family_of(model.config.model_type).layers))
     kernelized: Any = model if isinstance(model, KernelizedModelMixin) else None
     attentions = list(kernelized_layers(kernelized).values()) if kernelized else []
-    options: Any = {"coordinate_descent_tuning": True} if tuned else None
+    options: Any = TUNED if tuned else None
     changed = [(x, "forward") for x in (*layers, *(y.kernelize for y in attentions))]
     changed += [(x, "state_in") for x in attentions]
     before = [vars(module).get(name) for module, name in changed]  # hooks may stand there
