@@ -109,7 +109,8 @@ def too_large(head_dim: int, dtype: torch.dtype, largest: bool, has: int, is_del
     if needed <= has:
         return None
     doing = "training, or reading by other features than hedgehog's," if largest else "reading"
-    doing = "a delta rule" if is_delta else doing
+    if is_delta:
+        doing = "a delta rule"
     return (
         f"{doing} with heads of {head_dim} in {str(dtype)[6:]} takes {needed} bytes of shared memory, the GPU has {has}"
     )
